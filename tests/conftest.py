@@ -1,0 +1,30 @@
+"""Fixtures shared by all tests: tiny random pipelines, and the rule that nothing may reach the network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before diffusers is imported: a test that needs the hub is a defect
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest  # noqa: E402
+
+from tests.tiny import KINDS, tiny_pipeline  # noqa: E402
+
+
+@pytest.fixture(params=KINDS)
+def pipeline(request):
+    """A fresh tiny pipeline, once for each of 'sd1', 'sd2' and 'sdxl'."""
+    return tiny_pipeline(request.param)
+
+
+@pytest.fixture
+def sd1():
+    """A fresh tiny pipeline of the shape of Stable Diffusion 1.x."""
+    return tiny_pipeline("sd1")
+
+
+@pytest.fixture
+def sdxl():
+    """A fresh tiny pipeline of the shape of Stable Diffusion XL."""
+    return tiny_pipeline("sdxl")
