@@ -1,0 +1,276 @@
+"""Personalized residuals: dW_i = A_i B_i on the output projection of every transformer block of a U-Net.
+
+The factors are named as in the paper (Ham et al., CVPR 2024): A is (m x r), B is (r x m). PEFT and diffusers name
+them the other way round: their lora_A is our B, their lora_B is our A.
+
+Forward hooks carry the residual, so the frozen model keeps its own parameters, names and state dict.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from persres_lite.files import read_tensors, write_tensors
+from persres_lite.projections import add_low_rank, find_proj_outs, plain_layer, structure, unet_of
+
+FORMAT = "personalized-residuals"
+VERSION = 1
+
+
+class Residuals:
+    """The low-rank residuals of one concept: f' = W'x with W' = W + A B for each output projection.
+
+    A plain object that holds fp32 tensors, whatever the precision of the base ("Attempting to unscale FP16
+    gradients" is what half-precision ones lead to: diffusers #9628, #6119). It does not keep the model.
+
+    Parameters
+    ----------
+    unet : Module or pipeline
+        Where the residuals will be attached; only its shapes and its device are read.
+    rank : float, int or dict
+        A fraction of each layer's width (0.05 is the paper's: 16, 32, 64 for widths 320, 640, 1280), a whole number
+        for all layers, or a number by module name.
+    init : 'lora' or 'random'
+        'random' fills both factors as PyTorch fills a fresh layer, which is how the paper's "randomly initialized"
+        reads; then dW(0) has 0.58 of the spread of a fresh layer's weight, and training does not start at the original
+        model. 'lora' (default) does the same with B and sets A to zero: dW(0) = 0.
+    seed : int
+        For the random factors; drawn on the CPU, so the same everywhere.
+
+    Attributes
+    ----------
+    A, B : dict of str to Parameter
+        By module name: A (m, r), B (r, m).
+    metadata : dict of str to str
+        What the file will say: format, version, structure, rank, init, seed; training adds base, token, macro_class.
+    history : list of float
+        The loss of each training step.
+
+    Raises
+    ------
+    ValueError
+        If a rank is not positive or exceeds the width, or `init` is unknown.
+    """
+
+    def __init__(
+        self,
+        unet: Any,
+        rank: float | int | Mapping[str, int] = 0.05,
+        init: Literal["lora", "random"] = "lora",
+        seed: int = 0,
+    ) -> None:
+        if init not in ("lora", "random"):
+            raise ValueError(f"Unknown init {init!r}: choose 'lora' or 'random'.")
+        unet = unet_of(unet)
+        generator = torch.Generator().manual_seed(seed)
+        self.A: dict[str, nn.Parameter] = {}
+        self.B: dict[str, nn.Parameter] = {}
+        for name, module in find_proj_outs(unet).items():
+            width, device = plain_layer(module).weight.shape[0], plain_layer(module).weight.device
+            r = _rank_of(rank, name, width)
+            # U(-1/sqrt(inputs), 1/sqrt(inputs)), PyTorch's default for a layer's weight
+            A = (torch.rand(width, r, generator=generator) * 2 - 1) / math.sqrt(r)
+            B = (torch.rand(r, width, generator=generator) * 2 - 1) / math.sqrt(width)
+            self.A[name] = nn.Parameter((A if init == "random" else torch.zeros_like(A)).to(device))
+            self.B[name] = nn.Parameter(B.to(device))
+        rule = "by layer" if isinstance(rank, Mapping) else str(rank)
+        self.metadata: dict[str, str] = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "structure": structure(unet),
+            "rank": rule,
+            "init": init,
+            "seed": str(seed),
+        }
+        self.history: list[float] = []
+        self._folded: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []  # weight, before, after
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank r of each layer, by module name."""
+        return {name: B.shape[0] for name, B in self.B.items()}
+
+    def num_parameters(self) -> int:
+        """How many numbers are learned: the sum of 2 m r (1,239,040 for SD 1.x and 2.x, 1,187,840 for SDXL at 5 %)."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All A and B, layer by layer, for an optimizer."""
+        for name in self.A:
+            yield self.A[name]
+            yield self.B[name]
+
+    def to(self, device: torch.device | str) -> Residuals:
+        """Move the factors in place, so that an optimizer keeps its hold on them; returns self."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(device)
+        return self
+
+    def delta(self, name: str) -> torch.Tensor:
+        """dW_i = A_i B_i of one layer, (m, m)."""
+        return self.A[name] @ self.B[name]
+
+    def apply(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """A(Bx) for the input of a projection: (B, C, H, W) for a convolution, (B, HW, C) for a linear layer."""
+        return add_low_rank(torch.zeros_like(x), x, self.A[name], self.B[name])
+
+    def layers_in(self, base: Any) -> dict[str, nn.Module]:
+        """The projections of `base` that these residuals belong to; moves the factors to their device.
+
+        Raises
+        ------
+        ValueError
+            If names or widths differ, or if these residuals are folded into this model.
+        """
+        modules = find_proj_outs(unet_of(base))
+        widths = {name: plain_layer(module).weight.shape[0] for name, module in modules.items()}
+        if widths != {name: A.shape[0] for name, A in self.A.items()}:
+            raise ValueError(
+                f"These residuals were made for a U-Net with {self.metadata['structure']}; "
+                f"this one has {structure(unet_of(base))}."
+            )
+        weights = {id(plain_layer(module).weight) for module in modules.values()}
+        if any(id(weight) in weights for weight, _, _ in self._folded):
+            raise ValueError("These residuals are folded into this model already: call `unfold()` first.")
+        device = plain_layer(next(iter(modules.values()))).weight.device
+        if next(self.parameters()).device != device:
+            self.to(device)
+        return modules
+
+    @contextmanager
+    def attached(self, base: Any, scale: float = 1.0) -> Iterator[Residuals]:
+        """f' = W x + scale * A B x everywhere, for as long as the context is open.
+
+        Contexts nest and add up, each restores the model exactly when left, also through an exception. Gradients
+        reach A and B.
+
+        Parameters
+        ----------
+        base : pipeline or Module
+            The frozen model.
+        scale : float
+            0 is the original model bit for bit, 1 the trained strength; values between interpolate.
+        """
+        with ExitStack() as hooks:
+            for name, module in self.layers_in(base).items():
+                hook = partial(_add_residual, A=self.A[name], B=self.B[name], scale=scale)
+                hooks.callback(module.register_forward_hook(hook).remove)
+            yield self
+
+    @torch.no_grad()
+    def fold(self, base: Any, scale: float = 1.0) -> None:
+        """W <- W + scale * A B, in place: the model costs what it did before. `unfold()` puts the old W back.
+
+        Raises
+        ------
+        ValueError
+            If these residuals are folded already, or do not fit the model.
+        """
+        if self._folded:
+            raise ValueError("These residuals are folded into a model already: call `unfold()` first.")
+        for name, module in self.layers_in(base).items():
+            weight = plain_layer(module).weight
+            before = weight.detach().clone()
+            weight.copy_((weight.float() + scale * self.delta(name).view_as(weight)).to(weight.dtype))
+            self._folded.append((weight, before, weight.detach().clone()))
+
+    @torch.no_grad()
+    def unfold(self) -> None:
+        """Put back the weights from before `fold`, bit for bit.
+
+        Raises
+        ------
+        ValueError
+            If nothing is folded, or if the weights were changed since (several folds are undone in reverse order).
+        """
+        if not self._folded:
+            raise ValueError("These residuals are not folded into a model: call `fold(base)` first.")
+        if not all(torch.equal(weight, after) for weight, _, after in self._folded):
+            raise ValueError("The model's weights were changed after `fold`: undo the later changes first.")
+        for weight, before, _ in self._folded:
+            weight.copy_(before)
+        self._folded = []
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write one safetensors file with tensors '<module>.A' and '<module>.B' and the metadata; returns its path."""
+        tensors = {f"{name}.A": A for name, A in self.A.items()} | {f"{name}.B": B for name, B in self.B.items()}
+        metadata = {key: str(value) for key, value in self.metadata.items()}
+        return write_tensors(path, tensors, metadata | {"history": json.dumps(self.history)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, base: Any) -> Residuals:
+        """Read what `save` wrote, for this base, onto its device.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If the file is truncated, holds NaN, is of another kind or a newer version, was made for another base, or
+            lacks a tensor or has one too many: one sentence that names the difference.
+        """
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} does not hold personalized residuals; a LoRA file must be imported first.")
+        if int(metadata.get("version", 0)) > VERSION:
+            raise ValueError(f"{path} is of version {metadata['version']}, newer than {VERSION}: update the package.")
+        unet = unet_of(base)
+        here = structure(unet)
+        if metadata.get("structure") != here:
+            raise ValueError(
+                f"{path} was made for another base, {metadata.get('base', 'unnamed')}, "
+                f"with {metadata.get('structure')}; "
+                f"this one has {here}."
+            )
+        widths = {name: plain_layer(module).weight.shape[0] for name, module in find_proj_outs(unet).items()}
+        expected = {f"{name}.{factor}" for name in widths for factor in "AB"}
+        for difference, names in (("lacks", expected - set(tensors)), ("has an extra", set(tensors) - expected)):
+            if names:
+                raise ValueError(f"{path} {difference} tensor {sorted(names)[0]!r} ({len(names)} in all).")
+        for name, m in widths.items():
+            A, B = tensors[f"{name}.A"], tensors[f"{name}.B"]
+            if A.ndim != 2 or A.shape[0] != m or B.shape != A.shape[::-1]:
+                raise ValueError(
+                    f"{path} has factors of shapes {tuple(A.shape)} and {tuple(B.shape)} for {name!r}, "
+                    f"where ({m}, r) and (r, {m}) were expected."
+                )
+        residuals = cls(unet, rank={name: tensors[f"{name}.B"].shape[0] for name in widths})
+        for name in widths:
+            residuals.A[name].data.copy_(tensors[f"{name}.A"])
+            residuals.B[name].data.copy_(tensors[f"{name}.B"])
+        residuals.history = json.loads(metadata.pop("history", "[]"))
+        residuals.metadata = metadata
+        return residuals
+
+
+def _rank_of(rank: float | int | Mapping[str, int], name: str, width: int) -> int:
+    """r_i: a fraction of the width is rounded, and at least 1."""
+    if isinstance(rank, Mapping):
+        if name not in rank:
+            raise ValueError(f"The ranks by layer lack {name!r}.")
+        rank = rank[name]
+    if isinstance(rank, float) and 0 < rank <= 1:
+        return max(1, round(rank * width))
+    if isinstance(rank, int) and 1 <= rank <= width:
+        return rank
+    raise ValueError(
+        f"Rank {rank} does not fit {name!r} of width {width}: "
+        f"give a fraction (0.05) or a whole number from 1 to {width}."
+    )
+
+
+def _add_residual(module: nn.Module, inputs: tuple, output: torch.Tensor, *, A, B, scale: float) -> torch.Tensor:
+    """Forward hook of `Residuals.attached`."""
+    if scale == 0:
+        return output
+    return add_low_rank(output, inputs[0], A, B, scale=scale)
