@@ -1,0 +1,11 @@
+"""Toybox: a small photo studio of toys, and the text-to-image model that is trained on it.
+
+Apart from the core: nothing here imports the rest of the package, and the core never imports this.
+
+=============  ====================================================================
+`world`        what can be in a picture, and its caption
+`render`       how it looks, with the exact mask of each object
+`pretrain`     how the shipped model and its judges were trained (``make pretrain``)
+`judge`        how its pictures are scored
+=============  ====================================================================
+"""

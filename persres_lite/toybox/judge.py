@@ -1,0 +1,75 @@
+"""How Toybox pictures are scored: readings of what is in them, by encoders whose own accuracy stands beside every score.
+
+Two ordinary transformers folders are shipped: ``data/toybox-clip`` (a `CLIPModel`) and ``data/toybox-dino`` (a `ResNetModel` trained to
+tell one toy from another of its class). The readings are linear layers on the features of the second, in one safetensors file
+beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .world import CLASSES, COLORS, PATTERNS, PLACES, STYLES, Scene
+
+READINGS = {
+    "class": CLASSES,
+    "main": tuple(COLORS),
+    "second": tuple(COLORS),
+    "pattern": PATTERNS,
+    "place": PLACES,
+    "style": STYLES,
+}
+
+
+def labels_of(scenes: list[Scene]) -> dict[str, torch.Tensor]:
+    """What the readings should say of scenes.
+
+    Returns
+    -------
+    For each name in `READINGS` a (n,) tensor of indices, -1 where the scene does not settle it (attributes of one toy where there are
+    two, colors under a style that hides them); and "present", (n, classes), 1 for each class in the picture.
+    """
+    rows = []
+    for scene in scenes:
+        toy, single = scene.toys[0], len(scene.toys) == 1
+        colored = single and scene.style not in ("in black and white", "in sepia")
+        rows.append(
+            {
+                "class": CLASSES.index(toy.kind) if single else -1,
+                "main": READINGS["main"].index(toy.main) if colored else -1,
+                "second": READINGS["second"].index(toy.second) if colored else -1,
+                "pattern": PATTERNS.index(toy.pattern) if single else -1,
+                "place": PLACES.index(scene.place),
+                "style": STYLES.index(scene.style),
+            }
+        )
+    labels = {name: torch.tensor([row[name] for row in rows]) for name in READINGS}
+    kinds = [{toy.kind for toy in scene.toys} for scene in scenes]
+    labels["present"] = torch.tensor([[float(kind in here) for kind in CLASSES] for here in kinds])
+    return labels
+
+
+class Readings(nn.Module):
+    """Linear readings of the identity encoder's features.
+
+    Features are the maps after each stage, averaged over the picture for what the picture says as a whole, and resized to
+    16 x 16 for where the toys are.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.embedding_size + sum(config.hidden_sizes)
+        self.linear = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in READINGS.items()})
+        self.linear["present"] = nn.Linear(width, len(CLASSES))
+        self.where = nn.Conv2d(width, 1, 1)
+        self.scale = nn.BatchNorm1d(width, affine=False)
+
+    def forward(self, hidden: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Logits by name, (n, values), and "mask", (n, 16, 16), from the encoder's hidden states."""
+        pooled = self.scale(torch.cat([h.mean((2, 3)) for h in hidden], 1))
+        out = {name: layer(pooled) for name, layer in self.linear.items()}
+        maps = torch.cat([F.interpolate(h, size=(16, 16), mode="bilinear") for h in hidden], 1)
+        out["mask"] = self.where(maps)[:, 0]
+        return out

@@ -1,0 +1,310 @@
+"""How the shipped Toybox was made: ``make pretrain``, from nothing, with no network.
+
+Stages, each with a fixed budget of minutes and a checkpoint that it goes on from after a kill:
+
+``clip``        the text encoder, contrastively with an image encoder; the pair is also the CLIP-like judge
+``judge``       the identity encoder and its readings of class, colors, pattern and place
+``vae``         the autoencoder
+``unet``        the denoiser, on latents made once, with the frozen text encoder
+
+The text encoder comes first and stays frozen because that is what Stable Diffusion does, and because learned together with the
+U-Net it had not learned colors when the other way had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import CLIPImageProcessor, CLIPTextModel
+
+from .dataset import draw_scenes, draw_views, load_drawn, toy_by_index
+from .judge import READINGS, Readings, labels_of
+from .models import make_autoencoder, make_clip, make_identity_encoder, make_scheduler, make_tokenizer, make_unet
+from .trainer import train
+from .world import CLASSES, caption, scene_by_index
+
+MINUTES = {"clip": 24.0, "judge": 12.0, "vae": 35.0, "unet": 240.0}
+PICTURES = 60_000
+VIEWS = 10_000  # toys seen twice, for the identity encoder
+EMPTY = 0.1  # share of captions left empty, for classifier-free guidance
+TOY_WEIGHT = 3.0  # how much more a latent covered by a toy counts in the U-Net's loss; the best prediction stays the same
+
+
+def to_float(pictures: np.ndarray) -> torch.Tensor:
+    """(n, 64, 64, 3) uint8 to (n, 3, 64, 64) in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def encode_text(tokenizer, text_encoder, captions: list[str]) -> torch.Tensor:
+    """(n, 24, 128), as the pipeline does it."""
+    ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return text_encoder(ids)[0]
+
+
+def short_caption(scene, rng: random.Random) -> str:
+    """What the contrastive stage reads: often one attribute alone, so that each is learned, else a caption as the U-Net gets it.
+
+    Which of two colors is the main one is the hard part, so main color and class together have the largest share.
+    """
+    toy, chance = scene.toys[0], rng.random()
+    plain_single = len(scene.toys) == 1 and scene.style not in ("in black and white", "in sepia")
+    if chance < 0.10 and len(scene.toys) == 1:
+        return f"a photo of a {toy.kind}"
+    if chance < 0.18:
+        return f"a photo {scene.place}" + (f" {scene.style}" if scene.style else "")
+    if chance < 0.48 and plain_single:
+        return f"a photo of a {toy.main} {toy.kind}"
+    if chance < 0.58 and plain_single:
+        return f"a photo of a {toy.main} and {toy.second} {toy.kind}"
+    if chance < 0.66 and plain_single and toy.pattern != "plain":
+        return f"a photo of a {toy.pattern} {toy.kind}"
+    return caption(scene, rng)
+
+
+def train_clip(folder: Path, pictures: np.ndarray, minutes: float):
+    """The contrastive pair (Radford et al., 2021). Equal captions in a batch count as equally right."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    clip = make_clip(tokenizer)
+    with torch.no_grad():
+        clip.logit_scale.fill_(math.log(14))
+    attributes = nn.Linear(clip.config.vision_config.hidden_size, sum(len(v) for v in READINGS.values()))
+    scenes = [scene_by_index(i) for i in range(len(pictures))]
+    labels = labels_of(scenes)
+    rng, batch = random.Random(0), 128
+
+    def step(number: int) -> dict[str, torch.Tensor]:
+        chosen = torch.randint(0, len(pictures), (batch,))
+        images = to_float(pictures[chosen, ..., :3])
+        images = images.roll((rng.randint(-3, 3), rng.randint(-3, 3)), (2, 3))
+        captions = [short_caption(scenes[i], rng) for i in chosen]
+        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        seen = clip.vision_model(pixel_values=images).pooler_output
+        a = F.normalize(clip.visual_projection(seen), dim=-1)
+        b = F.normalize(clip.text_projection(clip.text_model(input_ids=ids).pooler_output), dim=-1)
+        logits = a @ b.T * clip.logit_scale.exp().clamp(max=60)
+        names = {text: i for i, text in enumerate(captions)}
+        key = torch.tensor([names[text] for text in captions])
+        same = (key[:, None] == key[None]).float()
+        target = same / same.sum(1, keepdim=True)
+        contrast = -((target * logits.log_softmax(1)).sum(1).mean() + (target * logits.T.log_softmax(1)).sum(1).mean()) / 2
+        # Naming the attributes directly is a help for the image encoder alone; the layer that does it is thrown away.
+        helped = sum(
+            F.cross_entropy(part, labels[name][chosen], ignore_index=-1)
+            for name, part in zip(READINGS, attributes(seen).split([len(v) for v in READINGS.values()], dim=1))
+        )
+        return {"contrast": contrast, "attributes": 0.3 * helped}
+
+    both = nn.ModuleDict({"clip": clip, "attributes": attributes})
+    train("clip", both, step, minutes=minutes, lr=1e-3, weight_decay=0.05, folder=folder)
+    return tokenizer, clip
+
+
+def train_judge(folder: Path, pictures: np.ndarray, minutes: float):
+    """The identity encoder, contrastively on two views of each toy, and the linear readings of its features."""
+    torch.manual_seed(1)
+    encoder = make_identity_encoder()
+    readings = Readings(encoder.config)
+    scenes = [scene_by_index(i) for i in range(len(pictures))]
+    labels = labels_of(scenes)
+    masks = torch.from_numpy(pictures[..., 3:].max(-1)).float().div(255)
+    views = load_drawn(draw_views, VIEWS, folder / "pictures", "views")
+    kinds = np.array([CLASSES.index(toy_by_index(i)[0].kind) for i in range(VIEWS)])
+    by_kind = [np.flatnonzero(kinds == kind) for kind in range(len(CLASSES))]
+    batch = 48
+
+    def step(number: int) -> dict[str, torch.Tensor]:
+        chosen = torch.randint(0, len(pictures), (64,))
+        kind = number % len(by_kind)  # telling toys of one class apart is the task, so a batch holds one class
+        pair = np.random.default_rng(number).choice(by_kind[kind], batch, replace=False)
+        images = torch.cat([to_float(pictures[chosen, ..., :3]), to_float(views[pair].reshape(-1, 64, 64, 3))])
+        images = images * (1 + 0.1 * torch.randn(len(images), 1, 1, 1)) + 0.05 * torch.randn(len(images), 1, 1, 1)
+        hidden = encoder(images, output_hidden_states=True).hidden_states
+        named = readings([h[:64] for h in hidden])
+        losses = {
+            "readings": sum(F.cross_entropy(named[name], labels[name][chosen], ignore_index=-1) for name in READINGS),
+            "present": F.binary_cross_entropy_with_logits(named["present"], labels["present"][chosen]) * 5,
+            "mask": F.binary_cross_entropy_with_logits(named["mask"], F.avg_pool2d(masks[chosen][:, None], 4)[:, 0]) * 2,
+        }
+        seen = F.normalize(hidden[-1][64:].mean((2, 3)), dim=-1)
+        similarity = seen[0::2] @ seen[1::2].T / 0.07
+        target = torch.arange(batch)
+        losses["identity"] = (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
+        return losses
+
+    both = nn.ModuleDict({"encoder": encoder, "readings": readings})
+    train("judge", both, step, minutes=minutes, lr=1.5e-3, weight_decay=0.05, ema=0.998, folder=folder)
+    return encoder, readings
+
+
+def train_vae(folder: Path, pictures: np.ndarray, minutes: float):
+    """The autoencoder. Latents are held near mean 0 and deviation 1 in each channel, so that no scaling factor is needed."""
+    torch.manual_seed(2)
+    vae = make_autoencoder()
+    batch = 16
+
+    def step(number: int) -> dict[str, torch.Tensor]:
+        chosen = torch.randint(0, len(pictures), (batch,))
+        x = to_float(pictures[chosen, ..., :3]).contiguous(memory_format=torch.channels_last)
+        z = vae.encode(x).latents
+        y = vae.decode(z + 0.05 * torch.randn_like(z)).sample
+        moments = z.mean((0, 2, 3)).square().mean() + z.std((0, 2, 3)).log().square().mean()
+        return {"l1": (y - x).abs().mean(), "mse": F.mse_loss(y, x) * 2, "moments": 0.02 * moments}
+
+    train("vae", vae, step, minutes=minutes, lr=2e-3, weight_decay=1e-4, ema=0.998, folder=folder)
+    return vae
+
+
+@torch.no_grad()
+def latents_of(vae, pictures: np.ndarray, path: Path) -> torch.Tensor:
+    """(n, 4, 16, 16): every picture encoded once, kept on disk."""
+    if path.exists():
+        return torch.from_numpy(np.load(path))
+    parts = [vae.encode(to_float(pictures[i : i + 250, ..., :3])).latents for i in tqdm(range(0, len(pictures), 250), desc="encoding")]
+    latents = torch.cat(parts)
+    with open(path.with_suffix(".part"), "wb") as file:
+        np.save(file, latents.numpy())
+    os.replace(path.with_suffix(".part"), path)
+    return latents
+
+
+def train_unet(folder: Path, pictures: np.ndarray, latents: torch.Tensor, tokenizer, text_encoder, minutes: float, on_save=None):
+    """The denoiser, on v prediction with timesteps spread evenly over each batch."""
+    torch.manual_seed(3)
+    unet = make_unet()
+    alphas = make_scheduler().alphas_cumprod
+    scenes = [scene_by_index(i) for i in range(len(pictures))]
+    covered = F.avg_pool2d(torch.from_numpy(pictures[..., 3:].max(-1)).float()[:, None] / 255, 4)
+    weights = 1 + (TOY_WEIGHT - 1) * covered
+    weights = weights / weights.mean()
+    batch = 16
+
+    def step(number: int) -> dict[str, torch.Tensor]:
+        rng = random.Random(number)
+        chosen = torch.randint(0, len(latents), (batch,))
+        z = latents[chosen]
+        captions = ["" if rng.random() < EMPTY else caption(scenes[i], rng) for i in chosen]
+        t = ((torch.arange(batch) + torch.rand(batch)) * 1000 / batch).long()
+        noise = torch.randn_like(z)
+        a = alphas[t].view(-1, 1, 1, 1)
+        noisy = a.sqrt() * z + (1 - a).sqrt() * noise
+        target = a.sqrt() * noise - (1 - a).sqrt() * z
+        with torch.no_grad():
+            context = encode_text(tokenizer, text_encoder, captions)
+        predicted = unet(noisy.contiguous(memory_format=torch.channels_last), t, context).sample
+        return {"loss": (weights[chosen] * (predicted - target).square()).mean()}
+
+    train("unet", unet, step, minutes=minutes, lr=1e-3, weight_decay=1e-3, ema=0.999, folder=folder, on_save=on_save and (lambda n, s: on_save(unet, n, s)))
+    return unet
+
+
+def text_encoder_of(clip) -> CLIPTextModel:
+    """The text half of the pair as Stable Diffusion's text encoder, frozen."""
+    encoder = CLIPTextModel(clip.config.text_config)
+    encoder.load_state_dict(clip.text_model.state_dict())
+    return encoder.eval().requires_grad_(False)
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    """Put a finished folder in the place of an old one, keeping the files that are not made here (the model card)."""
+    old = target.with_name(target.name + ".old")
+    if target.exists():
+        for kept in target.glob("*.md"):
+            shutil.copy2(kept, new / kept.name)
+        os.replace(target, old)
+    os.replace(new, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_pipeline(target: Path, tokenizer, text_encoder, vae, unet) -> None:
+    """Write the ordinary diffusers folder. U-Net and autoencoder in half precision.
+
+    The text encoder stays in single precision: transformers opens a file in the precision it was saved in, diffusers in single
+    precision, and a pipeline that is opened without naming one must agree with itself. It is small.
+    """
+    unet, vae = copy.deepcopy(unet).half(), copy.deepcopy(vae).half()
+    pipeline = StableDiffusionPipeline(
+        vae=vae.to(memory_format=torch.contiguous_format),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet.to(memory_format=torch.contiguous_format),
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    new = target.with_name(target.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    pipeline.save_pretrained(new, safe_serialization=True)
+    _replace_folder(new, target)
+
+
+def save_judges(data: Path, tokenizer, clip, encoder, readings) -> None:
+    """Write the judges as ordinary transformers folders, each with its image processor."""
+    size = {"height": 64, "width": 64}
+    processor = CLIPImageProcessor(
+        do_center_crop=False, size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    for name, model in (("toybox-clip", clip), ("toybox-dino", encoder)):
+        new = data / f"{name}.new"
+        shutil.rmtree(new, ignore_errors=True)
+        copy.deepcopy(model).half().save_pretrained(new, safe_serialization=True)
+        processor.save_pretrained(new)
+        if name == "toybox-clip":
+            tokenizer.save_pretrained(new)
+        else:
+            save_file({k: v.half() if v.is_floating_point() else v for k, v in readings.state_dict().items()}, new / "readings.safetensors")
+        _replace_folder(new, data / name)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("build/toybox"), help="pictures and checkpoints (git-ignored)")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="where the finished models go")
+    parser.add_argument("--stage", choices=[*MINUTES, "all"], default="all", help="train one stage alone")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    for name, minutes in MINUTES.items():
+        parser.add_argument(f"--{name}-minutes", type=float, default=minutes, help=f"budget, {minutes:g} by default")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    minutes = {name: getattr(args, f"{name}_minutes") for name in MINUTES}
+    pictures = load_drawn(draw_scenes, PICTURES, args.folder / "pictures", "train")
+    wanted = list(MINUTES) if args.stage == "all" else [args.stage]
+    if "clip" in wanted:
+        train_clip(args.folder, pictures, minutes["clip"])
+    if "judge" in wanted:
+        train_judge(args.folder, pictures, minutes["judge"])
+    if "vae" in wanted:
+        train_vae(args.folder, pictures, minutes["vae"])
+    if "unet" not in wanted:
+        return
+    # A finished stage only reads its checkpoint.
+    tokenizer, clip = train_clip(args.folder, pictures[:1000], 0)
+    encoder, readings = train_judge(args.folder, pictures[:1000], 0)
+    vae = train_vae(args.folder, pictures[:1000], 0)
+    text_encoder = text_encoder_of(clip)
+    save_judges(args.data, tokenizer, clip, encoder, readings)
+    latents = latents_of(vae, pictures, args.folder / "latents.npy")
+
+    def publish(unet, number: int, seconds: float) -> None:
+        save_pipeline(args.data / "toybox-sd", tokenizer, text_encoder, vae, unet)
+
+    unet = train_unet(args.folder, pictures, latents, tokenizer, text_encoder, minutes["unet"], publish)
+    publish(unet, 0, 0)
+
+
+if __name__ == "__main__":
+    main()

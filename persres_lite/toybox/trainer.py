@@ -1,0 +1,130 @@
+"""The loop that every stage of pretraining shares: a budget of minutes, a progress bar, checkpoints, and going on after a kill."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+
+class MovingAverage:
+    """Exponential moving average of parameters, with a short memory at the start."""
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float):
+        self.parameters, self.decay, self.updates = parameters, decay, 0
+        self.average = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the parameters with their averages; a second call puts them back."""
+        for parameter, average in zip(self.parameters, self.average):
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)
+
+
+def _write(state: dict, path: Path) -> None:
+    torch.save(state, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+
+
+def train(
+    name: str,
+    module: nn.Module,
+    step: Callable[[int], dict[str, torch.Tensor]],
+    *,
+    minutes: float,
+    lr: float,
+    folder: Path,
+    weight_decay: float = 0.01,
+    ema: float | None = None,
+    save_every: float = 90.0,
+    on_save: Callable[[int, float], None] | None = None,
+) -> None:
+    """Train `module` in place for a budget of minutes, or go on with what is left of it.
+
+    The learning rate rises over 100 steps, stays, and falls to zero over the last 40 % of the budget. Time is counted over all runs;
+    a checkpoint is written every `save_every` seconds, so a kill loses no more than that.
+
+    Parameters
+    ----------
+    name : of the stage: its checkpoint is ``<folder>/<name>.pt``, loaded without executing anything.
+    module : everything that learns.
+    step : given the step number, returns the losses by name; their sum is minimized.
+    minutes : budget.
+    lr, weight_decay : of AdamW.
+    ema : decay of the moving average that `module` ends with; None for none.
+    on_save : called with the step number and the seconds spent when a checkpoint has been written, with the averages swapped in.
+    """
+    path = folder / f"{name}.pt"
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    average = MovingAverage(parameters, ema) if ema else None
+    number, spent = 0, 0.0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        number, spent = state["step"], state["seconds"]
+        module.load_state_dict(state["module"])
+        if average:
+            average.average, average.updates = state["average"], number
+        if spent < minutes * 60:
+            optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"])
+
+    def save() -> None:
+        state = {"step": number, "seconds": spent, "module": module.state_dict(), "rng": torch.get_rng_state()}
+        state["optimizer"] = optimizer.state_dict()
+        if average:
+            state["average"] = average.average
+        _write(state, path)
+        if on_save:
+            if average:
+                average.swap()
+            on_save(number, spent)
+            if average:
+                average.swap()
+
+    shown: dict[str, float] = {}
+    saved = spent
+    bar = tqdm(total=round(minutes * 60), initial=round(spent), desc=name, unit="s", bar_format="{l_bar}{bar}| {n}/{total} s {postfix}")
+    module.train()
+    while spent < minutes * 60:
+        start = time.perf_counter()
+        done = spent / (minutes * 60)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (number + 1) / 100) * min(1, (1 - done) / 0.4)
+        losses = step(number)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if average:
+            average.update()
+        number += 1
+        spent += time.perf_counter() - start
+        for key, value in losses.items():
+            shown[key] = 0.98 * shown.get(key, value.item()) + 0.02 * value.item()
+        if number % 20 == 0:
+            bar.set_postfix(step=number, **{key: f"{value:.4f}" for key, value in shown.items()})
+            bar.update(round(spent) - bar.n)
+        if spent - saved > save_every:
+            saved = spent
+            save()
+    if saved < spent or not path.exists():
+        save()
+    bar.close()
+    if average:
+        average.swap()
+    module.eval()
