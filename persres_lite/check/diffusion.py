@@ -1,0 +1,114 @@
+"""Checks for the exercises on the frozen model: noise, prediction types, guidance, freezing (notebooks 00 and 01)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from persres_lite.check.answers import call, exercise, random, require, same
+
+
+@exercise
+def share(answer: float, part: int, whole: int) -> str:
+    """`answer` is the share of `part` in `whole`, in percent."""
+    right = 100 * part / whole
+    same(answer, right, "the share", mistakes={"this is a fraction, and percent were asked for": part / whole}, rtol=0.02)
+    return f"{right:.2g} %."
+
+
+@exercise
+def add_noise(answer: Callable) -> str:
+    """``answer(clean, noise, alpha_bar)``: the noised latent sqrt(a) z + sqrt(1 - a) noise; alpha_bar is a number in (0, 1)."""
+    clean, noise = random(2, 4, 3, 3), random(2, 4, 3, 3, seed=1)
+    for a in (0.9, 0.3):
+        wrong = {
+            "the square roots are missing": a * clean + (1 - a) * noise,
+            "the two factors are exchanged": (1 - a) ** 0.5 * clean + a**0.5 * noise,
+            "the factor of the noise is sqrt(1 - a), not 1 - sqrt(a)": a**0.5 * clean + (1 - a**0.5) * noise,
+        }
+        same(call(answer, clean, noise, a), a**0.5 * clean + (1 - a) ** 0.5 * noise, "the noised latent", mistakes=wrong)
+    return "signal and noise share the variance: a and 1 - a add up to one."
+
+
+@exercise
+def predict_clean(answer: Callable) -> str:
+    """``answer(noised, predicted_noise, alpha_bar)``: the clean latent that the predicted noise implies."""
+    clean, noise = random(2, 4, 3, 3), random(2, 4, 3, 3, seed=1)
+    for a in (0.8, 0.2):
+        noised = a**0.5 * clean + (1 - a) ** 0.5 * noise
+        wrong = {
+            "divide by sqrt(a) at the end": noised - (1 - a) ** 0.5 * noise,
+            "the predicted noise has the factor sqrt(1 - a)": (noised - noise) / a**0.5,
+        }
+        same(call(answer, noised, noise, a), clean, "the clean latent", mistakes=wrong, atol=1e-4)
+    return "it is the noising formula, solved for the clean latent."
+
+
+@exercise
+def ddim_step(answer: Callable) -> str:
+    """``answer(noised, predicted_noise, alpha_bar, alpha_bar_next)``: one deterministic DDIM step (eta = 0)."""
+    noised, noise = random(1, 4, 3, 3), random(1, 4, 3, 3, seed=1)
+    for a, b in ((0.2, 0.4), (0.7, 1.0)):
+        clean = (noised - (1 - a) ** 0.5 * noise) / a**0.5
+        wrong = {
+            "this is the clean latent: noise it again, for the next level": clean,
+            "the new noise level needs the next alpha_bar": noised,
+        }
+        right = b**0.5 * clean + (1 - b) ** 0.5 * noise
+        same(call(answer, noised, noise, a, b), right, "the next latent", mistakes=wrong if b < 1 else None, atol=1e-4)
+    return "predict the clean latent, then noise it with the same noise to the next, lower level."
+
+
+@exercise
+def v_target(answer: Callable) -> str:
+    """``answer(clean, noise, alpha_bar)``: the target of v prediction, sqrt(a) noise - sqrt(1 - a) z."""
+    clean, noise = random(2, 4, 3, 3), random(2, 4, 3, 3, seed=1)
+    for a in (0.9, 0.3):
+        wrong = {
+            "the sign is the other way round": (1 - a) ** 0.5 * clean - a**0.5 * noise,
+            "this is the noised latent": a**0.5 * clean + (1 - a) ** 0.5 * noise,
+            "the two factors are exchanged": (1 - a) ** 0.5 * noise - a**0.5 * clean,
+        }
+        same(call(answer, clean, noise, a), a**0.5 * noise - (1 - a) ** 0.5 * clean, "v", mistakes=wrong)
+    return "v turns from the noise (hardly any noise added) to minus the clean latent (nothing but noise)."
+
+
+@exercise
+def guidance(answer: Callable) -> str:
+    """``answer(unconditional, conditional, scale)``: classifier-free guidance."""
+    empty, prompt = random(2, 4, 3, 3), random(2, 4, 3, 3, seed=1)
+    for scale in (7.5, 1.0, 0.0):
+        wrong = {
+            "the start is the unconditional prediction, not the conditional one": prompt + scale * (prompt - empty),
+            "the difference is conditional minus unconditional": empty + scale * (empty - prompt),
+            "the unconditional prediction is missing": scale * (prompt - empty),
+        }
+        same(call(answer, empty, prompt, scale), empty + scale * (prompt - empty), "the guided prediction", mistakes=wrong)
+    return "scale 0 is the empty prompt, 1 is the prompt alone, and more goes beyond it."
+
+
+@exercise
+def freeze(answer: Callable) -> str:
+    """``answer(module)`` freezes the module: no parameter learns, and dropout and the like are off."""
+    module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2)).train()
+    before = [parameter.clone() for parameter in module.parameters()]
+    try:
+        answer(module)
+    except Exception as error:
+        raise AssertionError(f"your function raises {type(error).__name__}: {error}") from error
+    learning = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    require(not learning, f"{', '.join(learning)} still learn: set requires_grad to False for every parameter.")
+    require(not any(part.training for part in module.modules()), "the module is still in training mode: dropout stays random.")
+    unchanged = all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+    require(unchanged, "the weights have changed: freezing keeps them as they are.")
+    return "nothing learns, and equal inputs give equal outputs."
+
+
+@exercise
+def choice(answer: Any, right: Any, because: str) -> str:
+    """`answer` is one of a few given choices; `because` says why the right one is right."""
+    require(str(answer).strip().lower() == str(right).strip().lower(), f"it is not {answer}: look at the figure again.")
+    return because

@@ -1,0 +1,146 @@
+"""Checks for the exercises on attention maps, masks and the blend (notebooks 04 and 05)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from persres_lite.check.answers import call, exercise, random, require, same
+
+
+@exercise
+def attention_map(answer: Callable) -> str:
+    """``answer(q, k, tokens)`` with q (heads, HW, d), k (heads, T, d): where the tokens are looked at, (HW,), mean over heads."""
+    q, k, tokens = random(2, 6, 8), random(2, 5, 8, seed=1), [1, 3]
+    logits = q @ k.transpose(-1, -2)  # (heads, HW, T)
+    weights = (logits / 8**0.5).softmax(-1)
+    wrong = {
+        "divide by the square root of d_k before the softmax": logits.softmax(-1)[..., tokens].sum(-1).mean(0),
+        "the softmax runs over the tokens, not over the positions": (logits / 8**0.5).softmax(1)[..., tokens].sum(-1).mean(0),
+        "the tokens are summed, not averaged": weights[..., tokens].mean(-1).mean(0),
+        "the heads are averaged, not summed": weights[..., tokens].sum(-1).sum(0),
+        "only the first token is counted": weights[..., 1].mean(0),
+    }
+    same(call(answer, q, k, tokens), weights[..., tokens].sum(-1).mean(0), "the map", mistakes=wrong)
+    return "at every position the weights of all tokens add up to one."
+
+
+@exercise
+def as_picture(answer: Callable) -> str:
+    """``answer(flat, height, width)`` with flat (B, HW): maps of shape (B, h, w), positions row by row."""
+    flat = random(2, 12)
+    wrong = {"positions run along the rows: first height, then width": flat.view(2, 4, 3).transpose(1, 2)}
+    same(call(answer, flat, 3, 4), flat.view(2, 3, 4), "the map", mistakes=wrong)
+    return "position i is at row i // w, column i % w."
+
+
+@exercise
+def iou(answer: Callable) -> str:
+    """``answer(mask, truth)`` for boolean tensors (h, w): intersection over union."""
+    mask, truth = random(8, 8) > 0.3, random(8, 8, seed=1) > -0.2
+    both, either = (mask & truth).sum(), (mask | truth).sum()
+    wrong = {
+        "this divides by the size of the mask, not of the union": both / mask.sum(),
+        "this divides by the size of the truth, not of the union": both / truth.sum(),
+        "this counts where they agree, background included": (mask == truth).float().mean(),
+        "the union is counted with the intersection twice": both / (mask.sum() + truth.sum()),
+    }
+    same(call(answer, mask, truth), float(both / either), "the intersection over union", mistakes={s: float(v) for s, v in wrong.items()})
+    same(call(answer, truth, truth), 1.0, "the value for two equal masks")
+    return "equal masks give one, masks that do not touch give zero."
+
+
+@exercise
+def pointing(answer: Callable) -> str:
+    """``answer(map, truth)`` with a map (h, w) and a boolean truth (h, w): True if the map is highest inside the truth."""
+    attention = torch.tensor([[0.1, 0.2, 0.1], [0.4, 0.3, 0.9]])
+    inside, outside = torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)
+    inside[1, 2], outside[1, 2] = True, False
+    require(bool(call(answer, attention, inside)), "the map is highest at [1, 2], which is inside: the answer should be True.")
+    require(not bool(call(answer, attention, outside)), "the map is highest at [1, 2], which is outside: the answer should be False.")
+    return "only the highest point counts, so a map can point well and still have a poor outline."
+
+
+@exercise
+def median_mask(answer: Callable) -> str:
+    """``answer(maps)`` with maps (B, h, w): 1 where a map lies above its own median (torch's, the lower one), else 0."""
+    maps = torch.stack([random(4, 4).abs(), 10 + random(4, 4, seed=1)])
+    flat = maps.flatten(1)
+    right = (maps > flat.median(1).values[:, None, None]).float()
+    wrong = {
+        "every map of the batch has its own median": (maps > maps.median()).float(),
+        "this is the mean, not the median": (maps > flat.mean(1)[:, None, None]).float(),
+        "the mask is 1 where the map is high, not where it is low": 1 - right,
+    }
+    found = call(answer, maps)
+    same(found.float() if isinstance(found, torch.Tensor) else found, right, "the mask", mistakes=wrong)
+    return "half of the positions, however small the object is."
+
+
+@exercise
+def otsu(answer: Callable) -> str:
+    """``answer(values)`` with a tensor (n,): the mask (n,) of the split with the largest variance between its two classes."""
+    for values, right in (
+        (torch.tensor([0.0, 0.1, 0.05, 0.9, 1.0]), torch.tensor([0.0, 0, 0, 1, 1])),
+        (torch.tensor([0.2, 0.21, 0.19, 0.2, 0.22, 0.95]), torch.tensor([0.0, 0, 0, 0, 0, 1])),
+    ):
+        found = call(answer, values)
+        wrong = {"this is the split at the median": (values > values.median()).float(), "the high class should be 1": 1 - right}
+        same(found.float() if isinstance(found, torch.Tensor) else found, right, "the mask", mistakes=wrong)
+    return "the split follows the values, so a small object gets a small mask."
+
+
+@exercise
+def quantile_mask(answer: Callable) -> str:
+    """``answer(map, share)`` with a map (h, w): 1 for the `share` of positions with the highest values, else 0."""
+    attention = random(4, 5)
+    for share, count in ((0.25, 5), (0.5, 10), (0.1, 2)):
+        right = torch.zeros(20).index_fill(0, attention.flatten().topk(count).indices, 1.0).view(4, 5)
+        found = call(answer, attention, share)
+        wrong = {"these are the lowest values": (attention <= attention.flatten().sort().values[count - 1]).float()}
+        same(found.float() if isinstance(found, torch.Tensor) else found, right, f"the mask for {share}", mistakes=wrong)
+    return "a quantile chooses the size of the mask; the median is the quantile of one half."
+
+
+@exercise
+def blend(answer: Callable) -> str:
+    """``answer(f, f_residual, mask)`` with f (B, C, h, w), mask (B, h, w): (1 - M) f + M f'."""
+    original, changed, mask = random(2, 3, 4, 4), random(2, 3, 4, 4, seed=1), (random(2, 4, 4, seed=2) > 0).float()
+    right = torch.where(mask[:, None] > 0, changed, original)
+    wrong = {
+        "mask and 1 - mask are exchanged": torch.where(mask[:, None] > 0, original, changed),
+        "where the mask is 1 only f' remains: f is counted too": original + mask[:, None] * changed,
+    }
+    same(call(answer, original, changed, mask), right, "the blend", mistakes=wrong)
+    half = torch.full_like(mask, 0.5)
+    same(call(answer, original, changed, half), (original + changed) / 2, "the blend with a mask of one half everywhere")
+    return "mask 0 is the original model, mask 1 the plain residual, and nothing is computed twice."
+
+
+@exercise
+def weights(answer: Callable) -> str:
+    """``answer(masks)`` with masks (concepts, h, w) in [0, 1]: weights of that shape that sum to at most one at each position."""
+    masks = torch.tensor([[[1.0, 1.0, 0.0, 0.4]], [[0.0, 1.0, 0.0, 0.2]]])
+    right = masks / masks.sum(0).clamp(min=1)
+    wrong = {
+        "only where masks overlap is something shared out: a weight of 0.4 alone stays 0.4": torch.nan_to_num(masks / masks.sum(0)),
+        "a single mask keeps its whole weight": masks / 2,
+    }
+    same(call(answer, masks), right, "the weights", mistakes=wrong)
+    return "where two concepts claim a position, each gets half."
+
+
+@exercise
+def background_distance(answer: Callable) -> str:
+    """``answer(a, b, mask)`` with pictures (3, h, w) and a boolean mask (h, w): mean absolute difference outside the mask."""
+    a, b, mask = random(3, 4, 4), random(3, 4, 4, seed=1), random(4, 4, seed=2) > 0
+    difference = (a - b).abs()
+    wrong = {
+        "this looks inside the mask": float(difference[:, mask].mean()),
+        "the object is not left out": float(difference.mean()),
+        "the mean is over the background's positions only": float((difference * ~mask).mean()),
+        "this is the squared difference": float(((a - b) ** 2)[:, ~mask].mean()),
+    }
+    same(call(answer, a, b, mask), float(difference[:, ~mask].mean()), "the distance", mistakes=wrong)
+    return "zero means that the background is the original model's, number by number."

@@ -1,0 +1,131 @@
+"""Checks for the exercises on residuals and on training them (notebooks 02 and 03)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+from persres_lite.check.answers import call, exercise, random, require, same
+
+
+@exercise
+def delta(answer: Callable) -> str:
+    """``answer(A, B)`` with the paper's A (m, r) and B (r, m): dW = A B, of shape (m, m)."""
+    a, b = random(6, 2), random(2, 6, seed=1)
+    found = call(answer, a, b)
+    require(getattr(found, "shape", None) != (2, 2), "this is B A, of shape (r, r): the paper's A is m x r and stands on the left.")
+    same(found, a @ b, "dW", mistakes={"this is the transpose of A B": (a @ b).T})
+    return "a matrix of m x m numbers from 2 m r, and its rank is at most r."
+
+
+@exercise
+def residual_linear(answer: Callable) -> str:
+    """``answer(x, W, bias, A, B)`` with x (batch, N, m): (W + A B) x + bias for each of the N positions."""
+    x, weight, bias = random(2, 5, 6), random(6, 6, seed=1), random(6, seed=2)
+    a, b = random(6, 2, seed=3), random(2, 6, seed=4)
+    wrong = {
+        "the residual is missing": functional.linear(x, weight, bias),
+        "the bias is missing": functional.linear(x, weight + a @ b),
+        "the bias belongs to W alone: it is counted twice": functional.linear(x, weight + a @ b, 2 * bias),
+        "x is a row here, so the weights are transposed: x @ W.T": x @ (weight + a @ b) + bias,
+    }
+    right = functional.linear(x, weight + a @ b, bias)
+    same(call(answer, x, weight, bias, a, b), right, "the output", mistakes=wrong, atol=1e-4)
+    return "W x + A (B x) is the same as (W + A B) x, and never needs the m x m matrix."
+
+
+@exercise
+def residual_convolution(answer: Callable) -> str:
+    """``answer(x, A, B)`` with x (batch, m, h, w): A (B x) at every position, as a 1x1 convolution does."""
+    x, a, b = random(2, 6, 3, 4), random(6, 2, seed=1), random(2, 6, seed=2)
+    right = torch.einsum("mr,rn,bnhw->bmhw", a, b, x)
+    same(call(answer, x, a, b), right, "A (B x)", mistakes={"A B is transposed": torch.einsum("mr,rn,bmhw->bnhw", a, b, x)}, atol=1e-4)
+    return "a 1x1 convolution is the same matrix at every position."
+
+
+@exercise
+def rank_of(answer: Callable) -> str:
+    """``answer(width, fraction)``: the rank, a whole number of at least 1."""
+    for width, fraction, right in ((320, 0.05, 16), (1280, 0.05, 64), (64, 0.05, 3), (8, 0.05, 1)):
+        found = call(answer, width, fraction)
+        require(isinstance(found, int), f"the rank of width {width} should be a whole number (int), but is {found!r}.")
+        same(found, right, f"the rank of width {width} at {fraction:.0%}")
+    return "16 of 320, 64 of 1280, and never less than one."
+
+
+@exercise
+def parameter_count(answer: Callable) -> str:
+    """``answer(widths, fraction)``: how many numbers the residuals of layers of these widths hold together."""
+    for widths in ([320], [320] * 5 + [640] * 5 + [1280] * 6):
+        ranks = [int(0.05 * width) for width in widths]
+        right = sum(2 * width * rank for width, rank in zip(widths, ranks, strict=True))
+        wrong = {
+            "this counts only one of the two matrices": right // 2,
+            "this counts the full matrices": sum(width * width for width in widths),
+            "this counts every width once": sum(2 * width * int(0.05 * width) for width in set(widths)),
+        }
+        same(call(answer, widths, 0.05), right, f"the number for {len(widths)} layers", mistakes=wrong if len(widths) > 1 else None)
+    return f"{right:,} for the sixteen layers of Stable Diffusion 1.4."
+
+
+@exercise
+def fold(answer: Callable) -> str:
+    """``answer(W, A, B, scale)`` with a convolution's W (m, m, 1, 1): the weight with the residual folded in."""
+    weight, a, b = random(6, 6, 1, 1), random(6, 2, seed=1), random(2, 6, seed=2)
+    for scale in (1.0, 0.5, 0.0):
+        full = (a @ b)[:, :, None, None]
+        wrong = {"the scale is missing": weight + full, "the scale belongs to A B, not to W": scale * (weight + full)}
+        found = call(answer, weight, a, b, scale)
+        same(found, weight + scale * full, f"the folded weight at scale {scale}", mistakes=None if scale == 1 else wrong)
+    return "after folding, sampling costs exactly what it did, and subtracting the same matrix unfolds it."
+
+
+@exercise
+def energy(answer: Callable) -> str:
+    """``answer(singular_values, rank)``: the share of a matrix's energy (squared norm) in its first `rank` directions."""
+    values = torch.tensor([4.0, 2.0, 1.0, 0.5])
+    for rank in (1, 2, 4):
+        right = float((values[:rank] ** 2).sum() / (values**2).sum())
+        wrong = {"the squares are missing: energy is the sum of squared singular values": float(values[:rank].sum() / values.sum())}
+        same(call(answer, values, rank), right, f"the share at rank {rank}", mistakes=wrong if rank < 4 else None)
+    return "the best approximation of rank r keeps the r largest singular values."
+
+
+@exercise
+def loss(answer: Callable) -> str:
+    """``answer(prediction, target)``: the mean squared error over everything, one number."""
+    prediction, target = random(2, 4, 3, 3), random(2, 4, 3, 3, seed=1)
+    error = prediction - target
+    wrong = {
+        "this is the sum, not the mean": (error**2).sum(),
+        "this is the mean of the absolute error": error.abs().mean(),
+        "this is the root of the mean squared error": (error**2).mean().sqrt(),
+        "the squares are missing": error.mean(),
+    }
+    same(call(answer, prediction, target), float((error**2).mean()), "the loss", mistakes={s: float(v) for s, v in wrong.items()})
+    return "one mean over batch, channels and positions."
+
+
+@exercise
+def losses_by_noise_level(answer: Callable) -> str:
+    """``answer(losses, timesteps, edges)``: the mean loss of each bin edges[i] <= t < edges[i + 1], as a tensor."""
+    losses = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
+    timesteps, edges = torch.tensor([0, 100, 499, 500, 999]), [0, 100, 500, 1000]
+    wrong = {
+        "these are sums, not means": torch.tensor([1.0, 6.0, 24.0]),
+        "a step on an edge belongs to the bin that begins there": torch.tensor([1.5, 6.0, 16.0]),
+    }
+    same(call(answer, losses, timesteps, edges), torch.tensor([1.0, 3.0, 12.0]), "the mean of each bin", mistakes=wrong)
+    return "the loss falls from step to step, but it differs far more from one noise level to the next."
+
+
+@exercise
+def smoothed(answer: Callable) -> str:
+    """``answer(losses, width)``: the mean of each `width` neighboring losses, as a tensor of n - width + 1 numbers."""
+    losses = torch.tensor([1.0, 3.0, 5.0, 1.0, 2.0])
+    for width in (1, 2, 5):
+        right = losses.unfold(0, width, 1).mean(-1)
+        same(call(answer, losses, width), right, f"the mean over {width}", mistakes={"these are sums": right * width} if width > 1 else None)
+    return "single losses jump with the noise level that was drawn; means show the trend."

@@ -1,0 +1,99 @@
+"""Exercises in notebooks: find them, and prove that every solution passes and every given wrong answer is refused."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import nbformat
+from nbformat import NotebookNode
+
+UNANSWERED, CORRECT = "Not answered yet", "Correct"
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """One exercise: a Markdown cell with statement, hint and folded solution, and the reader's code cell after it."""
+
+    number: str
+    position: int
+    """Index of the reader's code cell."""
+    text: str
+    solution: str
+    check: str
+    """The lines of the reader's cell from the first one that begins with ``check.``"""
+    wrong: tuple[str, ...]
+
+
+def exercises(notebook: NotebookNode) -> list[Exercise]:
+    """The exercises of a notebook, in order.
+
+    Raises
+    ------
+    ValueError
+        If one is not built as it must be: the sentence says which, and what is missing.
+    """
+    found = []
+    for index, cell in enumerate(notebook.cells):
+        heading = re.match(r"### Exercise (\d+\.\d+)", cell.source) if cell.cell_type == "markdown" else None
+        if heading is None:
+            continue
+        number, text = heading.group(1), cell.source
+        reader = notebook.cells[index + 1] if index + 1 < len(notebook.cells) else None
+        if reader is None or reader.cell_type != "code" or "exercise" not in reader.metadata.get("tags", []):
+            raise ValueError(f"exercise {number}: the next cell must be a code cell with the tag 'exercise'")
+        for part, pattern in {
+            "a line '**Difficulty:** ●○○ · **Minutes:** 5'": r"\*\*Difficulty:\*\* [●○]{3} · \*\*Minutes:\*\* \d+",
+            "a hint '<details><summary>Hint</summary> … </details>'": r"<details>\s*<summary>Hint</summary>.+?</details>",
+            "a folded solution with a ```python block": r"<details>\s*<summary>Solution</summary>.+?```python\n.+?```.*?</details>",
+        }.items():
+            if not re.search(pattern, text, re.DOTALL):
+                raise ValueError(f"exercise {number}: its text lacks {part}")
+        solution = re.search(r"<summary>Solution</summary>.+?```python\n(.+?)\n```", text, re.DOTALL)
+        check = re.search(r"^check\..*", reader.source, re.MULTILINE | re.DOTALL)
+        wrong = tuple(reader.metadata.get("persres", {}).get("wrong", []))
+        if check is None or not wrong:
+            raise ValueError(f"exercise {number}: its cell needs a line 'check.…(…)', and metadata.persres.wrong a wrong answer")
+        assert solution is not None  # the pattern above has found it
+        found.append(Exercise(number, index + 1, text, solution.group(1), check.group(0), wrong))
+    return found
+
+
+def with_solutions(notebook: NotebookNode) -> NotebookNode:
+    """A copy of the notebook in which each exercise cell is followed by its wrong answers and then by its solution.
+
+    Each wrong answer stands in a cell of its own that fails unless the check refuses it with an AssertionError.
+    """
+    result = nbformat.from_dict(notebook)
+    for exercise in reversed(exercises(notebook)):
+        cells = [_refused(exercise, number, wrong) for number, wrong in enumerate(exercise.wrong, start=1)]
+        solved = nbformat.v4.new_code_cell(f"{exercise.solution}\n{exercise.check}", metadata={"persres": {"solution": exercise.number}})
+        result.cells[exercise.position + 1 : exercise.position + 1] = [*cells, solved]
+    return result
+
+
+def unproved(executed: NotebookNode) -> list[str]:
+    """What an executed `with_solutions` notebook did not say: each stub 'Not answered yet', each solution 'Correct'."""
+    problems = []
+    for cell in executed.cells:
+        if cell.cell_type != "code":
+            continue
+        printed = "".join(output.get("text", "") for output in cell.outputs if output.output_type == "stream")
+        solution = cell.metadata.get("persres", {}).get("solution")
+        if "exercise" in cell.metadata.get("tags", []) and UNANSWERED not in printed:
+            problems.append(f"the exercise cell {cell.source.splitlines()[0]!r} does not print {UNANSWERED!r}")
+        if solution and CORRECT not in printed:
+            problems.append(f"the solution of exercise {solution} does not print {CORRECT!r}")
+    return problems
+
+
+def _refused(exercise: Exercise, number: int, wrong: str) -> NotebookNode:
+    return nbformat.v4.new_code_cell(
+        f"""try:
+    exec({wrong!r}, globals())
+    exec({exercise.check!r}, globals())
+except AssertionError as refusal:
+    print("Refused:", refusal)
+else:
+    raise RuntimeError("exercise {exercise.number}: wrong answer {number} was accepted")"""
+    )

@@ -1,0 +1,153 @@
+"""Every check accepts a right answer, refuses wrong ones with the sentence that helps, and waits for an unanswered one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from persres_lite import check
+
+
+def _frozen(module):
+    module.requires_grad_(False)
+    module.eval()
+
+
+def _by_level(losses, timesteps, edges):
+    bins = zip(edges[:-1], edges[1:], strict=True)
+    return torch.stack([losses[(timesteps >= low) & (timesteps < high)].mean() for low, high in bins])
+
+
+def _otsu(values):
+    best, mask = -1.0, None
+    for cut in values.unique()[:-1]:
+        high = values > cut
+        between = high.float().mean() * (~high).float().mean() * (values[high].mean() - values[~high].mean()) ** 2
+        if between > best:
+            best, mask = between, high
+    return mask.float()
+
+
+def _attention(q, k, tokens):
+    return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)[..., tokens].sum(-1).mean(0)
+
+
+RIGHT = {
+    "add_noise": lambda z, n, a: a**0.5 * z + (1 - a) ** 0.5 * n,
+    "predict_clean": lambda z, n, a: (z - (1 - a) ** 0.5 * n) / a**0.5,
+    "ddim_step": lambda z, n, a, b: b**0.5 * (z - (1 - a) ** 0.5 * n) / a**0.5 + (1 - b) ** 0.5 * n,
+    "v_target": lambda z, n, a: a**0.5 * n - (1 - a) ** 0.5 * z,
+    "guidance": lambda u, c, s: u + s * (c - u),
+    "freeze": _frozen,
+    "delta": lambda a, b: a @ b,
+    "residual_linear": lambda x, w, bias, a, b: functional.linear(x, w + a @ b, bias),
+    "residual_convolution": lambda x, a, b: functional.conv2d(x, (a @ b)[:, :, None, None]),
+    "rank_of": lambda width, fraction: max(1, int(width * fraction)),
+    "parameter_count": lambda widths, fraction: sum(2 * w * int(w * fraction) for w in widths),
+    "fold": lambda w, a, b, s: w + s * (a @ b)[:, :, None, None],
+    "energy": lambda s, r: (s[:r] ** 2).sum() / (s**2).sum(),
+    "loss": functional.mse_loss,
+    "losses_by_noise_level": _by_level,
+    "smoothed": lambda x, width: x.unfold(0, width, 1).mean(-1),
+    "attention_map": _attention,
+    "as_picture": lambda flat, h, w: flat.reshape(-1, h, w),
+    "iou": lambda m, t: (m & t).sum() / (m | t).sum(),
+    "pointing": lambda a, t: t.flatten()[a.argmax()],
+    "median_mask": lambda m: (m > m.flatten(1).median(1).values[:, None, None]).float(),
+    "otsu": _otsu,
+    "quantile_mask": lambda m, share: (m > m.quantile(1 - share)).float(),
+    "blend": lambda f, g, m: (1 - m[:, None]) * f + m[:, None] * g,
+    "weights": lambda m: m / m.sum(0).clamp(min=1),
+    "background_distance": lambda a, b, m: (a - b).abs()[:, ~m].mean(),
+}
+
+WRONG = [  # check, answer, a part of the sentence
+    ("add_noise", lambda z, n, a: a * z + (1 - a) * n, "square roots are missing"),
+    ("add_noise", lambda z, n, a: (a**0.5 * z + (1 - a) ** 0.5 * n).sum(), "shape"),
+    ("add_noise", lambda z, n, a: z.mul_(a**0.5).add_((1 - a) ** 0.5 * n), "in place"),
+    ("predict_clean", lambda z, n, a: z - (1 - a) ** 0.5 * n, "divide by sqrt"),
+    ("ddim_step", lambda z, n, a, b: (z - (1 - a) ** 0.5 * n) / a**0.5, "noise it again"),
+    ("v_target", lambda z, n, a: (1 - a) ** 0.5 * z - a**0.5 * n, "sign"),
+    ("guidance", lambda u, c, s: c + s * (c - u), "unconditional prediction, not the conditional"),
+    ("freeze", lambda module: module.requires_grad_(False), "training mode"),
+    ("freeze", lambda module: module.eval(), "0.weight"),
+    ("delta", lambda a, b: b @ a, "B A"),
+    ("delta", lambda a, b: (a @ b).T, "transpose"),
+    ("residual_linear", lambda x, w, bias, a, b: functional.linear(x, w, bias), "residual is missing"),
+    ("residual_convolution", lambda x, a, b: functional.conv2d(x, (a @ b).T[:, :, None, None].contiguous()), "transposed"),
+    ("rank_of", lambda width, fraction: width * fraction, "whole number"),
+    ("rank_of", lambda width, fraction: int(width * fraction), "width 8"),
+    ("parameter_count", lambda widths, fraction: sum(2 * w * int(w * fraction) for w in set(widths)), "every width once"),
+    ("fold", lambda w, a, b, s: w + (a @ b)[:, :, None, None], "scale is missing"),
+    ("fold", lambda w, a, b, s: w[:, :, 0, 0] + s * a @ b, "(6, 6, 1, 1), but has (6, 6)"),
+    ("energy", lambda s, r: s[:r].sum() / s.sum(), "squares are missing"),
+    ("loss", lambda p, t: ((p - t) ** 2).sum(), "sum, not the mean"),
+    ("loss", lambda p, t: (p - t) ** 2, "one number"),
+    ("losses_by_noise_level", lambda x, t, e: _by_level(x, t, e) * torch.tensor([1, 2, 2]), "sums, not means"),
+    ("smoothed", lambda x, width: x.unfold(0, width, 1).sum(-1), "sums"),
+    ("attention_map", lambda q, k, tokens: (q @ k.mT).softmax(-1)[..., tokens].sum(-1).mean(0), "square root of d_k"),
+    ("attention_map", lambda q, k, tokens: _attention(q, k, tokens) / 2, "summed, not averaged"),
+    ("as_picture", lambda flat, h, w: flat.view(-1, w, h).mT, "rows"),
+    ("iou", lambda m, t: (m & t).sum() / m.sum(), "size of the mask"),
+    ("iou", lambda m, t: m.nothing, "AttributeError"),
+    ("pointing", lambda a, t: True, "should be False"),
+    ("pointing", lambda a, t: False, "should be True"),
+    ("median_mask", lambda m: (m > m.median()).float(), "its own median"),
+    ("otsu", lambda v: (v > v.median()).float(), "median"),
+    ("quantile_mask", lambda m, share: (m < m.quantile(share)).float(), "lowest"),
+    ("blend", lambda f, g, m: m[:, None] * f + (1 - m[:, None]) * g, "exchanged"),
+    ("blend", lambda f, g, m: torch.where(m[:, None] == 1, g, f), "one half"),
+    ("weights", lambda m: m / 2, "single mask"),
+    ("background_distance", lambda a, b, m: (a - b).abs().mean(), "not left out"),
+]
+
+
+def test_every_check_has_a_right_and_a_wrong_answer():
+    valued = {"share", "choice"}  # they take a value, below
+    assert set(RIGHT) | valued == set(check.__all__)
+    assert {name for name, _, _ in WRONG} == set(RIGHT)
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_answers_are_accepted(name, capsys):
+    getattr(check, name)(RIGHT[name])
+    assert capsys.readouterr().out.startswith("Correct: ")
+
+
+@pytest.mark.parametrize(("name", "answer", "sentence"), WRONG)
+def test_wrong_answers_are_refused_with_the_sentence_that_helps(name, answer, sentence, capsys):
+    with pytest.raises(AssertionError) as refusal:
+        getattr(check, name)(answer)
+    assert sentence in str(refusal.value)
+    assert "Correct" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(set(RIGHT) - {"freeze"}))
+def test_unanswered_stubs_are_only_remarked_upon(name, capsys):
+    getattr(check, name)(lambda *arguments: ...)
+    getattr(check, name)(lambda *arguments: 2.0 * ...)
+    getattr(check, name)(...)
+    assert capsys.readouterr().out.count("Not answered yet") == 3
+
+
+def test_values_are_checked_too(capsys):
+    check.share(0.144, 1_239_040, 859_520_964)
+    check.choice("B", "b", "because.")
+    check.share(..., 1, 2)
+    assert capsys.readouterr().out.splitlines()[1:2] == ["Correct: because."]
+    with pytest.raises(AssertionError, match="percent"):
+        check.share(0.00144, 1_239_040, 859_520_964)
+    with pytest.raises(AssertionError, match="not a"):
+        check.choice("a", "b", "because.")
+
+
+def test_not_a_number_and_not_a_tensor_are_named():
+    with pytest.raises(AssertionError, match="NaN"):
+        check.loss(lambda p, t: float("nan"))
+    with pytest.raises(AssertionError, match="should be a tensor, but is a float"):
+        check.blend(lambda f, g, m: 0.5)
+    with pytest.raises(AssertionError, match="returns nothing"):
+        check.blend(lambda f, g, m: None)
+    with pytest.raises(AssertionError, match="expected a function, but got a float"):
+        check.blend(0.5)
