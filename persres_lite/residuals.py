@@ -22,6 +22,7 @@ from torch import nn
 
 from persres_lite.files import read_tensors, write_tensors
 from persres_lite.projections import add_low_rank, find_proj_outs, plain_layer, structure, unet_of
+from persres_lite.rare_token import ENCODERS, rare_token_attached
 
 FORMAT = "personalized-residuals"
 VERSION = 1
@@ -53,8 +54,12 @@ class Residuals:
         By module name: A (m, r), B (r, m).
     metadata : dict of str to str
         What the file will say: format, version, structure, rank, init, seed; training adds base, token, macro_class.
+    rows : dict of str to Parameter
+        V*'s learned embedding by text encoder, (pieces, width). Empty unless training was asked for it.
     history : list of float
         The loss of each training step.
+    samples : dict of int to picture
+        What training drew on request, by step; not saved.
 
     Raises
     ------
@@ -92,7 +97,9 @@ class Residuals:
             "init": init,
             "seed": str(seed),
         }
+        self.rows: dict[str, nn.Parameter] = {}
         self.history: list[float] = []
+        self.samples: dict[int, Any] = {}
         self._folded: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []  # weight, before, after
 
     @property
@@ -104,11 +111,14 @@ class Residuals:
         """How many numbers are learned: the sum of 2 m r (1,239,040 for SD 1.x and 2.x, 1,187,840 for SDXL at 5 %)."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """All A and B, layer by layer, and V*'s rows where they learn, named as in the file."""
+        named = {f"{name}.{factor}": p for name in self.A for factor, p in (("A", self.A[name]), ("B", self.B[name]))}
+        return named | {f"{encoder}.rows": rows for encoder, rows in self.rows.items()}
+
     def parameters(self) -> Iterator[nn.Parameter]:
-        """All A and B, layer by layer, for an optimizer."""
-        for name in self.A:
-            yield self.A[name]
-            yield self.B[name]
+        """The values of `named_parameters`, for an optimizer."""
+        yield from self.named_parameters().values()
 
     def to(self, device: torch.device | str) -> Residuals:
         """Move the factors in place, so that an optimizer keeps its hold on them; returns self."""
@@ -165,6 +175,8 @@ class Residuals:
             for name, module in self.layers_in(base).items():
                 hook = partial(_add_residual, A=self.A[name], B=self.B[name], scale=scale)
                 hooks.callback(module.register_forward_hook(hook).remove)
+            if scale != 0:
+                hooks.enter_context(rare_token_attached(base, self.metadata.get("token", ""), self.rows))
             yield self
 
     @torch.no_grad()
@@ -202,8 +214,8 @@ class Residuals:
         self._folded = []
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write one safetensors file with tensors '<module>.A' and '<module>.B' and the metadata; returns its path."""
-        tensors = {f"{name}.A": A for name, A in self.A.items()} | {f"{name}.B": B for name, B in self.B.items()}
+        """Write one safetensors file, tensors named as in `named_parameters`, with the metadata; returns its path."""
+        tensors: dict[str, torch.Tensor] = dict(self.named_parameters())
         metadata = {key: str(value) for key, value in self.metadata.items()}
         return write_tensors(path, tensors, metadata | {"history": json.dumps(self.history)})
 
@@ -233,6 +245,7 @@ class Residuals:
                 f"this one has {here}."
             )
         widths = {name: plain_layer(module).weight.shape[0] for name, module in find_proj_outs(unet).items()}
+        rows = {encoder: tensors.pop(f"{encoder}.rows") for encoder in ENCODERS if f"{encoder}.rows" in tensors}
         expected = {f"{name}.{factor}" for name in widths for factor in "AB"}
         for difference, names in (("lacks", expected - set(tensors)), ("has an extra", set(tensors) - expected)):
             if names:
@@ -248,6 +261,8 @@ class Residuals:
         for name in widths:
             residuals.A[name].data.copy_(tensors[f"{name}.A"])
             residuals.B[name].data.copy_(tensors[f"{name}.B"])
+        device = next(residuals.parameters()).device
+        residuals.rows = {encoder: nn.Parameter(row.float().to(device)) for encoder, row in rows.items()}
         residuals.history = json.loads(metadata.pop("history", "[]"))
         residuals.metadata = metadata
         return residuals

@@ -1,0 +1,282 @@
+"""personalize(): learn a concept's residuals on a frozen base from a few pictures and one word.
+
+What is computed once: the pictures' latents, as they are and mirrored, and the prompt's text features. What is left
+for each step is one pass of the U-Net forward and one backward, and the backward is cheap twice over: frozen weights
+ask for no gradient, and below the first residual there is no graph at all. Adam, no weight decay, a constant rate,
+pictures mirrored at random: the paper names the loss, the rate, the batch and the steps, and leaves the rest open.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from PIL import Image
+from tqdm.auto import tqdm
+
+from persres_lite.bases import entry
+from persres_lite.checkpoint import State, read_checkpoint, restore, snapshot, write_checkpoint
+from persres_lite.concepts import Concept
+from persres_lite.images import square_crop
+from persres_lite.objective import TrainingSet, diffusion_loss, encode_images, encode_prompt
+from persres_lite.rare_token import rare_token_rows
+from persres_lite.residuals import Residuals
+
+HALF: dict[str | None, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
+CHECKPOINT_EVERY = 25  # steps; the file is a few megabytes, and at most this much work is lost
+
+
+class Diverged(RuntimeError):
+    """The loss or a gradient is no longer finite. `residuals` holds the last good state."""
+
+    def __init__(self, message: str, residuals: Residuals):
+        super().__init__(message)
+        self.residuals = residuals
+
+
+def personalize(
+    base: Any,
+    concept: Concept,
+    *,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    rank: float | None = None,
+    seed: int = 0,
+    init: str = "lora",
+    on_step: Callable[[int, float, Residuals], None] | None = None,
+    checkpoint: str | Path | None = None,
+    sample_every: int | None = None,
+    train_token: bool = False,
+    masked_loss: bool = False,
+    gradient_checkpointing: bool = False,
+    mixed_precision: str | None = None,
+    progress: bool = True,
+) -> Residuals:
+    """Learn the residuals of a concept: min over A, B of E || target - model(z_t, t, "a photo of a V* class") ||^2.
+
+    Only A and B learn. Every parameter of the base stays what it is, and its modules, hooks and switches are afterwards
+    what they were. On a CPU the same arguments give the same tensors, bit for bit.
+
+    Parameters
+    ----------
+    base
+        The pipeline from ``load_base``.
+    concept
+        The reference pictures and their words; no further pictures of the class are used.
+    steps, batch_size, lr, rank
+        None takes the base's recipe: for Stable Diffusion the paper's 150, 4, 1e-3 and 0.05. `rank` is a fraction of
+        each layer's width, or a whole number.
+    seed
+        Of the initialization and of every random draw.
+    init
+        "lora": dW(0) = 0. "random": both factors random, see ``Residuals``.
+    on_step
+        Called as ``on_step(step, loss, residuals)`` after each step, counted from 1.
+    checkpoint
+        A file. Every 25 steps, when interrupted and at the end, the state is written there; the same call with the same
+        file goes on from it and ends in the same tensors. With larger `steps` a finished training goes on.
+    sample_every
+        Every so many steps a picture of the training prompt is made, always from the noise of `seed`, and kept in the
+        result's ``samples`` (a dict, by step).
+    train_token
+        V*'s embedding learns too, in every text encoder, at the same rate. Slower: the text is encoded at each step.
+    masked_loss
+        Only the object counts; needs the concept's masks.
+    gradient_checkpointing
+        Less memory for about a third more time (diffusers' non-reentrant kind).
+    mixed_precision
+        "fp16" or "bf16": autocast. A, B and Adam stay in fp32, whatever the base's precision; fp16 scales the loss.
+    progress
+        Show a bar with the loss.
+
+    Returns
+    -------
+    Residuals
+        With ``history``, the loss of each step, and in ``metadata`` the base, token and macro class.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, masks are asked for and missing, or `checkpoint` belongs to another training.
+    Diverged
+        If the loss or a gradient is no longer finite. The last good state is in the error, and in `checkpoint`.
+    KeyboardInterrupt
+        Passed on, after the state is written to `checkpoint` if given.
+    """
+    known = entry(base)
+    given = {"steps": steps, "batch_size": batch_size, "lr": lr, "rank": rank}
+    recipe = known.recipe | {name: value for name, value in given.items() if value is not None}
+    _check(recipe, sample_every, mixed_precision)
+    residuals = Residuals(base.unet, rank=recipe["rank"], init=init, seed=seed)
+    residuals.metadata.update(base=known.name, token=concept.token, macro_class=concept.macro_class)
+    if train_token:
+        residuals.rows = rare_token_rows(base, concept.token)
+    data, digest = _prepare(base, concept, known.size, masked_loss)
+    settings = {
+        **{name: recipe[name] for name in ("batch_size", "lr", "rank")},
+        "base": known.name,
+        "pictures": digest,
+        "words": str(concept),
+        "seed": seed,
+        "init": init,
+        "train_token": train_token,
+        "masked_loss": masked_loss,
+        "mixed_precision": mixed_precision,
+    }
+    unet = base.unet
+    learned = residuals.named_parameters()
+    state = State(
+        parameters=learned,
+        optimizer=torch.optim.Adam(learned.values(), lr=recipe["lr"]),
+        generator=torch.Generator().manual_seed(seed),
+        scaler=torch.amp.GradScaler(unet.device.type, enabled=torch.float16 in (unet.dtype, HALF.get(mixed_precision))),
+        history=residuals.history,
+    )
+    if checkpoint is not None and Path(checkpoint).exists():
+        restore(state, read_checkpoint(checkpoint, settings))
+        if len(state.history) > recipe["steps"]:
+            raise ValueError(f"{checkpoint} already has {len(state.history)} steps: ask for at least as many.")
+    scheduler = DDPMScheduler.from_config(base.scheduler.config)  # training's, whatever samples later
+    done, title = len(state.history), f"personalize {concept}"
+    bar = tqdm(total=recipe["steps"], initial=done, desc=title, unit="step", disable=not progress)
+    good = snapshot(state)
+    if checkpoint is not None:
+        write_checkpoint(checkpoint, good, settings)  # a place that cannot be written to is better known now
+    encode = partial(encode_prompt, base, concept.training_prompt, known.size)
+    with torch.no_grad():
+        text = encode()
+    with bar, _ready(unet, gradient_checkpointing), residuals.attached(base):
+        try:
+            while len(state.history) < recipe["steps"]:
+                condition = encode() if train_token else text
+                loss = _step(unet, scheduler, data, condition, state, recipe["batch_size"], HALF.get(mixed_precision))
+                good = snapshot(state)
+                step = len(state.history)
+                if checkpoint is not None and step % CHECKPOINT_EVERY == 0:
+                    write_checkpoint(checkpoint, good, settings)
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.3f}")
+                if sample_every and step % sample_every == 0:
+                    residuals.samples[step] = _sample(base, concept.training_prompt, known.sampling, seed)
+                if on_step is not None:
+                    on_step(step, loss, residuals)
+        except FloatingPointError as error:
+            where = "this error's .residuals" if checkpoint is None else f"{checkpoint} and this error's .residuals"
+            raise Diverged(
+                f"{error} at step {len(state.history) + 1}: try a rate below {recipe['lr']:g}; "
+                f"the last good state is in {where}.",
+                residuals,
+            ) from None
+        finally:  # the end, an error, or an interruption in the middle of a step: what counts is the last whole step
+            state.optimizer.zero_grad()
+            restore(state, good)
+            if checkpoint is not None:
+                write_checkpoint(checkpoint, good, settings)
+    return residuals
+
+
+def _check(recipe: dict[str, Any], sample_every: int | None, mixed_precision: str | None) -> None:
+    for name in ("steps", "batch_size"):
+        if recipe[name] < 1:
+            raise ValueError(f"{name} must be at least 1, not {recipe[name]}.")
+    if not 0 < recipe["lr"] < math.inf:
+        raise ValueError(f"lr must be a positive number, not {recipe['lr']}: the paper's is 1e-3.")
+    if sample_every is not None and sample_every < 1:
+        raise ValueError(f"sample_every must be at least 1, not {sample_every}; None makes no samples.")
+    if mixed_precision is not None and mixed_precision not in HALF:
+        raise ValueError(f"Unknown mixed_precision {mixed_precision!r}: choose 'fp16', 'bf16' or None.")
+
+
+def _prepare(base: Any, concept: Concept, size: int, masked_loss: bool) -> tuple[TrainingSet, str]:
+    """The concept's latents, and a digest by which a checkpoint knows its pictures."""
+    if not concept.images:
+        raise ValueError(f"The concept {concept.name} has no pictures: give three to five.")
+    if masked_loss and concept.masks is None:
+        raise ValueError(f"masked_loss needs masks, and {concept.name} has none: put them into masks/ beside the pictures.")
+    if concept.masks is None:
+        images, masks = [square_crop(image, size) for image in concept.images], None
+    else:  # around the object
+        pairs = zip(concept.images, concept.masks, strict=True)
+        images, masks = zip(*(square_crop(image, size, mask) for image, mask in pairs), strict=True)
+    mean, std = encode_images(base, images)
+    weights = None
+    if masked_loss:
+        marked = torch.from_numpy(np.stack([np.asarray(mask, dtype=np.float32) for mask in masks]) / 255)[:, None]
+        marked = F.interpolate(marked, size=mean.shape[-2:], mode="area")  # (n, 1, h, w)
+        weights = torch.stack([marked, marked.flip(-1)])
+    digest = hashlib.sha256()
+    for picture in (*images, *(masks if masked_loss else ())):
+        digest.update(picture.tobytes())
+    return TrainingSet(mean, std, weights), digest.hexdigest()[:16]
+
+
+def _step(
+    unet: Any,
+    scheduler: Any,
+    data: TrainingSet,
+    condition: dict[str, Any],
+    state: State,
+    batch_size: int,
+    autocast: torch.dtype | None,
+) -> float:
+    """One step of Adam on one batch; returns the loss. Raises FloatingPointError before it would spoil what learns."""
+    device, generator = unet.device, state.generator
+    latents, weights = data.draw(batch_size, generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (batch_size,), generator=generator)
+    latents, noise, timesteps = latents.to(device), noise.to(device), timesteps.to(device)
+    weights = None if weights is None else weights.to(device)
+    state.optimizer.zero_grad()
+    with torch.autocast(device.type, autocast, enabled=autocast is not None):
+        loss = diffusion_loss(unet, scheduler, latents, condition, noise, timesteps, weights)
+    state.scaler.scale(loss).backward()
+    value = loss.item()
+    if not math.isfinite(value):
+        raise FloatingPointError(f"The loss became {value}")
+    if state.scaler.is_enabled():  # a step whose gradients overflow fp16 is left out, and the scale is halved
+        overflowing = state.scaler.get_scale() < 1
+    else:
+        overflowing = not all(bool(p.grad.isfinite().all()) for p in state.parameters.values() if p.grad is not None)
+    if overflowing:
+        raise FloatingPointError("The gradient became infinite or NaN")
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.history.append(value)
+    return value
+
+
+@contextmanager
+def _ready(unet: Any, gradient_checkpointing: bool) -> Iterator[None]:
+    """Frozen and in evaluation mode for the duration, then again whatever it was."""
+    training, learning = unet.training, [p for p in unet.parameters() if p.requires_grad]
+    switched = gradient_checkpointing and not unet.is_gradient_checkpointing
+    unet.eval().requires_grad_(False)
+    if switched:
+        unet.enable_gradient_checkpointing()  # non-reentrant: with the other kind A and B would get no gradient
+    try:
+        yield
+    finally:
+        if switched:
+            unet.disable_gradient_checkpointing()
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        unet.train(training)
+
+
+def _sample(base: Any, prompt: str, sampling: dict[str, Any], seed: int) -> Image.Image:
+    quiet = dict(getattr(base, "_progress_bar_config", {}))
+    base.set_progress_bar_config(**{**quiet, "disable": True})
+    try:
+        return base(prompt, generator=torch.Generator().manual_seed(seed), **sampling).images[0]
+    finally:
+        base.set_progress_bar_config(**quiet)
