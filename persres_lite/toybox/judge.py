@@ -7,9 +7,15 @@ beside it.
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
+from transformers import ResNetModel
 
 from .world import CLASSES, COLORS, PATTERNS, PLACES, STYLES, Scene
 
@@ -73,3 +79,47 @@ class Readings(nn.Module):
         maps = torch.cat([F.interpolate(h, size=(16, 16), mode="bilinear") for h in hidden], 1)
         out["mask"] = self.where(maps)[:, 0]
         return out
+
+
+class Judge:
+    """Reads Toybox pictures: what is in them, where the toy is, and whether two show the same one.
+
+    Parameters
+    ----------
+    data : the project's data folder, with ``toybox-dino`` and ``toybox-clip`` in it.
+    """
+
+    def __init__(self, data: str | Path = "data"):
+        folder = Path(data) / "toybox-dino"
+        if not (folder / "readings.safetensors").is_file():
+            raise FileNotFoundError(f"{folder} holds no judge: run `make pretrain`, or take the project's data folder.")
+        self.encoder = ResNetModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+        self.readings = Readings(self.encoder.config).eval().requires_grad_(False)
+        state = load_file(folder / "readings.safetensors")
+        self.readings.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in state.items()})
+
+    def _hidden(self, images: list[Image.Image]) -> list[torch.Tensor]:
+        arrays = [np.asarray(image.convert("RGB").resize((64, 64), Image.Resampling.BOX)) for image in images]
+        x = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+        return self.encoder(x, output_hidden_states=True).hidden_states
+
+    @torch.no_grad()
+    def read(self, images: list[Image.Image]) -> list[dict]:
+        """For each picture, the most likely value of every reading; under "pair" the two likeliest classes, as a set."""
+        logits = self.readings(self._hidden(images))
+        rows = []
+        for i in range(len(images)):
+            row = {name: values[logits[name][i].argmax()] for name, values in READINGS.items()}
+            row["pair"] = {CLASSES[k] for k in logits["present"][i].topk(2).indices}
+            rows.append(row)
+        return rows
+
+    @torch.no_grad()
+    def where(self, images: list[Image.Image]) -> torch.Tensor:
+        """Probability that each sixteenth of a side is toy: (n, 16, 16)."""
+        return self.readings(self._hidden(images))["mask"].sigmoid()
+
+    @torch.no_grad()
+    def identity(self, images: list[Image.Image]) -> torch.Tensor:
+        """(n, 256) unit vectors, nearer for two views of one toy than for two toys of one class."""
+        return F.normalize(self._hidden(images)[-1].mean((2, 3)), dim=-1)

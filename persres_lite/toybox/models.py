@@ -14,6 +14,7 @@ from .world import RARE_TOKENS, vocabulary
 
 MAX_LENGTH = 24  # tokens of a prompt, start and end included
 TEXT_WIDTH = 128
+LATENT_CHANNELS = 6  # the best linear code of 4 x 4 pixels has 22.0 dB with 4 numbers, 24.2 with 6, 25.5 with 8
 
 
 def make_tokenizer() -> CLIPTokenizer:
@@ -75,13 +76,13 @@ def make_identity_encoder() -> ResNetModel:
 
 
 def make_autoencoder() -> AutoencoderTiny:
-    """64 x 64 x 3 to 16 x 16 x 4 and back. No residual block at full resolution, where it would cost most and learn least."""
+    """64 x 64 x 3 to 16 x 16 x 6 and back. No residual block at full resolution, where it would cost most and learn least."""
     return AutoencoderTiny(
         encoder_block_out_channels=(48, 48, 48),
         decoder_block_out_channels=(48, 48, 48),
         num_encoder_blocks=(0, 2, 3),
         num_decoder_blocks=(3, 2, 0),
-        latent_channels=4,
+        latent_channels=LATENT_CHANNELS,
         scaling_factor=1.0,
     ).to(memory_format=torch.channels_last)
 
@@ -90,8 +91,8 @@ def make_unet() -> UNet2DConditionModel:
     """A U-Net of two levels with cross-attention on both: seven transformer blocks, 1x1 convolutions as `proj_out` as in SD 1.x."""
     return UNet2DConditionModel(
         sample_size=16,
-        in_channels=4,
-        out_channels=4,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
         layers_per_block=1,
         block_out_channels=(64, 128),
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),

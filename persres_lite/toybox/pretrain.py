@@ -170,10 +170,13 @@ def train_vae(folder: Path, pictures: np.ndarray, minutes: float):
 
 @torch.no_grad()
 def latents_of(vae, pictures: np.ndarray, path: Path) -> torch.Tensor:
-    """(n, 4, 16, 16): every picture encoded once, kept on disk."""
+    """(n, 6, 16, 16): every picture encoded once, kept on disk."""
     if path.exists():
         return torch.from_numpy(np.load(path))
-    parts = [vae.encode(to_float(pictures[i : i + 250, ..., :3])).latents for i in tqdm(range(0, len(pictures), 250), desc="encoding")]
+    parts = []
+    for start in tqdm(range(0, len(pictures), 100), desc="encoding"):
+        x = to_float(pictures[start : start + 100, ..., :3]).contiguous(memory_format=torch.channels_last)
+        parts.append(vae.encode(x).latents.contiguous())
     latents = torch.cat(parts)
     with open(path.with_suffix(".part"), "wb") as file:
         np.save(file, latents.numpy())
@@ -181,7 +184,7 @@ def latents_of(vae, pictures: np.ndarray, path: Path) -> torch.Tensor:
     return latents
 
 
-def train_unet(folder: Path, pictures: np.ndarray, latents: torch.Tensor, tokenizer, text_encoder, minutes: float, on_save=None):
+def train_unet(folder: Path, pictures: np.ndarray, latents: torch.Tensor, tokenizer, text_encoder, minutes: float, on_publish=None):
     """The denoiser, on v prediction with timesteps spread evenly over each batch."""
     torch.manual_seed(3)
     unet = make_unet()
@@ -207,7 +210,7 @@ def train_unet(folder: Path, pictures: np.ndarray, latents: torch.Tensor, tokeni
         predicted = unet(noisy.contiguous(memory_format=torch.channels_last), t, context).sample
         return {"loss": (weights[chosen] * (predicted - target).square()).mean()}
 
-    train("unet", unet, step, minutes=minutes, lr=1e-3, weight_decay=1e-3, ema=0.999, folder=folder, on_save=on_save and (lambda n, s: on_save(unet, n, s)))
+    train("unet", unet, step, minutes=minutes, lr=1e-3, weight_decay=1e-3, ema=0.999, folder=folder, on_publish=on_publish and (lambda: on_publish(unet)))
     return unet
 
 
@@ -299,11 +302,10 @@ def main(arguments: list[str] | None = None) -> None:
     save_judges(args.data, tokenizer, clip, encoder, readings)
     latents = latents_of(vae, pictures, args.folder / "latents.npy")
 
-    def publish(unet, number: int, seconds: float) -> None:
+    def publish(unet) -> None:
         save_pipeline(args.data / "toybox-sd", tokenizer, text_encoder, vae, unet)
 
-    unet = train_unet(args.folder, pictures, latents, tokenizer, text_encoder, minutes["unet"], publish)
-    publish(unet, 0, 0)
+    publish(train_unet(args.folder, pictures, latents, tokenizer, text_encoder, minutes["unet"], publish))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ def train(
     weight_decay: float = 0.01,
     ema: float | None = None,
     save_every: float = 90.0,
-    on_save: Callable[[int, float], None] | None = None,
+    on_publish: Callable[[], None] | None = None,
+    publish_every: float = 600.0,
 ) -> None:
     """Train `module` in place for a budget of minutes, or go on with what is left of it.
 
@@ -65,7 +66,7 @@ def train(
     minutes : budget.
     lr, weight_decay : of AdamW.
     ema : decay of the moving average that `module` ends with; None for none.
-    on_save : called with the step number and the seconds spent when a checkpoint has been written, with the averages swapped in.
+    on_publish : called every `publish_every` seconds, with the averages swapped in.
     """
     path = folder / f"{name}.pt"
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,15 +90,16 @@ def train(
         if average:
             state["average"] = average.average
         _write(state, path)
-        if on_save:
-            if average:
-                average.swap()
-            on_save(number, spent)
-            if average:
-                average.swap()
+
+    def publish() -> None:
+        if average:
+            average.swap()
+        on_publish()
+        if average:
+            average.swap()
 
     shown: dict[str, float] = {}
-    saved = spent
+    saved = published = spent
     bar = tqdm(total=round(minutes * 60), initial=round(spent), desc=name, unit="s", bar_format="{l_bar}{bar}| {n}/{total} s {postfix}")
     module.train()
     while spent < minutes * 60:
@@ -122,6 +124,9 @@ def train(
         if spent - saved > save_every:
             saved = spent
             save()
+        if on_publish and spent - published > publish_every:
+            published = spent
+            publish()
     if saved < spent or not path.exists():
         save()
     bar.close()
