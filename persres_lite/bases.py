@@ -75,7 +75,7 @@ def load_base(
             config = DiffusionPipeline.load_config(source, **where)
             _refuse_other_models(config, source)
             options: dict[str, Any] = {} if safety_checker else _without_safety_checker(config)
-            with _no_bars() if local else nullcontext():
+            with _quiet() if local else nullcontext():
                 pipeline = DiffusionPipeline.from_pretrained(
                     source, dtype=dtype, use_safetensors=True, **where, **options
                 )
@@ -202,15 +202,21 @@ def _usual_dtype(device: torch.device, name: str) -> torch.dtype:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """No progress bars while a folder is read: it takes a second, and their text would stay in a notebook."""
+def _quiet() -> Iterator[None]:
+    """Nothing on the screen while a folder is read.
+
+    It takes a second and no network. What the libraries would print, bars and the remark that torchvision is missing
+    (it is not used), would stay in a notebook.
+    """
     libraries = (diffusers_logging, transformers_logging)
-    shown = [library.is_progress_bar_enabled() for library in libraries]
+    before = [(library.is_progress_bar_enabled(), library.get_verbosity()) for library in libraries]
     for library in libraries:
         library.disable_progress_bar()
+        library.set_verbosity_error()
     try:
         yield
     finally:
-        for library, was in zip(libraries, shown, strict=True):
-            if was:
+        for library, (bars, verbosity) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bars:
                 library.enable_progress_bar()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import overload
 
@@ -156,11 +157,11 @@ def square_crop(image: Image.Image, size: int, mask: Image.Image | None = None):
         message = f"{name} is {_shape(image.size)} and is enlarged to {size} x {size}: it will look soft."
         warnings.warn(message, stacklevel=2)
     box = _square(image.size, mask)
-    square = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    square = image.crop(box).resize((size, size), Image.Resampling.LANCZOS)  # resize(box=…) would look beyond the edge
     square.info = {"source": name}
     if mask is None:
         return square
-    return square, mask.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return square, mask.crop(box).resize((size, size), Image.Resampling.BILINEAR)
 
 
 def _square(size: tuple[int, int], mask: Image.Image | None) -> tuple[int, int, int, int]:
@@ -216,11 +217,12 @@ def _open(source: Picture) -> tuple[Image.Image, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # judged below, by our own limit
-            image = source if isinstance(source, Image.Image) else Image.open(path)
-        if image.width * image.height > MAX_PIXELS:
-            raise Image.DecompressionBombError
-        image.load()  # of an animation the first frame
-        return ImageOps.exif_transpose(image), name
+            opened = nullcontext(source) if isinstance(source, Image.Image) else Image.open(path)
+        with opened as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            image.load()  # of an animation the first frame
+            return ImageOps.exif_transpose(image), name
     except Image.DecompressionBombError:
         limit = f"{MAX_PIXELS // 1_000_000} million pixels"
         raise ValueError(f"{name} has more than {limit} and is not opened: make it smaller.") from None
