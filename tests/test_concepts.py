@@ -1,0 +1,143 @@
+"""Concepts from folders, files and pictures, and what is said when something about them is wrong."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+from PIL import Image
+
+from persres_lite import Concept, load_concept
+from persres_lite.concepts import shipped_concepts
+from persres_lite.paths import data_dir
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three pictures of different sizes with masks and a card, as the shipped concepts have them."""
+    folder = tmp_path / "plum-cat"
+    (folder / "masks").mkdir(parents=True)
+    for number, width in ((0, 64), (1, 80), (10, 96)):
+        Image.new("RGB", (width, 64), (number, 0, 0)).save(folder / f"{number}.jpg")
+        mask = Image.new("L", (width, 64), 0)
+        mask.paste(255, (width - 32, 16, width, 48))
+        mask.save(folder / "masks" / f"{number}.png")
+    card = {"name": "Plum cat", "macro_class": "cat", "token": "sks", "license": "MIT"}
+    (folder / "concept.json").write_text(json.dumps(card))
+    return folder
+
+
+def test_a_folder_with_a_card(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # its own card and masks are no files to be skipped
+        concept = load_concept(folder)
+    assert str(concept) == "sks cat"
+    assert concept.words == ["sks", "cat"]
+    assert concept.training_prompt == "a photo of a sks cat"
+    assert f"a photo of a {concept} on the beach" == "a photo of a sks cat on the beach"
+    assert (concept.name, concept.path, concept.info) == ("Plum cat", folder, {"license": "MIT"})
+    assert [image.width for image in concept.images] == [64, 80, 96]
+    assert [mask.getbbox() for mask in concept.masks] == [(w - 32, 16, w, 48) for w in (64, 80, 96)]
+
+
+def test_arguments_go_before_the_card(folder):
+    concept = load_concept(str(folder), macro_class=" teddy  bear ", token="zwx")
+    assert str(concept) == "zwx teddy bear" and concept.words == ["zwx", "teddy bear"]
+
+
+def test_pictures_without_a_card(folder):
+    (folder / "concept.json").unlink()
+    concept = load_concept(folder, "cat")
+    assert (str(concept), concept.name) == ("sks cat", "plum-cat")
+    for source in (sorted(folder.glob("*.jpg")), [Image.new("RGB", (64, 64))], folder / "0.jpg"):
+        concept = load_concept(source, "cat")
+        assert str(concept) == "sks cat" and concept.images and concept.masks is None and concept.path is None
+
+
+def test_without_masks_there_are_none(folder):
+    for mask in (folder / "masks").iterdir():
+        mask.unlink()
+    assert load_concept(folder).masks is None
+
+
+def test_other_files_are_skipped_named_and_counted(folder):
+    (folder / "notes.txt").write_text("x")
+    with pytest.warns(UserWarning, match=r"Skipped 1 file that is no picture in .*: notes.txt\."):
+        load_concept(folder)
+    (folder / "list.csv").write_text("x")
+    with pytest.warns(UserWarning, match=r"Skipped 2 files that are no pictures in .*: list.csv, notes.txt\."):
+        assert len(load_concept(folder).images) == 3
+
+
+def no_mask(folder):
+    (folder / "masks" / "10.png").unlink()
+
+
+def small_mask(folder):
+    Image.new("L", (10, 10), 255).save(folder / "masks" / "10.png")
+
+
+def no_pictures(folder):
+    for picture in folder.glob("*.jpg"):
+        picture.unlink()
+
+
+@pytest.mark.parametrize(
+    "damage, sentence",
+    [
+        (lambda folder: (folder / "concept.json").unlink(), r"The concept plum-cat needs a macro class: say"),
+        (lambda folder: (folder / "concept.json").write_text("{"), r"concept.json is not valid JSON .*: mend it"),
+        (lambda folder: (folder / "concept.json").write_text("[1]"), r"concept.json must be one JSON object"),
+        (lambda folder: (folder / "concept.json").write_text('{"token": 3}'), r"must be one JSON object with words"),
+        (lambda folder: (folder / "concept.json").write_bytes(b"\xff\xfe\x00"), r"concept.json is not valid JSON"),
+        (lambda folder: (folder / "10.jpg").write_text("x"), r"10.jpg cannot be read as a picture"),
+        (no_mask, r"masks has no mask for 10: make one for every picture, or none"),
+        (small_mask, r"The mask 10.png is 10 x 10 and its picture 96 x 64: make them equal"),
+        (no_pictures, r"There is no picture in .*plum-cat"),
+    ],
+)
+def test_damaged_folders(folder, damage, sentence):
+    damage(folder)
+    with pytest.raises(ValueError, match=sentence):
+        load_concept(folder)
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ({"macro_class": "  "}, r"The concept thing needs a macro class"),
+        ({"macro_class": "cat", "token": ""}, r"The token must be one word without spaces, not '': for example 'sks'"),
+        ({"macro_class": "cat", "token": "my cat"}, r"The token must be one word without spaces, not 'my cat'"),
+        ({"macro_class": "cat", "masks": [Image.new("L", (4, 4))]}, r"thing has 0 pictures and 1 masks: give a mask"),
+    ],
+)
+def test_impossible_concepts(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Concept("thing", **arguments)
+
+
+def test_a_wrong_path_lists_the_shipped_concepts():
+    with pytest.raises(FileNotFoundError, match=rf"no folder or picture no-such-cat: .*{shipped_concepts()[0]}"):
+        load_concept("no-such-cat")
+
+
+def test_shipped_concepts_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = shipped_concepts()
+    assert names, "the project ships concepts"
+    for name in names:
+        by_name, by_path = load_concept(name), load_concept(f"data/concepts/{name}")
+        assert by_name.path == by_path.path == data_dir() / "concepts" / name
+        assert 3 <= len(by_name.images) <= 15, "as many as the paper's concepts have"
+        assert by_name.masks is not None and len(by_name.masks) == len(by_name.images)
+        assert min(size for image in by_name.images for size in image.size) >= 64
+        assert by_name.token == "sks"
+
+
+def test_without_the_project_only_the_path_counts(tmp_path, monkeypatch):
+    monkeypatch.setenv("PERSRES_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"There is no folder or picture plum-cat: check the path\.$"):
+        load_concept("plum-cat")
+    with pytest.raises(FileNotFoundError, match=r"set PERSRES_DATA to the data folder of one"):
+        data_dir()
