@@ -1,8 +1,8 @@
 """The shipped concepts: particular toys, in paint that pretraining never showed, photographed four times each.
 
-``python -m persres_lite.toybox.concepts`` draws ``data/concepts/`` again, pixel for pixel. Five concepts stand in four different places.
-The other five are "biased": all four pictures are taken in one place, as photographs of one's own things tend to be, so that
-the place can leak into what is learned.
+``python -m persres_lite.toybox.concepts`` draws ``data/concepts/`` again, pixel for pixel. Five concepts stand in
+four different places. The other five are "biased": all four pictures are taken in one place, as photographs of
+one's own things tend to be, so that the place can leak into what is learned.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ SEARCH = {
 
 
 def photograph(name: str, toy: Toy, place: str | None, size: int = SIZE) -> list:
-    """Four pictures (`render.Picture`) of a toy, in one place or in four drawn at random; the name alone decides the views."""
+    """Four pictures (`render.Picture`) of a toy, in one place or in four drawn at random; the name alone decides
+    the views.
+    """
     assert toy.paint in RESERVED
     rng = random.Random(f"toybox-concept-{name}")
     places = [place] * PICTURES if place else rng.sample(PLACES, PICTURES)

@@ -1,7 +1,7 @@
 """The pretraining pictures: drawn once, in parallel, and cached on disk in shards.
 
-A shard is one ``.npy`` file of a thousand rows, written whole, so an interrupted run goes on where it stopped. Scenes are not stored:
-they follow from the index alone (`world.scene_by_index`, `toy_by_index`).
+A shard is one ``.npy`` file of a thousand rows, written whole, so an interrupted run goes on where it stopped.
+Scenes are not stored: they follow from the index alone (`world.scene_by_index`, `toy_by_index`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def toy_by_index(index: int, split: str = "views") -> tuple[Toy, random.Random]:
 
 
 def draw_views(start: int, stop: int, split: str = "views") -> np.ndarray:
-    """Two views each of toys `start` to `stop`, in places, poses and lights of their own: (n, 2, SIZE, SIZE, 3) uint8."""
+    """Two views each of toys `start` to `stop`, in places, poses and lights of their own: (n, 2, SIZE, SIZE, 3)
+    uint8.
+    """
     out = np.zeros((stop - start, 2, SIZE, SIZE, 3), np.uint8)
     for row, index in enumerate(range(start, stop)):
         toy, rng = toy_by_index(index, split)

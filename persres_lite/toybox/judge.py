@@ -1,8 +1,9 @@
-"""How Toybox pictures are scored: readings of what is in them, by encoders whose own accuracy stands beside every score.
+"""How Toybox pictures are scored: readings of what is in them, by encoders whose own accuracy stands beside every
+score.
 
-Two ordinary transformers folders are shipped: ``data/toybox-clip`` (a `CLIPModel`) and ``data/toybox-dino`` (a `ResNetModel` trained to
-tell one toy from another of its class). The readings are linear layers on the features of the second, in one safetensors file
-beside it.
+Two ordinary transformers folders are shipped: ``data/toybox-clip`` (a `CLIPModel`) and ``data/toybox-dino`` (a
+`ResNetModel` trained to tell one toy from another of its class). The readings are linear layers on the features of
+the second, in one safetensors file beside it.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ def labels_of(scenes: list[Scene]) -> dict[str, torch.Tensor]:
 
     Returns
     -------
-    For each name in `READINGS` a (n,) tensor of indices, -1 where the scene does not settle it (attributes of one toy where there are
-    two, colors under a style that hides them); and "present", (n, classes), 1 for each class in the picture.
+    For each name in `READINGS` a (n,) tensor of indices, -1 where the scene does not settle it (attributes of one
+    toy where there are two, colors under a style that hides them); and "present", (n, classes), 1 for each class in
+    the picture.
     """
     rows = []
     for scene in scenes:
@@ -60,8 +62,8 @@ def labels_of(scenes: list[Scene]) -> dict[str, torch.Tensor]:
 class Readings(nn.Module):
     """Linear readings of the identity encoder's features.
 
-    Features are the maps after each stage, averaged over the picture for what the picture says as a whole, and resized to
-    16 x 16 for where the toys are.
+    Features are the maps after each stage, averaged over the picture for what the picture says as a whole, and
+    resized to 16 x 16 for where the toys are.
     """
 
     def __init__(self, config):
@@ -96,7 +98,9 @@ class Judge:
         self.encoder = ResNetModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
         self.readings = Readings(self.encoder.config).eval().requires_grad_(False)
         state = load_file(folder / "readings.safetensors")
-        self.readings.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in state.items()})
+        self.readings.load_state_dict(
+            {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+        )
 
     def _hidden(self, images: list[Image.Image]) -> list[torch.Tensor]:
         arrays = [np.asarray(image.convert("RGB").resize((64, 64), Image.Resampling.BOX)) for image in images]
@@ -105,7 +109,9 @@ class Judge:
 
     @torch.no_grad()
     def read(self, images: list[Image.Image]) -> list[dict]:
-        """For each picture, the most likely value of every reading; under "pair" the two likeliest classes, as a set."""
+        """For each picture, the most likely value of every reading; under "pair" the two likeliest classes, as a
+        set.
+        """
         logits = self.readings(self._hidden(images))
         rows = []
         for i in range(len(images)):

@@ -8,7 +8,15 @@ import string
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig, ResNetConfig, ResNetModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    ResNetConfig,
+    ResNetModel,
+)
 
 from .world import RARE_TOKENS, vocabulary
 
@@ -18,12 +26,13 @@ LATENT_CHANNELS = 6  # the best linear code of 4 x 4 pixels has 22.0 dB with 4 n
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer in which every word of the captions, and every rare token, is one piece; other words fall into several.
+    """A CLIP tokenizer in which every word of the captions, and every rare token, is one piece; other words fall
+    into several.
 
     The end token has the largest id, as in the real CLIP: `CLIPTextModel` finds the end of a prompt by it.
     """
-    # Byte-pair encoding, trained until nothing is left to merge, makes one piece of each word it has seen. Letters, digits and
-    # punctuation are seen alone, so that any other text can be spelled.
+    # Byte-pair encoding, trained until nothing is left to merge, makes one piece of each word it has seen. Letters,
+    # digits and punctuation are seen alone, so that any other text can be spelled.
     words = [*vocabulary(), *RARE_TOKENS, *string.ascii_lowercase, *string.digits, *string.punctuation]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
@@ -71,12 +80,20 @@ def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 def make_identity_encoder() -> ResNetModel:
     """The DINO-like judge: a small residual network."""
     return ResNetModel(
-        ResNetConfig(embedding_size=32, hidden_sizes=[48, 96, 160, 256], depths=[2, 2, 2, 2], layer_type="basic", hidden_act="relu")
+        ResNetConfig(
+            embedding_size=32,
+            hidden_sizes=[48, 96, 160, 256],
+            depths=[2, 2, 2, 2],
+            layer_type="basic",
+            hidden_act="relu",
+        )
     )
 
 
 def make_autoencoder() -> AutoencoderTiny:
-    """64 x 64 x 3 to 16 x 16 x 6 and back. No residual block at full resolution, where it would cost most and learn least."""
+    """64 x 64 x 3 to 16 x 16 x 6 and back. No residual block at full resolution, where it would cost most and
+    learn least.
+    """
     return AutoencoderTiny(
         encoder_block_out_channels=(48, 48, 48),
         decoder_block_out_channels=(48, 48, 48),
@@ -88,7 +105,9 @@ def make_autoencoder() -> AutoencoderTiny:
 
 
 def make_unet() -> UNet2DConditionModel:
-    """A U-Net of two levels with cross-attention on both: seven transformer blocks, 1x1 convolutions as `proj_out` as in SD 1.x."""
+    """A U-Net of two levels with cross-attention on both: seven transformer blocks, 1x1 convolutions as `proj_out`
+    as in SD 1.x.
+    """
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=LATENT_CHANNELS,

@@ -7,8 +7,8 @@ Stages, each with a fixed budget of minutes and a checkpoint that it goes on fro
 ``vae``         the autoencoder
 ``unet``        the denoiser, on latents made once, with the frozen text encoder
 
-The text encoder comes first and stays frozen because that is what Stable Diffusion does, and because learned together with the
-U-Net it had not learned colors when the other way had.
+The text encoder comes first and stays frozen because that is what Stable Diffusion does, and because learned
+together with the U-Net it had not learned colors when the other way had.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MINUTES = {"clip": 24.0, "judge": 12.0, "vae": 35.0, "unet": 240.0}
 PICTURES = 60_000
 VIEWS = 10_000  # toys seen twice, for the identity encoder
 EMPTY = 0.1  # share of captions left empty, for classifier-free guidance
-TOY_WEIGHT = 3.0  # how much more a latent covered by a toy counts in the U-Net's loss; the best prediction stays the same
+TOY_WEIGHT = 3.0  # of a latent covered by a toy in the U-Net's loss; the best prediction stays the same
 
 
 def to_float(pictures: np.ndarray) -> torch.Tensor:
@@ -55,7 +55,8 @@ def encode_text(tokenizer, text_encoder, captions: list[str]) -> torch.Tensor:
 
 
 def short_caption(scene, rng: random.Random) -> str:
-    """What the contrastive stage reads: often one attribute alone, so that each is learned, else a caption as the U-Net gets it.
+    """What the contrastive stage reads: often one attribute alone, so that each is learned, else a caption as the
+    U-Net gets it.
 
     Which of two colors is the main one is the hard part, so main color and class together have the largest share.
     """
@@ -100,11 +101,15 @@ def train_clip(folder: Path, pictures: np.ndarray, minutes: float):
         key = torch.tensor([names[text] for text in captions])
         same = (key[:, None] == key[None]).float()
         target = same / same.sum(1, keepdim=True)
-        contrast = -((target * logits.log_softmax(1)).sum(1).mean() + (target * logits.T.log_softmax(1)).sum(1).mean()) / 2
+        contrast = (
+            -((target * logits.log_softmax(1)).sum(1).mean() + (target * logits.T.log_softmax(1)).sum(1).mean()) / 2
+        )
         # Naming the attributes directly is a help for the image encoder alone; the layer that does it is thrown away.
         helped = sum(
             F.cross_entropy(part, labels[name][chosen], ignore_index=-1)
-            for name, part in zip(READINGS, attributes(seen).split([len(v) for v in READINGS.values()], dim=1))
+            for name, part in zip(
+                READINGS, attributes(seen).split([len(v) for v in READINGS.values()], dim=1), strict=True
+            )
         )
         return {"contrast": contrast, "attributes": 0.3 * helped}
 
@@ -137,7 +142,8 @@ def train_judge(folder: Path, pictures: np.ndarray, minutes: float):
         losses = {
             "readings": sum(F.cross_entropy(named[name], labels[name][chosen], ignore_index=-1) for name in READINGS),
             "present": F.binary_cross_entropy_with_logits(named["present"], labels["present"][chosen]) * 5,
-            "mask": F.binary_cross_entropy_with_logits(named["mask"], F.avg_pool2d(masks[chosen][:, None], 4)[:, 0]) * 2,
+            "mask": F.binary_cross_entropy_with_logits(named["mask"], F.avg_pool2d(masks[chosen][:, None], 4)[:, 0])
+            * 2,
         }
         seen = F.normalize(hidden[-1][64:].mean((2, 3)), dim=-1)
         similarity = seen[0::2] @ seen[1::2].T / 0.07
@@ -151,7 +157,9 @@ def train_judge(folder: Path, pictures: np.ndarray, minutes: float):
 
 
 def train_vae(folder: Path, pictures: np.ndarray, minutes: float):
-    """The autoencoder. Latents are held near mean 0 and deviation 1 in each channel, so that no scaling factor is needed."""
+    """The autoencoder. Latents are held near mean 0 and deviation 1 in each channel, so that no scaling factor is
+    needed.
+    """
     torch.manual_seed(2)
     vae = make_autoencoder()
     batch = 16
@@ -184,7 +192,9 @@ def latents_of(vae, pictures: np.ndarray, path: Path) -> torch.Tensor:
     return latents
 
 
-def train_unet(folder: Path, pictures: np.ndarray, latents: torch.Tensor, tokenizer, text_encoder, minutes: float, on_publish=None):
+def train_unet(
+    folder: Path, pictures: np.ndarray, latents: torch.Tensor, tokenizer, text_encoder, minutes: float, on_publish=None
+):
     """The denoiser, on v prediction with timesteps spread evenly over each batch."""
     torch.manual_seed(3)
     unet = make_unet()
@@ -210,7 +220,17 @@ def train_unet(folder: Path, pictures: np.ndarray, latents: torch.Tensor, tokeni
         predicted = unet(noisy.contiguous(memory_format=torch.channels_last), t, context).sample
         return {"loss": (weights[chosen] * (predicted - target).square()).mean()}
 
-    train("unet", unet, step, minutes=minutes, lr=1e-3, weight_decay=1e-3, ema=0.999, folder=folder, on_publish=on_publish and (lambda: on_publish(unet)))
+    train(
+        "unet",
+        unet,
+        step,
+        minutes=minutes,
+        lr=1e-3,
+        weight_decay=1e-3,
+        ema=0.999,
+        folder=folder,
+        on_publish=on_publish and (lambda: on_publish(unet)),
+    )
     return unet
 
 
@@ -235,8 +255,9 @@ def _replace_folder(new: Path, target: Path) -> None:
 def save_pipeline(target: Path, tokenizer, text_encoder, vae, unet) -> None:
     """Write the ordinary diffusers folder. U-Net and autoencoder in half precision.
 
-    The text encoder stays in single precision: transformers opens a file in the precision it was saved in, diffusers in single
-    precision, and a pipeline that is opened without naming one must agree with itself. It is small.
+    The text encoder stays in single precision: transformers opens a file in the precision it was saved in,
+    diffusers in single precision, and a pipeline that is opened without naming one must agree with itself. It is
+    small.
     """
     unet, vae = copy.deepcopy(unet).half(), copy.deepcopy(vae).half()
     pipeline = StableDiffusionPipeline(
@@ -258,9 +279,7 @@ def save_pipeline(target: Path, tokenizer, text_encoder, vae, unet) -> None:
 def save_judges(data: Path, tokenizer, clip, encoder, readings) -> None:
     """Write the judges as ordinary transformers folders, each with its image processor."""
     size = {"height": 64, "width": 64}
-    processor = CLIPImageProcessor(
-        do_center_crop=False, size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
+    processor = CLIPImageProcessor(do_center_crop=False, size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     for name, model in (("toybox-clip", clip), ("toybox-dino", encoder)):
         new = data / f"{name}.new"
         shutil.rmtree(new, ignore_errors=True)
@@ -269,13 +288,18 @@ def save_judges(data: Path, tokenizer, clip, encoder, readings) -> None:
         if name == "toybox-clip":
             tokenizer.save_pretrained(new)
         else:
-            save_file({k: v.half() if v.is_floating_point() else v for k, v in readings.state_dict().items()}, new / "readings.safetensors")
+            save_file(
+                {k: v.half() if v.is_floating_point() else v for k, v in readings.state_dict().items()},
+                new / "readings.safetensors",
+            )
         _replace_folder(new, data / name)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("build/toybox"), help="pictures and checkpoints (git-ignored)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/toybox"), help="pictures and checkpoints (git-ignored)"
+    )
     parser.add_argument("--data", type=Path, default=Path("data"), help="where the finished models go")
     parser.add_argument("--stage", choices=[*MINUTES, "all"], default="all", help="train one stage alone")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

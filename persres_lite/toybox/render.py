@@ -1,7 +1,7 @@
 """How a Toybox scene looks: a small ray tracer in numpy, with the exact mask of each toy.
 
-Toys are unions of ellipsoids, boxes and cones, each a unit solid under an affine map, so every ray meets every part in closed form:
-no marching, exact edges, exact masks. One picture of 64 x 64 takes about a hundredth of a second.
+Toys are unions of ellipsoids, boxes and cones, each a unit solid under an affine map, so every ray meets every part
+in closed form: no marching, exact edges, exact masks. One picture of 64 x 64 takes about a hundredth of a second.
 
 Coordinates: y is up, the ground is y = 0, the camera looks along -z. Lengths are in toy units; a toy is about 1.4 high.
 """
@@ -22,7 +22,9 @@ MAIN, SECOND, DARK, WHITE = range(4)  # what a part is painted with
 
 @dataclass(frozen=True)
 class Part:
-    """A unit solid ("ball", "box", or "cone": a frustum along y with radius 1 below and `top` above) under an affine map."""
+    """A unit solid ("ball", "box", or "cone": a frustum along y with radius 1 below and `top` above) under an
+    affine map.
+    """
 
     solid: str
     matrix: np.ndarray  # (3, 3)
@@ -33,7 +35,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn scene: `image` (size, size, 3) uint8 and `masks` (toys, size, size) uint8, 255 where a pixel is all toy."""
+    """A drawn scene: `image` (size, size, 3) uint8 and `masks` (toys, size, size) uint8, 255 where a pixel is all
+    toy.
+    """
 
     image: np.ndarray
     masks: np.ndarray
@@ -53,7 +57,9 @@ def _ball(center, radii, paint=MAIN, turn=None):
 
 
 def _box(center, half, paint=MAIN, turn=None):
-    return Part("box", (np.eye(3) if turn is None else turn) @ np.diag(np.array(half, float)), np.array(center, float), paint)
+    return Part(
+        "box", (np.eye(3) if turn is None else turn) @ np.diag(np.array(half, float)), np.array(center, float), paint
+    )
 
 
 def _cone(start, end, radius, top=1.0, paint=MAIN):
@@ -76,7 +82,7 @@ def _ring(center, radius, thickness, paint, start, stop, pieces=6):
     """An arc in the xy plane, as a chain of short cylinders."""
     angles = np.linspace(start, stop, pieces + 1)
     points = [np.array(center) + radius * np.array([math.cos(a), math.sin(a), 0.0]) for a in angles]
-    return [_cone(p, q, thickness, paint=paint) for p, q in zip(points, points[1:])]
+    return [_cone(p, q, thickness, paint=paint) for p, q in zip(points, points[1:], strict=False)]
 
 
 def _duck():
@@ -194,17 +200,31 @@ PARTS = {
 
 # Where an accessory sits: top of the head, and its front.
 _HEAD = {
-    "duck": (0, 1.30, 0.22), "robot": (0.14, 1.36, 0), "mug": (0, 1.18, 0.30), "car": (-0.08, 1.06, 0), "rocket": (0, 1.62, 0),
-    "house": (0, 1.34, 0), "mushroom": (0, 1.26, 0), "snowman": (0, 1.58, 0), "cat": (0, 1.30, 0.05), "teapot": (0, 1.18, 0),
-}  # fmt: skip
+    "duck": (0, 1.30, 0.22),
+    "robot": (0.14, 1.36, 0),
+    "mug": (0, 1.18, 0.30),
+    "car": (-0.08, 1.06, 0),
+    "rocket": (0, 1.62, 0),
+    "house": (0, 1.34, 0),
+    "mushroom": (0, 1.26, 0),
+    "snowman": (0, 1.58, 0),
+    "cat": (0, 1.30, 0.05),
+    "teapot": (0, 1.18, 0),
+}
 
 
 def _accessory(toy: Toy) -> list[Part]:
     x, y, z = _HEAD[toy.kind]
     if toy.accessory == "hat":
-        return [_cone((x, y - 0.03, z), (x, y + 0.05, z), 0.34, 1.0, DARK), _cone((x, y, z), (x, y + 0.34, z), 0.21, 1.0, SECOND)]
+        return [
+            _cone((x, y - 0.03, z), (x, y + 0.05, z), 0.34, 1.0, DARK),
+            _cone((x, y, z), (x, y + 0.34, z), 0.21, 1.0, SECOND),
+        ]
     if toy.accessory == "flag":
-        return [_cone((x, y - 0.1, z), (x, y + 0.5, z), 0.035, 1.0, DARK), _box((x + 0.22, y + 0.36, z), (0.20, 0.14, 0.025), SECOND)]
+        return [
+            _cone((x, y - 0.1, z), (x, y + 0.5, z), 0.035, 1.0, DARK),
+            _box((x + 0.22, y + 0.36, z), (0.20, 0.14, 0.025), SECOND),
+        ]
     if toy.accessory == "bow":
         loops = _pair(lambda dx: _ball((x + dx, y + 0.06, z + 0.08), (0.19, 0.15, 0.10), SECOND), 0.18)
         return [*loops, _ball((x, y + 0.06, z + 0.14), 0.09, DARK)]
@@ -298,7 +318,9 @@ def _outline(parts: list[Part]) -> np.ndarray:
 
 
 def _frame(points: np.ndarray, scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Camera origin, its axes (rows: right, up, forward) and the shift of the picture plane that put `points` where the scene says."""
+    """Camera origin, its axes (rows: right, up, forward) and the shift of the picture plane that put `points`
+    where the scene says.
+    """
     tilt = scene.elevation
     axes = np.array([[1, 0, 0], [0, math.cos(tilt), -math.sin(tilt)], [0, -math.sin(tilt), -math.cos(tilt)]])
     target = (points.min(0) + points.max(0)) / 2
@@ -323,7 +345,9 @@ def _mix(a, b, k):
 
 
 def _place(scene: Scene, origin: np.ndarray, direction: np.ndarray):
-    """Colors of the empty place, (R, 3), the distance to its ground (inf where there is none), and how bright its light is."""
+    """Colors of the empty place, (R, 3), the distance to its ground (inf where there is none), and how bright its
+    light is.
+    """
     rng = random.Random(scene.seed)
     tint = 1 + 0.12 * (rng.random() - 0.5)
     place = scene.place
@@ -395,7 +419,9 @@ def _place(scene: Scene, origin: np.ndarray, direction: np.ndarray):
 
 
 def _painted(toy: Toy, paints: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Color of each surface point: the paint of its part, and the pattern on the main one. `points` are in the toy's own coordinates."""
+    """Color of each surface point: the paint of its part, and the pattern on the main one. `points` are in the
+    toy's own coordinates.
+    """
     palette = np.array([COLORS[toy.main], COLORS[toy.second], (0.10, 0.10, 0.12), (0.96, 0.96, 0.94)], np.float32)
     x, y, z = points.T
     if toy.pattern == "striped":
@@ -436,7 +462,7 @@ def draw(scene: Scene, size: int = 64, supersample: int = 2) -> Picture:
     Picture with `image` (size, size, 3) and `masks` (toys, size, size).
     """
     offsets = (0.0,) if len(scene.toys) == 1 else (-0.78, 0.78)
-    groups = [_placed(build(toy), toy.yaw, x) for toy, x in zip(scene.toys, offsets)]
+    groups = [_placed(build(toy), toy.yaw, x) for toy, x in zip(scene.toys, offsets, strict=True)]
     parts = [part for group in groups for part in group]
     owner = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     points = _outline(parts)
@@ -480,9 +506,11 @@ def draw(scene: Scene, size: int = 64, supersample: int = 2) -> Picture:
     for index in np.unique(which):
         normal[which == index] = _normal(parts[index], surface[which == index])
     kinds = np.array([part.paint for part in parts])
-    for index, (toy, x) in enumerate(zip(scene.toys, offsets)):
+    for index, (toy, x) in enumerate(zip(scene.toys, offsets, strict=True)):
         mine = owner[which] == index
-        local = ((surface[mine] - np.float32((x, 0, 0))) @ _turn(1, -toy.yaw).astype(np.float32)) / np.float32(toy.proportions)
+        local = ((surface[mine] - np.float32((x, 0, 0))) @ _turn(1, -toy.yaw).astype(np.float32)) / np.float32(
+            toy.proportions
+        )
         paint[mine] = _painted(toy, kinds[which[mine]], local)
     lit = 1 - _blocked(parts, surface + normal * 0.02, sun).astype(np.float32)
     diffuse = np.clip(normal @ sun, 0, None) * lit

@@ -1,4 +1,6 @@
-"""The loop that every stage of pretraining shares: a budget of minutes, a progress bar, checkpoints, and going on after a kill."""
+"""The loop that every stage of pretraining shares: a budget of minutes, a progress bar, checkpoints, and going on
+after a kill.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ class MovingAverage:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the parameters with their averages; a second call puts them back."""
-        for parameter, average in zip(self.parameters, self.average):
+        for parameter, average in zip(self.parameters, self.average, strict=True):
             kept = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(kept)
@@ -55,8 +57,8 @@ def train(
 ) -> None:
     """Train `module` in place for a budget of minutes, or go on with what is left of it.
 
-    The learning rate rises over 100 steps, stays, and falls to zero over the last 40 % of the budget. Time is counted over all runs;
-    a checkpoint is written every `save_every` seconds, so a kill loses no more than that.
+    The learning rate rises over 100 steps, stays, and falls to zero over the last 40 % of the budget. Time is
+    counted over all runs; a checkpoint is written every `save_every` seconds, so a kill loses no more than that.
 
     Parameters
     ----------
@@ -100,7 +102,13 @@ def train(
 
     shown: dict[str, float] = {}
     saved = published = spent
-    bar = tqdm(total=round(minutes * 60), initial=round(spent), desc=name, unit="s", bar_format="{l_bar}{bar}| {n}/{total} s {postfix}")
+    bar = tqdm(
+        total=round(minutes * 60),
+        initial=round(spent),
+        desc=name,
+        unit="s",
+        bar_format="{l_bar}{bar}| {n}/{total} s {postfix}",
+    )
     module.train()
     while spent < minutes * 60:
         start = time.perf_counter()

@@ -1,7 +1,8 @@
 """What can be in a Toybox picture, and what its caption says.
 
-A scene is one toy, or two side by side, in one of eight places, under one light, seen by one camera. Everything about it follows
-from a random generator, so a number names a picture: ``scene_by_index(7)`` is the same scene on every machine.
+A scene is one toy, or two side by side, in one of eight places, under one light, seen by one camera. Everything
+about it follows from a random generator, so a number names a picture: ``scene_by_index(7)`` is the same scene on
+every machine.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import dataclass, replace
 
 CLASSES = ("duck", "robot", "mug", "car", "rocket", "house", "mushroom", "snowman", "cat", "teapot")
 
-# sRGB of the paint under full light; far apart from each other, so that shade and sunlight do not turn one into another.
+# sRGB of the paint under full light; far apart from each other, so that shade and sunlight do not turn one into
+# another.
 COLORS = {
     "red": (0.86, 0.08, 0.10),
     "orange": (1.00, 0.52, 0.05),
@@ -40,11 +42,13 @@ PLACES = (
 )
 STYLES = (None, "in black and white", "in sepia", "in sunset light")
 
+LONGEST = 22  # words of a caption
+
 # Words of one token each that no caption uses: names for concepts that are learned later. `sks` is the usual one.
 RARE_TOKENS = ("sks", "zwx", "ohwx", "qdv", "vlk", "wug", "blick", "dax")
 
-# Paint jobs (class, main color, second color, pattern) kept out of pretraining. The first ten are the shipped concepts; the others
-# served the search for steps, rate and rank, and stand in no table.
+# Paint jobs (class, main color, second color, pattern) kept out of pretraining. The first ten are the shipped
+# concepts; the others served the search for steps, rate and rank, and stand in no table.
 RESERVED = frozenset(
     {
         ("cat", "purple", "yellow", "dotted"),
@@ -155,7 +159,8 @@ def scene_by_index(index: int, split: str = "train") -> Scene:
     return random_scene(random.Random(f"toybox-{split}-{index}"))
 
 
-def _article(words: str) -> str:
+def with_article(words: str) -> str:
+    """The words with "a" or "an" before them."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -169,7 +174,7 @@ def describe(toy: Toy, rng: random.Random, colors: bool = True, brief: bool = Fa
             words += ["and", toy.second]
     if toy.pattern != "plain" and rng.random() < (0.3 if brief else 0.65):
         words.append(toy.pattern)
-    phrase = _article(" ".join([*words, toy.kind]))
+    phrase = with_article(" ".join([*words, toy.kind]))
     if toy.accessory and not brief and rng.random() < 0.6:
         phrase += f" with a {toy.accessory}"
     return phrase
@@ -178,18 +183,22 @@ def describe(toy: Toy, rng: random.Random, colors: bool = True, brief: bool = Fa
 def caption(scene: Scene, rng: random.Random) -> str:
     """What a caption could say of a scene: more or less of what is there, in one of several wordings.
 
-    Colors are not named where the style hides them. At most 22 words.
+    Colors are not named where the style hides them. At most `LONGEST` words.
     """
     colors = scene.style not in ("in black and white", "in sepia")
     if len(scene.toys) == 1:
         subject = describe(scene.toys[0], rng, colors)
     else:
         left, right = (describe(toy, rng, colors, brief=True) for toy in scene.toys)
-        wording = rng.choice(("{l} on the left and {r} on the right", "{l} and {r}", "{l} next to {r}", "{l} to the left of {r}"))
-        subject = wording.format(l=left, r=right)
+        wordings = ["{l} and {r}", "{l} next to {r}"]
+        if not scene.style:
+            wordings += ["{l} on the left and {r} on the right", "{l} to the left of {r}"]
+        subject = rng.choice(wordings).format(l=left, r=right)
     opening = rng.choice(("a photo of ", "a photo of ", "a photo of ", "a picture of ", "an image of ", ""))
     place = f" {scene.place}" if rng.random() < 0.88 else ""
     style = f" {scene.style}" if scene.style and rng.random() < 0.95 else ""
+    if len(f"{opening}{subject}{place}{style}".split()) > LONGEST:
+        opening = ""
     return f"{opening}{subject}{place}{style}"
 
 

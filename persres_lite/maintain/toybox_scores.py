@@ -1,0 +1,207 @@
+"""How good the shipped Toybox is: ``python -m persres_lite.maintain.toybox_scores``.
+
+A fixed list of 256 prompts, each with its own seed, 25 steps, guidance 4, judged by `persres_lite.toybox.judge`, whose own accuracy on
+fresh renders is measured in the same run. Writes ``data/results/toybox.json`` and ``toybox.md``, and the first 64 pictures,
+unselected, as ``data/results/toybox-sheet.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from persres_lite.attention import record_attention
+from persres_lite.bases import entry, load_base
+from persres_lite.toybox.dataset import draw_scenes, draw_views, toy_by_index
+from persres_lite.toybox.judge import READINGS, Judge, labels_of
+from persres_lite.toybox.render import draw
+from persres_lite.toybox.world import CLASSES, COLORS, PATTERNS, PLACES, STYLES, scene_by_index, with_article
+
+GOALS = {
+    "class": 0.90,
+    "place": 0.95,
+    "main color": 0.85,
+    "pattern": 0.60,
+    "both of a pair": 0.60,
+    "style": 0.80,
+    "pointing": 0.85,
+    "autoencoder PSNR, dB": 28.0,
+}
+JUDGE_GOALS = {"class": 0.97, "place": 0.97, "main": 0.97, "identity among 20": 0.90}
+
+
+def prompts() -> list[dict]:
+    """The 256 prompts, each with what it asks for: 128 plain, 43 with a pattern, 43 of pairs, 42 in a style."""
+    rng = random.Random("toybox-256")
+    rows = []
+    for index in range(256):
+        kind, place = CLASSES[(index + index // 12) % 10], PLACES[(5 * index + index // 12) % 8]
+        row = {"class": kind, "place": place}
+        # The four sorts are spread over the list, so that its first 64 show all of them.
+        sort = (
+            "plain",
+            "pattern",
+            "plain",
+            "pair",
+            "plain",
+            "style",
+            "plain",
+            "pattern",
+            "plain",
+            "pair",
+            "plain",
+            "style",
+        )[index % 12]
+        if sort == "pair":
+            other = rng.choice([c for c in CLASSES if c != kind])
+            one, two = rng.sample(list(COLORS), 2)
+            row = {"pair": [kind, other], "place": place}
+            text = f"a photo of {with_article(one)} {kind} on the left and {with_article(two)} {other} on the right {place}"
+        elif sort == "style":
+            row["style"] = STYLES[1 + (index // 6) % 3]
+            text = f"a photo of {with_article(kind)} {place} {row['style']}"
+        else:
+            row["main"] = rng.choice(list(COLORS))
+            described = row["main"]
+            if sort == "pattern":
+                row["pattern"] = PATTERNS[1 + (index // 6) % 3]
+                described += f" {row['pattern']}"
+            text = f"a photo of {with_article(described)} {kind} {place}"
+        rows.append({"prompt": text, "seed": index, **row})
+    return rows
+
+
+def sample(base, rows: list[dict], batch: int = 16) -> list[Image.Image]:
+    """One picture a prompt, each from its own seed, whatever the size of the batch."""
+    images = []
+    for start in tqdm(range(0, len(rows), batch), desc="sampling"):
+        part = rows[start : start + batch]
+        generators = [torch.Generator().manual_seed(row["seed"]) for row in part]
+        images += base([row["prompt"] for row in part], generator=generators, **entry(base).sampling).images
+    return images
+
+
+def score_pictures(judge: Judge, rows: list[dict], images: list[Image.Image]) -> dict[str, tuple[float, int]]:
+    """Share of pictures that show what their prompt asks for, and of how many."""
+    read = judge.read(images)
+    asked = {"class": "class", "place": "place", "main color": "main", "pattern": "pattern", "style": "style"}
+    scores = {}
+    for name, key in asked.items():
+        right = [r[key] == row[key] for r, row in zip(read, rows, strict=True) if key in row]
+        scores[name] = (float(np.mean(right)), len(right))
+    pairs = [r["pair"] == set(row["pair"]) for r, row in zip(read, rows, strict=True) if "pair" in row]
+    scores["both of a pair"] = (float(np.mean(pairs)), len(pairs))
+    return scores
+
+
+def score_judge(judge: Judge, count: int = 2000, toys: int = 600) -> dict[str, float]:
+    """The judge's accuracy on renders that nothing was trained on."""
+    scenes = [scene_by_index(i, "judged") for i in range(count)]
+    labels = labels_of(scenes)
+    pictures = [Image.fromarray(image) for image in draw_scenes(0, count, "judged")[..., :3]]
+    read = judge.read(pictures)
+    scores = {}
+    for name, values in READINGS.items():
+        known = [i for i in range(count) if labels[name][i] >= 0]
+        scores[name] = float(np.mean([read[i][name] == values[labels[name][i]] for i in known]))
+    pairs = [i for i in range(count) if len(scenes[i].toys) == 2]
+    scores["both of a pair"] = float(np.mean([read[i]["pair"] == {t.kind for t in scenes[i].toys} for i in pairs]))
+    truth = torch.stack([torch.from_numpy(draw(scene).masks.max(0)) for scene in scenes[:300]]).float() / 255
+    found = torch.nn.functional.interpolate(judge.where(pictures[:300])[:, None], size=64, mode="bilinear")[:, 0]
+    overlap = ((found > 0.5) & (truth > 0.5)).sum((1, 2)) / ((found > 0.5) | (truth > 0.5)).sum((1, 2))
+    scores["mask IoU"] = overlap.mean().item()
+    views = draw_views(0, toys, "judged-views")
+    seen = [judge.identity([Image.fromarray(v) for v in views[:, k]]) for k in range(2)]
+    kinds = [toy_by_index(i, "judged-views")[0].kind for i in range(toys)]
+    rng, right = random.Random(0), []
+    for i in range(toys):
+        others = rng.sample([j for j in range(toys) if j != i and kinds[j] == kinds[i]], 19)
+        candidates = seen[1][[i, *others]]
+        right.append((candidates @ seen[0][i]).argmax().item() == 0)
+    scores["identity among 20"] = float(np.mean(right))
+    return scores
+
+
+@torch.no_grad()
+def score_pointing(base, count: int = 256) -> float:
+    """How often the class word's map, averaged over blocks, has its maximum inside the true mask.
+
+    Fresh renders of one toy, noised to the middle of the run, in one pass of the U-Net with their class and place as the prompt.
+    """
+    scenes = [s for s in (scene_by_index(i, "pointing") for i in range(3 * count)) if len(s.toys) == 1][:count]
+    scheduler = base.scheduler
+    scheduler.set_timesteps(entry(base).sampling["num_inference_steps"])
+    t = scheduler.timesteps[len(scheduler.timesteps) // 2]
+    generator = torch.Generator().manual_seed(0)
+    inside = []
+    for scene in tqdm(scenes, desc="pointing"):
+        picture, word = draw(scene), scene.toys[0].kind
+        x = torch.from_numpy(picture.image).permute(2, 0, 1)[None].float() / 127.5 - 1
+        z = base.vae.encode(x).latents
+        noisy = scheduler.add_noise(z, torch.randn(z.shape, generator=generator), t[None])
+        prompt = f"a photo of a {word} {scene.place}"
+        context, _ = base.encode_prompt(prompt, "cpu", 1, False)
+        with record_attention(base, prompt, [word]) as record:
+            base.unet(noisy, t, context)
+        where = record.map(word)
+        where = torch.nn.functional.interpolate(where[None, None].float(), size=64, mode="bilinear")[0, 0]
+        inside.append(picture.masks[0].ravel()[where.argmax().item()] > 127)
+    return float(np.mean(inside))
+
+
+@torch.no_grad()
+def score_autoencoder(base, count: int = 500) -> float:
+    """PSNR in dB over fresh renders, of pixels in [0, 1]."""
+    x = torch.from_numpy(draw_scenes(0, count, "judged")[..., :3]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    errors = [
+        ((base.vae.decode(base.vae.encode(part).latents).sample.clamp(-1, 1) - part) / 2).square().mean()
+        for part in x.split(50)
+    ]
+    return float(-10 * torch.stack(errors).mean().log10())
+
+
+def sheet(images: list[Image.Image], columns: int = 8) -> Image.Image:
+    """The pictures in reading order on one sheet."""
+    size = images[0].width
+    out = Image.new("RGB", (columns * size, -(-len(images) // columns) * size))
+    for index, image in enumerate(images):
+        out.paste(image, (index % columns * size, index // columns * size))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    args = parser.parse_args()
+    results = args.data / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    base, judge = load_base(str(args.data / "toybox-sd")), Judge(args.data)
+    rows = prompts()
+    images = sample(base, rows)
+    sheet(images[:64]).save(results / "toybox-sheet.png", optimize=True)
+    scores = score_pictures(judge, rows, images)
+    scores["pointing"] = (score_pointing(base), 256)
+    scores["autoencoder PSNR, dB"] = (score_autoencoder(base), 500)
+    judged = score_judge(judge)
+    table = ["| what the prompt asks for | pictures | shown | goal |", "|---|---|---|---|"]
+    table += [f"| {name} | {scores[name][1]} | {scores[name][0]:.2f} | {goal:.2f} |" for name, goal in GOALS.items()]
+    table += ["", "| the judge, on fresh renders | accuracy | goal |", "|---|---|---|"]
+    table += [f"| {name} | {value:.3f} | {JUDGE_GOALS.get(name, '')} |" for name, value in judged.items()]
+    (results / "toybox.md").write_text(
+        "\n".join(["Made by `python -m persres_lite.maintain.toybox_scores`.", "", *table, ""])
+    )
+    (results / "toybox.json").write_text(
+        json.dumps({"pictures": scores, "judge": judged, "prompts": rows}, indent=1) + "\n"
+    )
+    print("\n".join(table))
+
+
+if __name__ == "__main__":
+    main()

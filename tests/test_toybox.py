@@ -1,0 +1,193 @@
+"""The small world: what its pictures and captions promise, and that training can be interrupted."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from persres_lite.paths import data_dir
+from persres_lite.toybox import concepts, dataset, trainer, world
+from persres_lite.toybox.judge import READINGS, labels_of
+from persres_lite.toybox.models import MAX_LENGTH, make_tokenizer
+from persres_lite.toybox.render import draw
+
+
+def test_reserved_paint_never_occurs_in_pretraining():
+    seen = [toy for index in range(5000) for toy in world.scene_by_index(index).toys]
+    assert not {toy.paint for toy in seen} & world.RESERVED
+    # The draw could have hit them: every class, color and pattern of the reserved ones does occur.
+    for column in range(4):
+        assert {paint[column] for paint in world.RESERVED} <= {toy.paint[column] for toy in seen}
+
+
+def test_reserved_paint_is_refused_even_where_the_draw_insists(monkeypatch):
+    cat = ("cat", "purple", "yellow", "dotted")
+    rng = random.Random(0)
+    monkeypatch.setattr(world, "COLORS", {"purple": 0, "yellow": 0})
+    monkeypatch.setattr(world, "PATTERNS", ("plain", "plain", "plain", "dotted"))
+    paints = {world.random_toy(rng, "cat").paint for _ in range(300)}
+    assert cat not in paints and len(paints) == 3
+
+
+def test_concepts_are_reserved_and_no_two_share_a_class():
+    shipped = concepts.all_shipped()
+    toys = [toy for toy, _ in shipped.values()]
+    assert len(toys) == 10 and {toy.kind for toy in toys} == set(world.CLASSES)
+    assert {toy.paint for toy in toys} <= world.RESERVED
+    assert not {toy.paint for toy in toys} & {toy.paint for toy, _ in concepts.SEARCH.values()}
+    assert sum(place is not None for _, place in shipped.values()) == 5
+
+
+def test_shipped_concepts_are_what_the_code_draws():
+    from PIL import Image
+
+    folder = data_dir() / "concepts" / "plum-cat"
+    drawn = concepts.photograph("plum-cat", *concepts.all_shipped()["plum-cat"])
+    for index, picture in enumerate(drawn):
+        for name, made in ((f"{index}.png", picture.image), (f"masks/{index}.png", picture.masks[0])):
+            kept = np.asarray(Image.open(folder / name))
+            assert np.abs(kept.astype(int) - made).max() <= 2  # another processor may round otherwise
+
+
+def test_scenes_and_pictures_follow_from_their_number():
+    assert world.scene_by_index(7) == world.scene_by_index(7) != world.scene_by_index(8)
+    assert world.scene_by_index(7) != world.scene_by_index(7, "other")
+    one, two = draw(world.scene_by_index(7)), draw(world.scene_by_index(7))
+    assert np.array_equal(one.image, two.image) and np.array_equal(one.masks, two.masks)
+
+
+def test_captions_name_only_what_is_there():
+    rng = random.Random(0)
+    words = set(world.vocabulary())
+    pairs = 0
+    for index in range(2000):
+        scene = world.scene_by_index(index)
+        text = world.caption(scene, rng).split()
+        assert len(text) <= world.LONGEST == MAX_LENGTH - 2 and set(text) <= words
+        kinds = [toy.kind for toy in scene.toys]
+        assert [word for word in text if word in world.CLASSES] == kinds  # left before right
+        allowed = {color for toy in scene.toys for color in (toy.main, toy.second)}
+        if scene.style in ("in black and white", "in sepia"):
+            allowed = {"black", "white"}  # of the style's own name
+        assert {word for word in text if word in world.COLORS} <= allowed
+        pairs += len(kinds) == 2
+    assert 0.15 < pairs / 2000 < 0.25
+
+
+def test_masks_are_where_the_toy_is():
+    scene = world.Scene((world.Toy("duck", "red", "yellow"),), "in the snow")
+    with_toy = draw(scene)
+    mask = with_toy.masks[0] / 255
+    red = with_toy.image[..., 0].astype(int) - with_toy.image[..., 2] > 60
+    assert red.sum() > 200 and mask[red].mean() > 0.95
+    assert mask[:, 0].max() == 0 and 0.1 < mask.mean() < 0.5
+
+
+def test_toys_fill_what_the_scene_asks_for():
+    heights = []
+    for index in range(120):
+        scene = world.scene_by_index(index)
+        if len(scene.toys) == 1:
+            rows = np.flatnonzero(draw(scene).masks[0].max(1) > 127)
+            heights.append((rows[-1] - rows[0] + 1) / 64)
+    assert len(heights) > 80 and min(heights) >= 0.45 and max(heights) <= 0.70
+
+
+def test_two_toys_have_two_masks_left_and_right():
+    scene = next(s for s in map(world.scene_by_index, range(100)) if len(s.toys) == 2)
+    left, right = draw(scene).masks
+    across = np.arange(64)
+    assert (left.sum(0) * across).sum() / left.sum() + 10 < (right.sum(0) * across).sum() / right.sum()
+
+
+@pytest.mark.parametrize("style, gray", [("in black and white", True), (None, False)])
+def test_styles_change_the_whole_picture(style, gray):
+    image = draw(world.Scene((world.Toy("mug", "blue", "red"),), "on the grass", style)).image.astype(int)
+    assert (np.ptp(image, axis=-1).max() <= 1) == gray
+
+
+def test_labels_leave_open_what_a_picture_does_not_settle():
+    toy = world.Toy("cat", "red", "blue")
+    pair = world.Scene((toy, world.Toy("mug", "pink", "gray")), "at night", "in sepia")
+    labels = labels_of([world.Scene((toy,), "at night"), pair])
+    assert labels["main"].tolist() == [READINGS["main"].index("red"), -1]
+    assert labels["class"].tolist() == [world.CLASSES.index("cat"), -1]
+    assert labels["present"].sum(1).tolist() == [1, 2]
+
+
+def test_drawn_pictures_are_cached_and_completed(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "SHARD", 4)
+    first = dataset.load_drawn(dataset.draw_scenes, 8, tmp_path, "few", workers=1)
+    (tmp_path / "few-0001.npy").unlink()
+    stamp = (tmp_path / "few-0000.npy").stat().st_mtime_ns
+    again = dataset.load_drawn(dataset.draw_scenes, 8, tmp_path, "few", workers=1)
+    assert np.array_equal(first, again) and first.shape == (8, 64, 64, 5)
+    assert (tmp_path / "few-0000.npy").stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match="multiple of 4"):
+        dataset.load_drawn(dataset.draw_scenes, 9, tmp_path, "few")
+
+
+def test_tokenizer_has_one_piece_for_each_word_and_ends_last():
+    tokenizer = make_tokenizer()
+    for word in [*world.vocabulary(), *world.RARE_TOKENS]:
+        assert len(tokenizer(word).input_ids) == 3, word
+    assert tokenizer.eos_token_id == len(tokenizer) - 1
+    assert (
+        len(tokenizer("moonbase").input_ids) > 3 and tokenizer.unk_token_id not in tokenizer("moonbase").input_ids[1:-1]
+    )
+    assert not set(world.RARE_TOKENS) & set(world.vocabulary())
+
+
+def test_interrupted_training_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    seen = []
+
+    def run(minutes, stop_at=None):
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 1)
+
+        def step(number):
+            if number == stop_at:
+                raise KeyboardInterrupt
+            seen.append(number)
+            return {"loss": layer(torch.randn(4, 3)).square().mean()}
+
+        trainer.train("toy", layer, step, minutes=minutes, lr=0.1, folder=tmp_path, ema=0.9, save_every=0)
+        return layer.weight.detach()
+
+    clock = iter(range(100_000))
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: next(clock))  # every step takes one second
+    with pytest.raises(KeyboardInterrupt):
+        run(0.5, stop_at=12)
+    resumed = run(0.5)
+    assert seen == list(range(30))
+    (tmp_path / "toy.pt").unlink()
+    seen.clear()
+    assert torch.equal(run(0.5), resumed) and seen == list(range(30))
+
+
+def test_bare_diffusers_opens_the_shipped_model():
+    code = """
+import sys, torch
+from diffusers import StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+pipe.set_progress_bar_config(disable=True)
+generator = torch.Generator().manual_seed(0)
+image = pipe("a photo of a red duck on the beach", num_inference_steps=2, generator=generator).images[0]
+assert image.size == (64, 64) and image.getextrema()[0][0] != image.getextrema()[0][1]
+assert not [name for name in sys.modules if name.startswith("persres")]
+"""
+    folder = data_dir() / "toybox-sd"
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+
+
+def test_shipped_files_are_small_and_hold_no_pickles():
+    files = [path for path in data_dir().rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 60e6
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
