@@ -81,7 +81,7 @@ def personalize(
     init
         "lora": dW(0) = 0. "random": both factors random, see ``Residuals``.
     on_step
-        Called as ``on_step(step, loss, residuals)`` after each step, counted from 1.
+        Called as ``on_step(step, loss, residuals)`` after each step, counted from 1, with the residuals attached.
     checkpoint
         A file. Every 25 steps, when interrupted and at the end, the state is written there; the same call with the same
         file goes on from it and ends in the same tensors. With larger `steps` a finished training goes on.
@@ -202,7 +202,7 @@ def _prepare(base: Any, concept: Concept, size: int, masked_loss: bool) -> tuple
     if not concept.images:
         raise ValueError(f"The concept {concept.name} has no pictures: give three to five.")
     if masked_loss and concept.masks is None:
-        raise ValueError(f"masked_loss needs masks, and {concept.name} has none: put them into masks/ beside the pictures.")
+        raise ValueError(f"masked_loss needs masks, and {concept.name} has none: put them into its folder's masks/.")
     if concept.masks is None:
         images, masks = [square_crop(image, size) for image in concept.images], None
     else:  # around the object
@@ -246,7 +246,8 @@ def _step(
     if state.scaler.is_enabled():  # a step whose gradients overflow fp16 is left out, and the scale is halved
         overflowing = state.scaler.get_scale() < 1
     else:
-        overflowing = not all(bool(p.grad.isfinite().all()) for p in state.parameters.values() if p.grad is not None)
+        gradients = [p.grad for p in state.parameters.values() if p.grad is not None]
+        overflowing = not torch.stack([g.isfinite().all() for g in gradients]).all()
     if overflowing:
         raise FloatingPointError("The gradient became infinite or NaN")
     state.scaler.step(state.optimizer)
