@@ -2,6 +2,7 @@
 
     python -m persres_lite.maintain.notebooks stamp            badges, first code cells and the README's links
     python -m persres_lite.maintain.notebooks run [NAME ...]   run in place in fresh kernels, save outputs and measurements
+    python -m persres_lite.maintain.notebooks solve [NAME ...] try every solution and every wrong answer of the exercises
     python -m persres_lite.maintain.notebooks table            the README's table of notebooks
     python -m persres_lite.maintain.notebooks links            relative links, anchors and badges, offline
     python -m persres_lite.maintain.notebooks                  only say what is not as these commands would leave it
@@ -13,12 +14,13 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
 
-from persres_lite.maintain import links, runs
+from persres_lite.maintain import exercises, links, runs
 
 ROOT = Path(__file__).resolve().parents[2]
 BRANCH = "main"
@@ -149,26 +151,48 @@ def table_file(root: Path = ROOT) -> dict[Path, str]:
 def main(arguments: list[str] | None = None) -> int:
     """Carry out one command; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", default="check", choices=["check", "stamp", "run", "table", "links"])
+    parser.add_argument("command", nargs="?", default="check", choices=["check", "stamp", "run", "solve", "table", "links"])
     parser.add_argument("names", nargs="*", help="only these notebooks, by the beginning of their names: 00 04")
     options = parser.parse_args(arguments)
-    if options.command == "run":
-        for number, path in enumerate(chosen := notebook_paths(ROOT, options.names), start=1):
-            print(f"[{number}/{len(chosen)}] {path.name} ...", flush=True)
-            done = runs.run(read(path), path.parent)
-            write(path, nbformat.writes(done) + "\n")
-            print(f"    {runs.time_and_memory(done)}", flush=True)
-        return 0
+    if options.command in ("run", "solve"):
+        chosen = notebook_paths(ROOT, options.names)
+        return sum(_run(path) if options.command == "run" else _solve(path) for path in _counted(chosen)) and 1
     if options.command in ("stamp", "table"):
-        for path, text in (stamp_files() if options.command == "stamp" else table_file()).items():
+        for path, text in (stamp_files(ROOT) if options.command == "stamp" else table_file(ROOT)).items():
             print(f"{'written  ' if write(path, text) else 'unchanged'} {path.relative_to(ROOT)}")
         return 0
     problems = links.broken(ROOT, public_address(ROOT))
     if options.command == "check":
-        wanted = stamp_files() | table_file()
-        problems += [f"{path.relative_to(ROOT)}: run stamp and table" for path, text in wanted.items() if path.read_text(encoding="utf-8") != text]
+        wanted = [*stamp_files(ROOT).items(), *table_file(ROOT).items()]
+        stale = {path.relative_to(ROOT): None for path, text in wanted if path.read_text(encoding="utf-8") != text}
+        problems += [f"{path}: run stamp, then table" for path in stale]
     print("\n".join(problems) or "all well")
     return 1 if problems else 0
+
+
+def _run(path: Path) -> int:
+    done = runs.run(read(path), path.parent, on_cell=_progress)
+    write(path, nbformat.writes(done) + "\n")
+    print(f"\r  {runs.time_and_memory(done)}", flush=True)
+    return 0
+
+
+def _solve(path: Path) -> int:
+    done = runs.execute(exercises.with_solutions(read(path)), path.parent, on_cell=_progress)
+    problems = exercises.unproved(done)
+    print("\r  " + ("\n  ".join(problems) or "every solution passes, every wrong answer is refused"), flush=True)
+    return len(problems)
+
+
+def _counted(paths: list[Path]) -> Iterator[Path]:
+    for number, path in enumerate(paths, start=1):
+        print(f"[{number}/{len(paths)}] {path.name}", flush=True)
+        yield path
+
+
+def _progress(number: int, count: int) -> None:
+    if sys.stdout.isatty():
+        print(f"\r  cell {number} of {count} ", end="", flush=True)
 
 
 def _place(notebook: NotebookNode, position: int, role: str, make, source: str) -> None:

@@ -1,0 +1,178 @@
+"""Widgets to play with: maps by word, step and block; mask rules; the scale of a residual. Core ipywidgets only.
+
+An explorer looks at what was recorded before and computes no new picture with the model, so a slider answers at once. Its callbacks are
+plain functions of the controls' values. For each there is a still figure (`persres_lite.figures`: map_table, mask_table, scale_table)
+for readers who see the notebook on GitHub.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ipywidgets as widgets
+import numpy as np
+import torch
+from PIL import Image
+
+from persres_lite.figures.pictures import enlarge, heat_picture, outline_picture
+from persres_lite.figures.stills import short_name
+from persres_lite.masks import RULES, make_mask
+
+SIDE = 256
+"""Pixels that a picture in an explorer has at least."""
+
+
+class Explorer:
+    """Controls, one picture and one line of text that follow each other.
+
+    Leave it as the last expression of a cell to show it. ``explorer.controls["step"].value = 3`` moves a control as a hand would.
+    """
+
+    def __init__(self, draw: Callable[..., tuple[Image.Image, str]], controls: dict[str, widgets.Widget]) -> None:
+        self.draw, self.controls = draw, controls
+        self.picture, self.note = widgets.Image(format="png"), widgets.HTML()
+        self.box = widgets.HBox([self.picture, widgets.VBox([*controls.values(), self.note])])
+        for control in controls.values():
+            control.observe(self._follow, names="value")
+        self._follow()
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """What is shown now, (height, width, 3), 0 to 255."""
+        return np.asarray(Image.open(io.BytesIO(self.picture.value)).convert("RGB"))
+
+    def _follow(self, change: Any = None) -> None:
+        picture, words = self.draw(**{name: control.value for name, control in self.controls.items()})
+        buffer = io.BytesIO()
+        picture.save(buffer, format="png")
+        self.picture.value, self.note.value = buffer.getvalue(), words
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        return self.box._repr_mimebundle_(**options)
+
+
+def maps(record: Any, picture: Image.Image, words: Sequence[str] | None = None, image: int = 0) -> Explorer:
+    """Look where each word looked, at each step and in each block.
+
+    Parameters
+    ----------
+    record
+        From `record_attention`.
+    picture
+        What the pipeline made.
+    words
+        Those of the record by default.
+    image
+        Which image of the batch.
+    """
+    words, last = list(words or record.words), len(record.steps)
+    blocks = [("all, averaged", None), *((short_name(block), block) for block in record.blocks)]
+
+    def draw(word: str, step: int, block: str | None) -> tuple[Image.Image, str]:
+        found = record.map(word, step=None if step == 0 else record.steps[step - 1], block=block, image=image)
+        when = "all steps" if step == 0 else f"step {step} of {last}"
+        size = f"{found.shape[0]} × {found.shape[1]}"
+        return heat_picture(enlarge(picture, SIDE), found), f"<b>{word}</b>, {when}: {size} positions, highest {found.max():.3f}"
+
+    return Explorer(
+        draw,
+        {
+            "word": widgets.Dropdown(options=words, description="word"),
+            "step": widgets.IntSlider(value=0, min=0, max=last, description="step (0: all)", style={"description_width": "initial"}),
+            "block": widgets.Dropdown(options=blocks, description="block"),
+        },
+    )
+
+
+def masks(picture: Image.Image, attention: torch.Tensor, truth: Any = None) -> Explorer:
+    """Play with the rules that make a mask of a map.
+
+    Parameters
+    ----------
+    attention
+        The map, (h, w).
+    truth
+        The true mask, of any size: outlined in white, and compared with.
+    """
+    options = {name: _option(rule) for name, rule in RULES.items()}
+    true = None if truth is None else _resized(truth, attention.shape)
+
+    def draw(rule: str, amount: float) -> tuple[Image.Image, str]:
+        option = options[rule]
+        value = {} if option is None else {option[0]: option[1] * amount}
+        mask = make_mask(attention, rule, **value)
+        said = "".join(f", {name} {number:.2f}" for name, number in value.items()) or ", no option"
+        words = f"<b>{rule}</b>{said}: {mask.float().mean():.0%} of the picture"
+        if true is not None:
+            words += f", IoU {float((mask * true).sum() / torch.maximum(mask, true).sum().clamp(min=1e-6)):.2f}"
+        return outline_picture(enlarge(picture, SIDE), mask, truth), words
+
+    return Explorer(
+        draw,
+        {
+            "rule": widgets.Dropdown(options=list(RULES), description="rule"),
+            "amount": widgets.FloatSlider(value=0.5, min=0, max=1, step=0.05, description="its option"),
+        },
+    )
+
+
+def compare(pictures: Mapping[float, Mapping[str, Image.Image]], references: Sequence[Image.Image] | None = None) -> Explorer:
+    """Compare ways of sampling from one noise while the residual's scale grows.
+
+    Parameters
+    ----------
+    pictures
+        By scale, then by name: ``{0.0: {"residual": …, "LAG": …}, 1.0: …}``; every scale has the same names.
+    references
+        Pictures of the concept, shown beside.
+
+    Raises
+    ------
+    ValueError
+        If the scales have different names.
+    """
+    scales = sorted(pictures)
+    names = list(pictures[scales[0]])
+    if any(list(pictures[scale]) != names for scale in scales):
+        raise ValueError(f"Every scale needs the same pictures, in the same order: {', '.join(names)}.")
+
+    def draw(scale: float, reference: bool) -> tuple[Image.Image, str]:
+        shown = [*pictures[scale].values(), *(list(references or [])[:1] if reference else [])]
+        words = [*names, *(["reference"] if reference and references else [])]
+        return _beside(shown), f"left to right: {', '.join(words)}; scale {scale:g}"
+
+    return Explorer(
+        draw,
+        {
+            "scale": widgets.SelectionSlider(options=[(f"{scale:g}", scale) for scale in scales], description="scale"),
+            "reference": widgets.Checkbox(value=bool(references), description="reference", disabled=not references),
+        },
+    )
+
+
+def _option(rule: Callable) -> tuple[str, float] | None:
+    """The numeric option of a rule, and what it is where the slider stands at 1: 1 for shares, twice the default for others."""
+    for name, parameter in inspect.signature(rule).parameters.items():
+        if isinstance(parameter.default, float):
+            return name, 1.0 if parameter.default <= 1 else 2 * parameter.default
+    return None
+
+
+def _resized(truth: Any, shape: Sequence[int]) -> torch.Tensor:
+    values = np.asarray(truth.convert("L"), dtype=float) / 255 if isinstance(truth, Image.Image) else truth
+    values = torch.as_tensor(values).float()[None, None]
+    return (torch.nn.functional.interpolate(values, tuple(shape), mode="area")[0, 0] > 0.5).float()
+
+
+def _beside(pictures: Sequence[Image.Image], gap: int = 6) -> Image.Image:
+    large = [enlarge(picture.convert("RGB"), SIDE) for picture in pictures]
+    height = max(picture.height for picture in large)
+    whole = Image.new("RGB", (sum(picture.width + gap for picture in large) - gap, height), "white")
+    x = 0
+    for picture in large:
+        whole.paste(picture, (x, 0))
+        x += picture.width + gap
+    return whole

@@ -1,0 +1,30 @@
+"""Every kind of figure that the notebooks draw, in one style. Functions return the figure; none opens a window or keeps a state.
+
+Figures are made for half a page's width: few words, large letters, a caption that says what to see. A folder and not one file: `style`
+(the figure and its look), `pictures` (tables of pictures, maps and masks over them), `plots` (curves, bars, singular values),
+`diagram` (a U-Net drawn from its own structure), `stills` (what an explorer shows, for readers who cannot move its sliders).
+"""
+
+from persres_lite.figures.diagram import unet_diagram
+from persres_lite.figures.pictures import enlarge, grid, heat_picture, heats, outline_picture, outlines
+from persres_lite.figures.plots import bars, curves, loss_by_noise_level, singular_values
+from persres_lite.figures.stills import map_table, mask_table, scale_table
+from persres_lite.figures.style import Drawing
+
+__all__ = [
+    "Drawing",
+    "bars",
+    "curves",
+    "enlarge",
+    "grid",
+    "heat_picture",
+    "heats",
+    "loss_by_noise_level",
+    "map_table",
+    "mask_table",
+    "outline_picture",
+    "outlines",
+    "scale_table",
+    "singular_values",
+    "unet_diagram",
+]

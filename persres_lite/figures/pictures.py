@@ -1,0 +1,177 @@
+"""Figures made of pictures: tables of them, maps laid over them, masks outlined on them."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from persres_lite.figures.style import WIDTH, Drawing, as_array, captioned, fits, picture_axes
+
+HEAT = "inferno"
+SHOWN = 192
+"""Pixels to which smaller pictures are enlarged."""
+
+ORANGE, WHITE = (1.0, 0.55, 0.0), (1.0, 1.0, 1.0)
+
+Pictures = Sequence[Image.Image] | Sequence[Sequence[Image.Image | None]]
+
+
+def grid(
+    pictures: Pictures,
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    caption: str | None = None,
+) -> Drawing:
+    """Pictures side by side: a list is one row, a list of lists a table, None leaves a place empty.
+
+    Parameters
+    ----------
+    rows, columns
+        Words beside the rows and above the columns; long ones are broken into lines.
+    """
+    table = [list(pictures)] if not pictures or not isinstance(pictures[0], Sequence) else [list(row) for row in pictures]
+    fits(rows, len(table), "rows")
+    fits(columns, width := max(len(row) for row in table), "columns")
+    side = min(WIDTH / (width + (0.6 if rows else 0)), 1.9)
+    first = next(picture for row in table for picture in row if picture is not None)
+    figure, axes = picture_axes(len(table), width, side, side * first.height / first.width)
+    for i, row in enumerate(table):
+        for j in range(width):
+            picture = row[j] if j < len(row) else None
+            if picture is not None:
+                axes[i, j].imshow(enlarge(picture), interpolation="none")
+            if columns and i == 0:
+                axes[i, j].set_title(textwrap.fill(columns[j], max(8, int(side * 11))))
+        if rows:
+            axes[i, 0].set_ylabel(textwrap.fill(rows[i], 14), rotation=0, ha="right", va="center", labelpad=6)
+    return captioned(figure, caption)
+
+
+def heats(
+    pictures: Image.Image | Sequence[Image.Image],
+    maps: Sequence[Any],
+    titles: Sequence[str] | None = None,
+    columns: int | None = None,
+    label: str = "attention",
+    caption: str | None = None,
+) -> Drawing:
+    """Maps over pictures, all on one scale, with its color bar.
+
+    Parameters
+    ----------
+    pictures
+        One for each map, or one for all.
+    maps
+        Each (h, w), any size.
+    columns
+        How many stand in a row; at most four by default.
+    """
+    pictures = [pictures] * len(maps) if isinstance(pictures, Image.Image) else list(pictures)
+    fits(pictures, len(maps), "pictures")
+    fits(titles, len(maps), "titles")
+    arrays = [as_array(values) for values in maps]
+    low, high = min(a.min() for a in arrays), max(a.max() for a in arrays)
+    shown = [heat_picture(picture, values, low, high) for picture, values in zip(pictures, arrays, strict=True)]
+    figure, axes = _tiles(shown, titles, columns or min(4, len(shown)))
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(low, high), HEAT)
+    figure.colorbar(scale, ax=list(axes.flat), label=label, shrink=0.85, aspect=25)
+    return captioned(figure, caption)
+
+
+def outlines(
+    pictures: Image.Image | Sequence[Image.Image],
+    masks: Sequence[Any],
+    titles: Sequence[str] | None = None,
+    truth: Any = None,
+    columns: int | None = None,
+    caption: str | None = None,
+) -> Drawing:
+    """Masks over pictures: the outside dimmed, the edge orange, and the edge of the true mask white.
+
+    Parameters
+    ----------
+    truth
+        The true mask, one for all, or a list with one for each mask.
+    """
+    pictures = [pictures] * len(masks) if isinstance(pictures, Image.Image) else list(pictures)
+    truths = list(truth) if isinstance(truth, list | tuple) else [truth] * len(masks)
+    fits(pictures, len(masks), "pictures")
+    fits(truths, len(masks), "true masks")
+    fits(titles, len(masks), "titles")
+    shown = [outline_picture(*each) for each in zip(pictures, masks, truths, strict=True)]
+    figure, _ = _tiles(shown, titles, columns or min(4, len(shown)))
+    return captioned(figure, caption)
+
+
+def enlarge(picture: Image.Image, size: int = SHOWN) -> Image.Image:
+    """The picture with its shorter side at least `size` pixels: enlarged by a whole factor with Lanczos, never shrunk."""
+    factor = -(-size // min(picture.size))
+    if factor <= 1:
+        return picture
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.LANCZOS)
+
+
+def heat_picture(picture: Image.Image, attention: Any, low: float | None = None, high: float | None = None) -> Image.Image:
+    """The picture, dimmed, with a map laid over it in colors.
+
+    Parameters
+    ----------
+    attention
+        The map, (h, w), any size: tensor or array.
+    low, high
+        Values that get the darkest and the brightest color; the map's own extremes by default.
+    """
+    values = as_array(attention)
+    low = float(values.min()) if low is None else low
+    high = float(values.max()) if high is None else high
+    shown = enlarge(picture).convert("L")
+    scaled = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
+    smooth = Image.fromarray((scaled * 255).round().astype(np.uint8)).resize(shown.size, Image.Resampling.BILINEAR)
+    colors = matplotlib.colormaps[HEAT](np.asarray(smooth) / 255)[..., :3]
+    gray = np.asarray(shown)[..., None] / 255
+    return Image.fromarray(((0.35 * gray + 0.65 * colors) * 255).round().astype(np.uint8))
+
+
+def outline_picture(picture: Image.Image, mask: Any, truth: Any = None) -> Image.Image:
+    """The picture, dimmed outside the mask, with the mask's edge in orange and, where given, the true mask's in white."""
+    shown = enlarge(picture)
+    inside = _enlarged_mask(mask, shown.size)
+    pixels = np.asarray(shown.convert("RGB")) / 255 * (0.45 + 0.55 * inside[..., None])
+    pixels[_edge(inside > 0.5)] = ORANGE
+    if truth is not None:
+        pixels[_edge(_enlarged_mask(truth, shown.size) > 0.5)] = WHITE
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))
+
+
+def _tiles(shown: list[Image.Image], titles: Sequence[str] | None, columns: int) -> tuple[Drawing, np.ndarray]:
+    rows = -(-len(shown) // columns)
+    side = min(WIDTH / (columns + 0.5), 1.9)
+    figure, axes = picture_axes(rows, columns, side, side + (0.25 if titles else 0))
+    for place, picture in enumerate(shown):
+        axes.flat[place].imshow(picture, interpolation="none")
+        if titles:
+            axes.flat[place].set_title(textwrap.fill(titles[place], max(8, int(side * 11))))
+    return figure, axes
+
+
+def _enlarged_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
+    image = Image.fromarray((np.clip(as_array(mask), 0, 1) * 255).round().astype(np.uint8))
+    return np.asarray(image.resize(size, Image.Resampling.NEAREST)) / 255
+
+
+def _edge(inside: np.ndarray) -> np.ndarray:
+    """The pixels of a mask that have a neighbor outside it, two pixels wide; the picture's border is no edge."""
+    edge = np.zeros_like(inside)
+    for axis in (0, 1):
+        for step in (-2, -1, 1, 2):
+            moved = np.roll(inside, step, axis)
+            border = slice(0, step) if step > 0 else slice(step, None)
+            index = (border, slice(None)) if axis == 0 else (slice(None), border)
+            moved[index] = inside[index]
+            edge |= inside & ~moved
+    return edge

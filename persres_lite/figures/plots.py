@@ -1,0 +1,132 @@
+"""Figures made of numbers: curves, bars, losses by noise level, singular values."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import torch
+
+from persres_lite.figures.style import COLORS, Drawing, as_array, captioned, new_plot
+
+
+def curves(
+    series: Mapping[str, Any],
+    x: Sequence[float] | None = None,
+    xlabel: str = "",
+    ylabel: str = "",
+    smooth: int = 0,
+    log: bool = False,
+    caption: str | None = None,
+) -> Drawing:
+    """Curves by name. Values (n,) are one curve; values (runs, n) their mean, in a band of one standard deviation.
+
+    Parameters
+    ----------
+    smooth
+        Width of a running mean, in points; the raw values stay visible behind it. 0 draws them as they are.
+    log
+        Whether the vertical axis is logarithmic.
+    """
+    figure, axes = new_plot()
+    for color, (name, values) in zip(cycle(COLORS), series.items(), strict=False):
+        runs = np.atleast_2d(as_array(values))
+        places = np.arange(runs.shape[1]) if x is None else np.asarray(x, dtype=float)
+        mean = runs.mean(0)
+        if smooth > 1 and len(mean) >= smooth:
+            axes.plot(places, mean, color=color, alpha=0.25, linewidth=0.8)
+            kernel = np.ones(smooth) / smooth
+            mean, places = np.convolve(mean, kernel, "valid"), np.convolve(places, kernel, "valid")
+        elif len(runs) > 1:
+            axes.fill_between(places, mean - runs.std(0), mean + runs.std(0), color=color, alpha=0.2, linewidth=0)
+        axes.plot(places, mean, color=color, label=name, marker="o" if len(mean) <= 12 else "", markersize=4)
+    axes.set(xlabel=xlabel, ylabel=ylabel, **({"yscale": "log"} if log else {}))
+    if len(series) > 1:
+        axes.legend(frameon=False)
+    return captioned(figure, caption)
+
+
+def loss_by_noise_level(
+    losses: Mapping[str, tuple[Any, Any]],
+    bins: int = 10,
+    last: int = 1000,
+    caption: str | None = None,
+) -> Drawing:
+    """The mean loss of each range of timesteps, with a band of one standard error.
+
+    Parameters
+    ----------
+    losses
+        By name: (timesteps, losses), both (n,).
+    last
+        The number of timesteps that the model was trained on.
+    """
+    figure, axes = new_plot()
+    edges = np.linspace(0, last, bins + 1)
+    middle = (edges[1:] + edges[:-1]) / 2
+    for color, (name, (timesteps, values)) in zip(cycle(COLORS), losses.items(), strict=False):
+        places, numbers = np.digitize(as_array(timesteps), edges[1:-1]), as_array(values)
+        groups = [numbers[places == level] for level in range(bins)]
+        mean = np.array([group.mean() if len(group) else np.nan for group in groups])
+        error = np.array([group.std() / len(group) ** 0.5 if len(group) else np.nan for group in groups])
+        axes.fill_between(middle, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+        axes.plot(middle, mean, color=color, label=name, marker="o", markersize=4)
+    axes.set(xlabel="timestep (right: more noise)", ylabel="mean loss", xlim=(0, last))
+    if len(losses) > 1:
+        axes.legend(frameon=False)
+    return captioned(figure, caption)
+
+
+def bars(
+    values: Mapping[str, Any],
+    ylabel: str = "",
+    reference: tuple[str, float] | None = None,
+    caption: str | None = None,
+) -> Drawing:
+    """A bar for each name; where a list is given its mean, with every value as a dot.
+
+    Parameters
+    ----------
+    reference
+        A name and a value to compare with, drawn as a dashed line.
+    """
+    figure, axes = new_plot(height=2.8)
+    for place, (name, value) in enumerate(values.items()):
+        numbers = np.atleast_1d(as_array(value))
+        color, alpha = COLORS[place % len(COLORS)], 0.55 if len(numbers) > 1 else 0.9
+        axes.bar(place, numbers.mean(), color=color, width=0.6, alpha=alpha)
+        above = (place, max(0, *numbers, numbers.mean()))
+        axes.annotate(f"{numbers.mean():.3g}", above, xytext=(0, 5), textcoords="offset points", ha="center")
+        if len(numbers) > 1:
+            spread = np.linspace(-0.18, 0.18, len(numbers))
+            axes.scatter(place + spread, numbers, color=color, edgecolor="white", s=22, zorder=3)
+    if reference:
+        axes.axhline(reference[1], color="0.35", linestyle="--", linewidth=1.2, label=reference[0])
+        axes.legend(frameon=False)
+    axes.set_xticks(range(len(values)), [textwrap.fill(name, 14) for name in values])
+    axes.set_ylabel(ylabel)
+    axes.margins(y=0.12)
+    return captioned(figure, caption)
+
+
+def singular_values(matrices: Mapping[str, Any], rank: int | None = None, caption: str | None = None) -> Drawing:
+    """The singular values of each matrix, largest first, on a logarithmic axis, relative to its largest.
+
+    Parameters
+    ----------
+    rank
+        Drawn as a vertical line after the `rank` first values.
+    """
+    figure, axes = new_plot()
+    for color, (name, matrix) in zip(cycle(COLORS), matrices.items(), strict=False):
+        values = torch.linalg.svdvals(torch.as_tensor(matrix).detach().double().flatten(1)).cpu().numpy()
+        shown = np.maximum(values / max(values[0], 1e-30), 1e-8)  # zeros of a low rank stay on the paper
+        axes.plot(np.arange(1, len(shown) + 1), shown, color=color, label=name, marker="o", markersize=3)
+    if rank is not None:
+        axes.axvline(rank + 0.5, color="0.35", linestyle="--", linewidth=1.2, label=f"rank {rank}")
+    axes.set(xlabel="number", ylabel="singular value / largest", yscale="log")
+    axes.legend(frameon=False)
+    return captioned(figure, caption)

@@ -1,0 +1,96 @@
+"""What the explorers show, as still figures: for readers on GitHub, and for the printed page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from persres_lite.figures.pictures import grid, heat_picture, outlines
+from persres_lite.figures.style import Drawing
+from persres_lite.masks import RULES, make_mask
+
+
+def map_table(
+    record: Any,
+    picture: Image.Image,
+    word: str,
+    steps: Sequence[int] | None = None,
+    blocks: Sequence[str] | None = None,
+    caption: str | None = None,
+) -> Drawing:
+    """Where a word looked: a row for each step, a column for each block, the mean of all blocks last.
+
+    Each picture has its own scale, because blocks differ far more in strength than in place.
+
+    Parameters
+    ----------
+    record
+        From `record_attention`, or anything with its ``.steps``, ``.blocks`` and ``.map(word, step=, block=)``.
+    steps, blocks
+        Four steps from first to last, and the first, middle and last block, by default.
+    """
+    steps = list(steps) if steps is not None else spread(record.steps, 4)
+    blocks = list(blocks) if blocks is not None else spread(record.blocks, 3)
+    table = [
+        [heat_picture(picture, record.map(word, step=step, block=block)) for block in [*blocks, None]] for step in steps
+    ]
+    columns = [*(short_name(block) for block in blocks), "all blocks"]
+    return grid(table, rows=[f"step {step}" for step in steps], columns=columns, caption=caption)
+
+
+def mask_table(
+    picture: Image.Image,
+    attention: torch.Tensor,
+    rules: Sequence[str] | Mapping[str, dict] | None = None,
+    truth: Any = None,
+    caption: str | None = None,
+) -> Drawing:
+    """One map, and the mask that each rule makes of it, with the share of the picture that it takes.
+
+    Parameters
+    ----------
+    attention
+        The map, (h, w).
+    rules
+        Names of `persres_lite.masks.RULES`, or names with their options; all of them by default.
+    truth
+        The true mask, outlined in white.
+    """
+    chosen = dict(rules) if isinstance(rules, Mapping) else {name: {} for name in rules or RULES}
+    masks = [make_mask(attention, name, **options) for name, options in chosen.items()]
+    titles = [f"{name}: {mask.float().mean():.0%}" for name, mask in zip(chosen, masks, strict=True)]
+    return outlines(picture, masks, titles, truth=truth, columns=min(3, len(masks)), caption=caption)
+
+
+def scale_table(pictures: Mapping[float, Mapping[str, Image.Image]], caption: str | None = None) -> Drawing:
+    """Pictures from one noise: a column for each scale of the residual, a row for each way of sampling.
+
+    Parameters
+    ----------
+    pictures
+        By scale, then by name: ``{0.0: {"residual": …, "LAG": …}, 1.0: …}``.
+    """
+    scales = sorted(pictures)
+    names = list(dict.fromkeys(name for row in pictures.values() for name in row))
+    table = [[pictures[scale].get(name) for scale in scales] for name in names]
+    return grid(table, rows=names, columns=[f"scale {scale:g}" for scale in scales], caption=caption)
+
+
+def spread(values: Sequence, number: int) -> list:
+    """At most `number` of the values, evenly from the first to the last."""
+    values = list(values)
+    if len(values) <= number:
+        return values
+    return [values[round(place * (len(values) - 1) / (number - 1))] for place in range(number)]
+
+
+def short_name(block: str) -> str:
+    """A block's name in few words: ``down_blocks.1.attentions.0.proj_out`` is ``down 1.0``, the middle one ``mid``."""
+    match = re.match(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)", block)
+    if match:
+        return f"{match[1]} {match[2]}.{match[3]}"
+    return "mid" if block.startswith("mid_block") else block

@@ -1,0 +1,82 @@
+"""A small notebook with everything that one of the series must have, for the tests of the tools."""
+
+from __future__ import annotations
+
+from nbformat import NotebookNode, v4
+
+from persres_lite.maintain import notebooks
+
+ADDRESS = "https://github.com/persres-lite/persres-lite"
+NAME = "04_example.ipynb"
+
+OPENING = """# 04 · An example
+
+**Aim:** see that the tools work.
+
+**You will be able to**
+
+- add two numbers.
+
+**Time and memory:** not measured yet"""
+
+EXERCISE = """### Exercise 4.1: the delta
+
+**Difficulty:** ●○○ · **Minutes:** 2
+
+Write `delta(A, B)`.
+
+<details><summary>Hint</summary>
+
+`@` multiplies matrices.
+
+</details>
+
+<details><summary>Solution</summary>
+
+```python
+def delta(A, B):
+    return A @ B
+```
+
+Rows of A meet columns of B.
+
+</details>"""
+
+STUB = """def delta(A, B):
+    return ...  # your answer
+
+
+check.delta(delta)"""
+
+PREDICT = """**Predict before you run.** What is 2 + 2?
+
+<details><summary>Answer</summary>
+
+4.
+
+</details>"""
+
+
+def example(first_cell: str | None = None) -> NotebookNode:
+    """The notebook, stamped; `first_cell` in place of the real one, for tests that run it where nothing is to be fetched."""
+    text, code = v4.new_markdown_cell, v4.new_code_cell
+    cells = [
+        text(OPENING),
+        text("## Theory\n\n$$1 + 1 = 2$$"),
+        text("## Practice\n\nThe package's checks, see the [glossary](glossary.md)."),
+        code("from persres_lite import check"),
+        text(PREDICT),
+        code("print(2 + 2)", metadata={"tags": ["nbval-check-output"]}),
+        text("## Discussion\n\nFour is enough."),
+        text("## Exercises"),
+        text(EXERCISE),
+        code(STUB, metadata={"tags": ["exercise"], "persres": {"wrong": ["def delta(A, B):\n    return B @ A"]}}),
+        text("## References\n\n- arXiv 2405.12978"),
+    ]
+    made = notebooks.stamped(v4.new_notebook(cells=cells), NAME, ADDRESS)
+    for number, cell in enumerate(made.cells):
+        cell.id = f"c{number}"
+    if first_cell is not None:
+        path = f"import sys\nsys.path.insert(0, {str(notebooks.ROOT)!r})\n"
+        next(cell for cell in made.cells if cell.cell_type == "code").source = path + first_cell
+    return made

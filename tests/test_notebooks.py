@@ -1,0 +1,144 @@
+"""Every notebook has what the series promises, runs on a Stable Diffusion layout too, and its exercises prove themselves."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from persres_lite.maintain import exercises, links, notebooks, runs
+from tests.tiny import tiny_pipeline
+
+SERIES = (
+    "00_the_result_first",
+    "01_a_frozen_model",
+    "02_residual_injection",
+    "03_training_loop",
+    "04_cross_attention",
+    "05_localized_sampling",
+)
+SECTIONS = ["## Theory", "## Practice", "## Discussion", "## Exercises", "## References"]
+MAX_SECONDS = 150
+"""The series promises two minutes on a laptop; the committed measurement may come from a machine that was not idle."""
+
+PATHS = notebooks.notebook_paths()
+each = pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
+
+read = cache(notebooks.read)
+
+
+def markdown(path: Path) -> list[str]:
+    return [cell.source for cell in read(path).cells if cell.cell_type == "markdown"]
+
+
+def code(path: Path) -> list:
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def test_the_series_is_complete_and_numbered():
+    assert [path.stem for path in PATHS if path.stem[:2] <= "05"] == list(SERIES)
+
+
+@each
+def test_it_opens_with_badge_title_aim_abilities_and_measured_time(path):
+    badge, opening = (cell.source for cell in read(path).cells[:2])
+    assert badge == notebooks.badge(notebooks.public_address(), path.name)
+    title, aim = runs.opening(read(path))
+    assert title.startswith(f"{path.stem[:2]} · ") and aim.endswith(".")
+    assert re.search(r"\*\*You will be able to\*\*\n\n- .+", opening)
+    assert f"{runs.TIME_LINE} {runs.time_and_memory(read(path))}." in opening
+    assert read(path).metadata["persres"]["seconds"] < MAX_SECONDS
+
+
+@each
+def test_it_has_the_sections_in_order(path):
+    found = [line for text in markdown(path) for line in text.splitlines()[:1] if line in SECTIONS]
+    assert found == SECTIONS
+
+
+@each
+def test_its_first_code_cell_is_the_same_letter_for_letter(path):
+    assert read(path).cells[2].source == notebooks.first_cell(notebooks.public_address())
+    assert read(path).cells[2].cell_type == "code"
+
+
+@each
+def test_its_outputs_come_from_one_fresh_run(path):
+    cells = code(path)
+    assert all(cell.source.strip() for cell in cells), "an empty code cell"
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert [output for output in outputs if output.output_type == "error"] == []
+    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
+    assert len(outputs) > 5
+
+
+@each
+def test_github_can_show_it(path):
+    assert "widgets" not in read(path).metadata
+    assert path.stat().st_size <= runs.MAX_BYTES
+    runs.refuse(read(path))
+    kinds = {kind for cell in code(path) for output in cell.outputs for kind in output.get("data", {})}
+    assert kinds <= {"text/plain", "text/html", "text/markdown", "image/png"} and "image/png" in kinds
+
+
+@each
+def test_its_outputs_name_no_folder_of_the_machine_it_ran_on(path):
+    words = " ".join(str(output.get("text", output.get("data", {}).get("text/plain", ""))) for cell in code(path) for output in cell.outputs)
+    assert str(notebooks.ROOT) not in words and str(Path.home()) + "/" not in words
+
+
+@each
+def test_its_checked_cells_hold_text_that_can_be_compared(path):
+    tagged = [cell for cell in code(path) if "nbval-check-output" in cell.metadata.get("tags", [])]
+    assert tagged, "nbval would compare nothing"
+    for cell in tagged:
+        assert [output.output_type for output in cell.outputs] == ["stream"], cell.source
+    figures = [cell for cell in code(path) if any("image/png" in output.get("data", {}) for output in cell.outputs)]
+    assert figures
+
+
+@each
+def test_it_asks_before_it_shows(path):
+    asking = [text for text in markdown(path) if "**Predict before you run.**" in text]
+    assert asking
+    assert all("<details><summary>Answer</summary>" in text for text in asking)
+
+
+@each
+def test_it_has_three_exercises_of_its_own_number(path):
+    found = exercises.exercises(read(path))
+    assert [each.number for each in found] == [f"{int(path.stem[:2])}.{k}" for k in range(1, len(found) + 1)]
+    assert len(found) >= 3
+
+
+@each
+def test_it_has_a_widget_with_its_still_twin(path):
+    sources = "\n".join(cell.source for cell in code(path))
+    assert "explorers." in sources
+    assert "a widget: run the notebook" in str([cell.outputs for cell in code(path)])
+
+
+def test_links_and_stamps_and_the_table_are_as_the_commands_leave_them(capsys):
+    assert notebooks.main(["check"]) == 0, capsys.readouterr().out
+    assert links.broken(notebooks.ROOT, notebooks.public_address()) == []
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory):
+    """Random weights in the folder layout and block structure of Stable Diffusion 1.4."""
+    folder = tmp_path_factory.mktemp("bases") / "sd-1.4-shaped"
+    tiny_pipeline("sd1").save_pretrained(folder)
+    return folder
+
+
+@each
+def test_it_runs_on_stable_diffusions_layout_and_its_exercises_prove_themselves(path, stable_diffusion):
+    """One run for both: each exercise is followed by its wrong answers, which must be refused, and by its solution."""
+    environment = {"PERSRES_BASE": str(stable_diffusion), "HF_HUB_OFFLINE": "1"}
+    done = runs.execute(exercises.with_solutions(read(path)), path.parent, env=environment, timeout=300)
+    assert exercises.unproved(done) == []
+    said = "".join(output.get("text", "") for output in next(c for c in done.cells if c.cell_type == "code").outputs)
+    assert "Base: sd-1.4-shaped" in said
