@@ -1,0 +1,263 @@
+"""How well pictures fit their prompt and their concept, and how well masks fit the truth.
+
+The three alignment scores of the paper's first table are cosines between features of pretrained encoders: CLIP-T
+(picture and prompt), CLIP-I and DINO-I (picture and reference pictures). Here they are plain cosines between -1 and 1;
+CustomConcept101 prints CLIP-T as 2.5 times the cosine. Score prompts *without* the rare token, as it does: "a cat on
+the beach", since no CLIP knows what "sks" is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from persres_lite.bases import entry
+from persres_lite.paths import data_dir
+
+JUDGES = {"toybox": ("toybox-clip", "toybox-dino")}
+"""A base's own CLIP- and DINO-like encoders, in the data folder."""
+
+PAPER_JUDGES = ("openai/clip-vit-base-patch32", "facebook/dino-vits16")
+"""The encoders of the paper and of CustomConcept101, for every base that has none of its own."""
+
+Pictures = Sequence[Image.Image] | Image.Image
+
+
+@dataclass
+class Judges:
+    """A CLIP-like and a DINO-like encoder with what they need to read their inputs; made by :func:`load_judges`."""
+
+    clip: Any
+    tokenizer: Any
+    clip_processor: Any
+    dino: Any
+    dino_processor: Any
+
+    def text_alignment(self, images: Pictures, prompts: str | Sequence[str]) -> Tensor:
+        """CLIP-T: the cosine between each picture and its prompt.
+
+        Parameters
+        ----------
+        images
+            n pictures, or one.
+        prompts
+            One prompt for all pictures, or n prompts; without the rare token.
+
+        Returns
+        -------
+        Tensor
+            (n,), between -1 and 1.
+
+        Raises
+        ------
+        ValueError
+            If there are neither one nor n prompts.
+        """
+        images = _pictures(images)
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if len(prompts) not in (1, len(images)):
+            raise ValueError(f"{len(images)} pictures need one prompt or {len(images)} prompts, not {len(prompts)}.")
+        return (self._clip_pictures(images) * self._clip_words(prompts)).sum(-1)
+
+    def image_alignment(self, images: Pictures, refs: Pictures) -> Tensor:
+        """CLIP-I: each picture's cosine with the reference pictures, averaged over the references; (n,)."""
+        return (self._clip_pictures(_pictures(images)) @ self._clip_pictures(_pictures(refs)).T).mean(-1)
+
+    def identity(self, images: Pictures, refs: Pictures) -> Tensor:
+        """DINO-I: as CLIP-I with the DINO-like encoder, which tells one object from another of its class; (n,)."""
+        return (self._dino_pictures(_pictures(images)) @ self._dino_pictures(_pictures(refs)).T).mean(-1)
+
+    @torch.no_grad()
+    def _clip_pictures(self, images: list[Image.Image]) -> Tensor:
+        pixels = self.clip_processor(images=images, return_tensors="pt")["pixel_values"].to(self.clip.device)
+        return F.normalize(_features(self.clip.get_image_features(pixel_values=pixels)), dim=-1)
+
+    @torch.no_grad()
+    def _clip_words(self, prompts: list[str]) -> Tensor:
+        longest = self.clip.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(prompts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
+        tokens = {name: tokens[name].to(self.clip.device) for name in ("input_ids", "attention_mask")}
+        return F.normalize(_features(self.clip.get_text_features(**tokens)), dim=-1)
+
+    @torch.no_grad()
+    def _dino_pictures(self, images: list[Image.Image]) -> Tensor:
+        pixels = self.dino_processor(images=images, return_tensors="pt")["pixel_values"].to(self.dino.device)
+        output = self.dino(pixel_values=pixels)
+        hidden = output.last_hidden_state
+        # A transformer, (n, tokens, c), says what the picture is in its class token; DINO's pooler has no weights.
+        # A convolutional encoder, (n, c, h, w), says it in the mean over positions, its pooler.
+        features = hidden[:, 0] if hidden.dim() == 3 else output.pooler_output.flatten(1)
+        return F.normalize(features, dim=-1)
+
+
+def load_judges(
+    base: Any = "toybox",
+    *,
+    clip: str | Path | None = None,
+    dino: str | Path | None = None,
+    device: str | torch.device | None = None,
+) -> Judges:
+    """Load the encoders that score a base's pictures.
+
+    Parameters
+    ----------
+    base
+        A loaded pipeline or a base's name: Toybox has its own judges in ``data/``, all others take the paper's.
+    clip, dino
+        Other encoders: a folder, or an id on the Hugging Face hub.
+    device
+        Where they compute; None takes the pipeline's device, or the CPU for a name.
+
+    Returns
+    -------
+    Judges
+        Frozen and in eval mode.
+
+    Raises
+    ------
+    OSError
+        If a folder is missing, or the hub is out of reach and nothing was fetched before.
+    """
+    name = entry(base).name
+    own = [data_dir() / folder for folder in JUDGES[name]] if name in JUDGES else PAPER_JUDGES
+    clip, dino = clip or own[0], dino or own[1]
+    device = device or getattr(base, "device", "cpu")
+    from transformers import AutoModel, AutoTokenizer, CLIPModel
+
+    return Judges(
+        clip=_load(CLIPModel, clip).to(device),
+        tokenizer=_load(AutoTokenizer, clip),
+        clip_processor=_load_processor(clip),
+        dino=_load(AutoModel, dino).to(device),
+        dino_processor=_load_processor(dino),
+    )
+
+
+def iou(mask: Any, truth: Any) -> Tensor:
+    """Intersection over union of masks and true masks.
+
+    Parameters
+    ----------
+    mask, truth
+        (h, w) or (n, h, w), as tensors, arrays or pictures; more than one half counts as inside. A mask of another
+        size than the truth's is first scaled to it (nearest position).
+
+    Returns
+    -------
+    Tensor
+        (n,), between 0 and 1; 1 where both are empty.
+    """
+    truth = _stack(truth) > 0.5
+    mask = _resized(_stack(mask), truth.shape[-2:], "nearest") > 0.5
+    both, either = (mask & truth).sum((-2, -1)), (mask | truth).sum((-2, -1))
+    return torch.where(either == 0, 1.0, both / either.clamp(min=1))
+
+
+def pointing(map: Any, truth: Any) -> Tensor:
+    """Whether the highest position of each map lies inside the true mask; the mean is the pointing accuracy.
+
+    Parameters
+    ----------
+    map, truth
+        (h, w) or (n, h, w), as tensors, arrays or pictures. A map of another size is first scaled to the truth's
+        (bilinear).
+
+    Returns
+    -------
+    Tensor
+        (n,), 1.0 for inside and 0.0 for outside.
+    """
+    truth = _stack(truth) > 0.5
+    map = _resized(_stack(map), truth.shape[-2:], "bilinear")
+    map, inside = torch.broadcast_tensors(map, truth)
+    return inside.flatten(1).gather(1, map.flatten(1).argmax(1, keepdim=True))[:, 0].float()
+
+
+def background_distance(a: Any, b: Any, mask: Any) -> Tensor:
+    """Mean absolute difference of two pictures outside the object: how much of the original's background was changed.
+
+    Parameters
+    ----------
+    a, b
+        One picture each or n each, of one size, for example from the same noise with and without residuals.
+    mask
+        The object, (h, w) or (n, h, w), as tensor, array or picture: what it covers by more than one half does not
+        count. For two pictures with objects in different places give the union of both masks.
+
+    Returns
+    -------
+    Tensor
+        (n,), in units of the full brightness range: 0 for equal backgrounds, 1 for black against white.
+
+    Raises
+    ------
+    ValueError
+        If the pictures differ in size, or a mask leaves no background.
+    """
+    a, b = _pixels(a), _pixels(b)  # (n, h, w, 3)
+    if a.shape[1:] != b.shape[1:]:
+        raise ValueError(f"The pictures differ in size: {tuple(a.shape[1:3])} and {tuple(b.shape[1:3])}.")
+    outside = (_resized(_stack(mask), a.shape[1:3], "nearest") <= 0.5).float()
+    if (outside.sum((-2, -1)) == 0).any():
+        raise ValueError("The mask covers the whole picture, so there is no background to compare.")
+    difference = (a - b).abs().mean(-1)
+    return (difference * outside).sum((-2, -1)) / outside.sum((-2, -1)).expand(len(difference))
+
+
+def _load(kind: Any, where: str | Path) -> Any:
+    try:
+        loaded = kind.from_pretrained(str(where))
+    except (OSError, ValueError) as error:
+        if Path(where).is_dir():
+            advice = "its folder is not whole; fetch it again."
+        else:
+            advice = "connect to the network once, or name a folder that holds such a model (clip=..., dino=...)."
+        raise OSError(f"The judge {where} could not be loaded: {advice}") from error
+    return loaded.eval().requires_grad_(False) if isinstance(loaded, torch.nn.Module) else loaded
+
+
+def _load_processor(where: str | Path) -> Any:
+    from transformers import AutoImageProcessor
+
+    return _load(AutoImageProcessor, where)
+
+
+def _features(output: Any) -> Tensor:
+    """transformers 5 wraps what get_text_features gives; before, it was the tensor itself."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def _pictures(images: Pictures) -> list[Image.Image]:
+    images = [images] if isinstance(images, Image.Image) else list(images)
+    if not images:
+        raise ValueError("There are no pictures to score.")
+    return images
+
+
+def _pixels(images: Any) -> Tensor:
+    images = images if isinstance(images, (list, tuple)) else [images]
+    return torch.stack([torch.from_numpy(np.asarray(i.convert("RGB"), dtype=np.float32) / 255) for i in images])
+
+
+def _stack(masks: Any) -> Tensor:
+    """(n, h, w) float of tensors, arrays or pictures (whose 0..255 becomes 0..1), one or several."""
+    if isinstance(masks, (list, tuple)):
+        return torch.cat([_stack(mask) for mask in masks])
+    if isinstance(masks, Image.Image):
+        masks = np.asarray(masks.convert("L"), dtype=np.float32) / 255
+    masks = torch.as_tensor(masks).float().cpu()
+    return masks if masks.dim() == 3 else masks[None]
+
+
+def _resized(maps: Tensor, size: Sequence[int], mode: str) -> Tensor:
+    if maps.shape[-2:] == tuple(size):
+        return maps
+    return F.interpolate(maps[:, None], size=tuple(size), mode=mode)[:, 0]
