@@ -21,6 +21,7 @@ from persres_lite.lag import Lag, Run
 from persres_lite.masks import Rule, find_rule, read_mask
 from persres_lite.projections import add_low_rank, find_proj_outs, unet_of
 from persres_lite.prompts import watch_prompts
+from persres_lite.rare_token import rare_token_attached
 from persres_lite.residuals import Residuals
 
 
@@ -121,6 +122,8 @@ def localized(
         for index, (which, _) in enumerate(pairs):
             for handle in _apply_hooks(base, which, run, index, scale):
                 stack.callback(handle.remove)
+            if isinstance(which, Residuals) and scale != 0:
+                stack.enter_context(rare_token_attached(base, which.metadata.get("token", ""), which.rows))
         stack.enter_context(watch_prompts(base, run.note, prompts, needed=drawn is None))
         stack.callback(unet_of(base).register_forward_pre_hook(run.begin, with_kwargs=True).remove)
         if drawn is None:

@@ -221,7 +221,9 @@ def _load(kind: Any, where: str | Path) -> Any:
         else:
             advice = "connect to the network once, or name a folder that holds such a model (clip=..., dino=...)."
         raise OSError(f"The judge {where} could not be loaded: {advice}") from error
-    return loaded.eval().requires_grad_(False) if isinstance(loaded, torch.nn.Module) else loaded
+    if isinstance(loaded, torch.nn.Module):
+        loaded.eval().requires_grad_(False).float()  # shipped in half precision, scored in single
+    return loaded
 
 
 def _load_processor(where: str | Path) -> Any:

@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from persres_lite import training
 from persres_lite.concepts import Concept
+from persres_lite.localize import localized
 from persres_lite.objective import TrainingSet, diffusion_loss, encode_images, encode_prompt
 from persres_lite.residuals import Residuals
 from persres_lite.training import Diverged, personalize
@@ -541,6 +542,8 @@ def test_the_tokens_embedding_learns_on_request(pipeline, token, tmp_path):
     with loaded.attached(pipeline):
         assert not torch.equal(learned, sample(pipeline, prompt, steps=1))  # the rows do matter
     assert torch.equal(plain, sample(pipeline, prompt, steps=1))
+    with localized(pipeline, residuals, concept, fixed_mask=torch.ones(8, 8)):  # with LAG, too
+        torch.testing.assert_close(learned, sample(pipeline, prompt, steps=1), rtol=1e-5, atol=1e-5)
 
 
 def test_a_prompt_without_the_token_is_embedded_as_before(sd1):
