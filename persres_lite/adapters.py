@@ -46,7 +46,7 @@ def adapter_layers(base: Any, adapter: str) -> dict[str, nn.Module]:
             f"No LoRA named {adapter!r} is loaded in the U-Net: it has {', '.join(map(repr, loaded)) or 'none'} (one "
             "that was fused and unloaded is a part of the weights and cannot be localized)."
         )
-    layers = {name: module for name, module in find_proj_outs(unet).items() if name in loaded[adapter]}
+    layers: dict[str, Any] = {name: module for name, module in find_proj_outs(unet).items() if name in loaded[adapter]}
     if not layers:
         raise ValueError(
             f"The LoRA {adapter!r} changes {len(loaded[adapter])} layers but no `proj_out`, so there is nothing to "

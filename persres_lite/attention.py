@@ -29,7 +29,7 @@ __all__ = ["attend", "indicator", "record_attention", "token_positions", "watch_
 
 
 def attend(
-    attn: nn.Module, q: torch.Tensor, k: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor | None = None
+    attn: Any, q: torch.Tensor, k: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(d)) @ columns by the fused kernel, averaged over heads (the paper does not say how).
 
@@ -172,7 +172,7 @@ def watch_attention(
         for name, proj_out in projections.items():
             if blocks is not None and name not in blocks:
                 continue
-            transformer = unet.get_submodule(name.removesuffix(".proj_out"))
+            transformer: Any = unet.get_submodule(name.removesuffix(".proj_out"))
             watcher = _Watcher(name, ask, tell, refine)
             handles = [transformer.register_forward_pre_hook(watcher.begin, with_kwargs=True)]
             for layer in transformer.transformer_blocks:

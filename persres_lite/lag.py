@@ -102,13 +102,14 @@ class Run:
     def _gather(self, concept: int, name: str, maps: torch.Tensor) -> torch.Tensor:
         if self.aggregate is None:
             return maps
-        total, count = self.memory.get((concept, name), (0, 0)) if self.aggregate != "blocks" else (0, 0)
-        if count:
-            total = total[-len(maps) :]  # fewer rows, if guidance has ended
-        self.memory[concept, name] = total + maps, count + 1
+        total, count = maps, 1
+        if self.aggregate != "blocks" and (concept, name) in self.memory:
+            before, steps = self.memory[concept, name]
+            total, count = before[-len(maps) :] + maps, steps + 1  # fewer rows, if guidance has ended
+        self.memory[concept, name] = total, count
         blocks = [name] if self.aggregate == "steps" else [block for which, block in self.memory if which == concept]
-        parts = (self.memory[concept, block] for block in blocks)
-        return average([total[-len(maps) :] / count for total, count in parts], tuple(maps.shape[-2:]))
+        sums = [self.memory[concept, block] for block in blocks]
+        return average([total[-len(maps) :] / count for total, count in sums], maps.shape[-2:])
 
     def draw(self, module: nn.Module, args: tuple, kwargs: dict, *, name: str) -> None:
         """Instead of `tell`, for masks drawn by hand: a transformer begins."""

@@ -111,7 +111,7 @@ def make_mask(maps: torch.Tensor, rule: str | Rule = "median", **options: Any) -
     return masks if maps.ndim == 3 else masks[0]
 
 
-def resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Maps (B, h, w) at another resolution: bilinear to a finer one, averages of areas to a coarser one."""
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
@@ -144,7 +144,7 @@ def read_mask(mask: Any) -> torch.Tensor:
     return values
 
 
-def average(maps: Sequence[torch.Tensor], size: tuple[int, int] | None = None) -> torch.Tensor:
+def average(maps: Sequence[torch.Tensor], size: Sequence[int] | None = None) -> torch.Tensor:
     """The mean of maps (B, h, w) of several blocks or steps, at `size` or else at the finest of their resolutions.
 
     Raises

@@ -62,12 +62,12 @@ def _refuse_transformer(module: nn.Module) -> None:
     )
 
 
-def plain_layer(module: nn.Module) -> nn.Module:
+def plain_layer(module: Any) -> Any:
     """The layer itself, or the one inside if PEFT has wrapped it for a LoRA."""
     return getattr(module, "base_layer", module)
 
 
-def structure(unet: nn.Module) -> str:
+def structure(unet: Any) -> str:
     """One line that tells bases apart, for example '16 convolutions 320x5 640x5 1280x6, text width 768'."""
     modules = find_proj_outs(unet)
     layers = [plain_layer(module) for module in modules.values()]

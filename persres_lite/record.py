@@ -85,7 +85,7 @@ class AttentionRecord:
         else:
             steps = [step if step >= 0 else max(self.steps, default=-1) + 1 + step]
         chosen = [
-            sum(maps[image, self.words.index(each)] for each in asked)
+            maps[image, [self.words.index(each) for each in asked]].sum(0)
             for (at, name, which), maps in self.maps.items()
             if at in steps and block in (None, name) and which == half
         ]

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,7 +71,7 @@ class Residuals:
         self,
         unet: Any,
         rank: float | int | Mapping[str, int] = 0.05,
-        init: Literal["lora", "random"] = "lora",
+        init: str = "lora",
         seed: int = 0,
     ) -> None:
         if init not in ("lora", "random"):
