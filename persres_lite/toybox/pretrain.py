@@ -5,6 +5,7 @@ Stages, each with a fixed budget of minutes and a checkpoint that it goes on fro
 ``clip``        the text encoder, contrastively with an image encoder; the pair is also the CLIP-like judge
 ``judge``       the identity encoder and its readings of class, colors, pattern and place
 ``vae``         the autoencoder
+``decoder``     its second half for longer, on the latents of the first
 ``unet``        the denoiser, on latents made once, with the frozen text encoder
 
 The text encoder comes first and stays frozen because that is what Stable Diffusion does, and because learned
@@ -15,10 +16,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
+import json
 import math
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +37,10 @@ from transformers import CLIPImageProcessor, CLIPTextModel
 from .dataset import draw_scenes, draw_views, load_drawn, toy_by_index
 from .judge import READINGS, Readings, labels_of
 from .models import make_autoencoder, make_clip, make_identity_encoder, make_scheduler, make_tokenizer, make_unet
-from .trainer import train
+from .trainer import load_trained, train
 from .world import CLASSES, caption, scene_by_index
 
-MINUTES = {"clip": 24.0, "judge": 12.0, "vae": 35.0, "unet": 240.0}
+MINUTES = {"clip": 20.0, "judge": 12.0, "vae": 30.0, "decoder": 30.0, "unet": 240.0}
 PICTURES = 60_000
 VIEWS = 10_000  # toys seen twice, for the identity encoder
 EMPTY = 0.1  # share of captions left empty, for classifier-free guidance
@@ -75,14 +79,35 @@ def short_caption(scene, rng: random.Random) -> str:
     return caption(scene, rng)
 
 
-def train_clip(folder: Path, pictures: np.ndarray, minutes: float):
-    """The contrastive pair (Radford et al., 2021). Equal captions in a batch count as equally right."""
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    clip = make_clip(tokenizer)
+def clip_parts() -> nn.ModuleDict:
+    """The contrastive pair, and a layer that helps its image half to learn and is thrown away."""
+    clip = make_clip(make_tokenizer())
     with torch.no_grad():
         clip.logit_scale.fill_(math.log(14))
     attributes = nn.Linear(clip.config.vision_config.hidden_size, sum(len(v) for v in READINGS.values()))
+    return nn.ModuleDict({"clip": clip, "attributes": attributes})
+
+
+def judge_parts() -> nn.ModuleDict:
+    """The identity encoder and its readings."""
+    encoder = make_identity_encoder()
+    return nn.ModuleDict({"encoder": encoder, "readings": Readings(encoder.config)})
+
+
+def trained(name: str, module: nn.Module, folder: Path) -> nn.Module:
+    """`module` as stage `name` has left it."""
+    if not load_trained(name, module, folder):
+        raise FileNotFoundError(
+            f"Stage {name} has left nothing in {folder}: run `make pretrain`, or --stage {name} first."
+        )
+    return module.requires_grad_(False)
+
+
+def train_clip(folder: Path, pictures: np.ndarray, minutes: float) -> None:
+    """The contrastive pair (Radford et al., 2021). Equal captions in a batch count as equally right."""
+    torch.manual_seed(0)
+    both, tokenizer = clip_parts(), make_tokenizer()
+    clip, attributes = both["clip"], both["attributes"]
     scenes = [scene_by_index(i) for i in range(len(pictures))]
     labels = labels_of(scenes)
     rng, batch = random.Random(0), 128
@@ -104,7 +129,7 @@ def train_clip(folder: Path, pictures: np.ndarray, minutes: float):
         contrast = (
             -((target * logits.log_softmax(1)).sum(1).mean() + (target * logits.T.log_softmax(1)).sum(1).mean()) / 2
         )
-        # Naming the attributes directly is a help for the image encoder alone; the layer that does it is thrown away.
+        # Naming the attributes directly is a help for the image encoder alone.
         helped = sum(
             F.cross_entropy(part, labels[name][chosen], ignore_index=-1)
             for name, part in zip(
@@ -113,16 +138,14 @@ def train_clip(folder: Path, pictures: np.ndarray, minutes: float):
         )
         return {"contrast": contrast, "attributes": 0.3 * helped}
 
-    both = nn.ModuleDict({"clip": clip, "attributes": attributes})
     train("clip", both, step, minutes=minutes, lr=1e-3, weight_decay=0.05, folder=folder)
-    return tokenizer, clip
 
 
-def train_judge(folder: Path, pictures: np.ndarray, minutes: float):
+def train_judge(folder: Path, pictures: np.ndarray, minutes: float) -> None:
     """The identity encoder, contrastively on two views of each toy, and the linear readings of its features."""
     torch.manual_seed(1)
-    encoder = make_identity_encoder()
-    readings = Readings(encoder.config)
+    both = judge_parts()
+    encoder, readings = both["encoder"], both["readings"]
     scenes = [scene_by_index(i) for i in range(len(pictures))]
     labels = labels_of(scenes)
     masks = torch.from_numpy(pictures[..., 3:].max(-1)).float().div(255)
@@ -151,12 +174,10 @@ def train_judge(folder: Path, pictures: np.ndarray, minutes: float):
         losses["identity"] = (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
         return losses
 
-    both = nn.ModuleDict({"encoder": encoder, "readings": readings})
     train("judge", both, step, minutes=minutes, lr=1.5e-3, weight_decay=0.05, ema=0.998, folder=folder)
-    return encoder, readings
 
 
-def train_vae(folder: Path, pictures: np.ndarray, minutes: float):
+def train_vae(folder: Path, pictures: np.ndarray, minutes: float) -> None:
     """The autoencoder. Latents are held near mean 0 and deviation 1 in each channel, so that no scaling factor is
     needed.
     """
@@ -173,29 +194,48 @@ def train_vae(folder: Path, pictures: np.ndarray, minutes: float):
         return {"l1": (y - x).abs().mean(), "mse": F.mse_loss(y, x) * 2, "moments": 0.02 * moments}
 
     train("vae", vae, step, minutes=minutes, lr=2e-3, weight_decay=1e-4, ema=0.998, folder=folder)
-    return vae
 
 
 @torch.no_grad()
-def latents_of(vae, pictures: np.ndarray, path: Path) -> torch.Tensor:
+def latents_of(pictures: np.ndarray, folder: Path) -> torch.Tensor:
     """(n, 6, 16, 16): every picture encoded once, kept on disk."""
-    if path.exists():
-        return torch.from_numpy(np.load(path))
-    parts = []
-    for start in tqdm(range(0, len(pictures), 100), desc="encoding"):
-        x = to_float(pictures[start : start + 100, ..., :3]).contiguous(memory_format=torch.channels_last)
-        parts.append(vae.encode(x).latents.contiguous())
-    latents = torch.cat(parts)
-    with open(path.with_suffix(".part"), "wb") as file:
-        np.save(file, latents.numpy())
-    os.replace(path.with_suffix(".part"), path)
-    return latents
+    path = folder / "latents.npy"
+    if not path.exists():
+        vae = trained("vae", make_autoencoder(), folder)
+        parts = []
+        for start in tqdm(range(0, len(pictures), 100), desc="encoding"):
+            x = to_float(pictures[start : start + 100, ..., :3]).contiguous(memory_format=torch.channels_last)
+            parts.append(vae.encode(x).latents.contiguous().numpy())
+        with open(path.with_suffix(".part"), "wb") as file:
+            np.save(file, np.concatenate(parts))
+        os.replace(path.with_suffix(".part"), path)
+    return torch.from_numpy(np.load(path))
+
+
+def train_decoder(folder: Path, pictures: np.ndarray, minutes: float) -> None:
+    """The decoder alone for longer, on the latents of the finished encoder: what the U-Net learns stays valid."""
+    torch.manual_seed(4)
+    latents = latents_of(pictures, folder)
+    vae = make_autoencoder()
+    load_trained("vae", vae, folder)
+    batch = 16
+
+    def step(number: int) -> dict[str, torch.Tensor]:
+        chosen = torch.randint(0, len(pictures), (batch,))
+        x = to_float(pictures[chosen, ..., :3]).contiguous(memory_format=torch.channels_last)
+        z = latents[chosen].contiguous(memory_format=torch.channels_last)
+        y = vae.decode(z + 0.05 * torch.randn_like(z)).sample
+        return {"l1": (y - x).abs().mean(), "mse": F.mse_loss(y, x) * 2}
+
+    train("decoder", vae.decoder, step, minutes=minutes, lr=2e-3, weight_decay=1e-4, ema=0.999, folder=folder)
 
 
 def train_unet(
-    folder: Path, pictures: np.ndarray, latents: torch.Tensor, tokenizer, text_encoder, minutes: float, on_publish=None
-):
+    folder: Path, pictures: np.ndarray, minutes: float, on_publish: Callable[[nn.Module], None]
+) -> nn.Module:
     """The denoiser, on v prediction with timesteps spread evenly over each batch."""
+    latents = latents_of(pictures, folder)
+    tokenizer, text_encoder = make_tokenizer(), text_encoder_of(trained("clip", clip_parts(), folder)["clip"])
     torch.manual_seed(3)
     unet = make_unet()
     alphas = make_scheduler().alphas_cumprod
@@ -229,7 +269,7 @@ def train_unet(
         weight_decay=1e-3,
         ema=0.999,
         folder=folder,
-        on_publish=on_publish and (lambda: on_publish(unet)),
+        on_publish=lambda: on_publish(unet),
     )
     return unet
 
@@ -252,14 +292,20 @@ def _replace_folder(new: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save_pipeline(target: Path, tokenizer, text_encoder, vae, unet) -> None:
-    """Write the ordinary diffusers folder. U-Net and autoencoder in half precision.
+def save_pipeline(data: Path, folder: Path, unet: nn.Module) -> None:
+    """Write ``toybox-sd``, the ordinary diffusers folder. U-Net and autoencoder in half precision.
 
     The text encoder stays in single precision: transformers opens a file in the precision it was saved in,
     diffusers in single precision, and a pipeline that is opened without naming one must agree with itself. It is
     small.
     """
-    unet, vae = copy.deepcopy(unet).half(), copy.deepcopy(vae).half()
+    target = data / "toybox-sd"
+    tokenizer, text_encoder = make_tokenizer(), text_encoder_of(trained("clip", clip_parts(), folder)["clip"])
+    vae = make_autoencoder()
+    trained("vae", vae, folder).decoder.requires_grad_(True)  # what learns is what has averages
+    load_trained("decoder", vae.decoder, folder)
+    vae.half()
+    unet = copy.deepcopy(unet).half()
     pipeline = StableDiffusionPipeline(
         vae=vae.to(memory_format=torch.contiguous_format),
         text_encoder=text_encoder,
@@ -273,63 +319,57 @@ def save_pipeline(target: Path, tokenizer, text_encoder, vae, unet) -> None:
     new = target.with_name(target.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     pipeline.save_pretrained(new, safe_serialization=True)
+    # AutoencoderTiny writes one entry that it then warns about at every opening: it makes it anew by itself.
+    config = json.loads((new / "vae" / "config.json").read_text())
+    config.pop("block_out_channels")
+    (new / "vae" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     _replace_folder(new, target)
 
 
-def save_judges(data: Path, tokenizer, clip, encoder, readings) -> None:
-    """Write the judges as ordinary transformers folders, each with its image processor."""
+def save_judges(data: Path, folder: Path) -> None:
+    """Write the judges, ``toybox-clip`` and ``toybox-dino``, as ordinary transformers folders in half precision."""
+    clip = trained("clip", clip_parts(), folder)["clip"]
+    parts = trained("judge", judge_parts(), folder)
     size = {"height": 64, "width": 64}
     processor = CLIPImageProcessor(do_center_crop=False, size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    for name, model in (("toybox-clip", clip), ("toybox-dino", encoder)):
+    for name, model in (("toybox-clip", clip), ("toybox-dino", parts["encoder"])):
         new = data / f"{name}.new"
         shutil.rmtree(new, ignore_errors=True)
-        copy.deepcopy(model).half().save_pretrained(new, safe_serialization=True)
+        model.half().save_pretrained(new, safe_serialization=True)
         processor.save_pretrained(new)
-        if name == "toybox-clip":
-            tokenizer.save_pretrained(new)
+        if model is clip:
+            make_tokenizer().save_pretrained(new)
         else:
-            save_file(
-                {k: v.half() if v.is_floating_point() else v for k, v in readings.state_dict().items()},
-                new / "readings.safetensors",
-            )
+            save_file(parts["readings"].half().state_dict(), new / "readings.safetensors")
         _replace_folder(new, data / name)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--folder", type=Path, default=Path("build/toybox"), help="pictures and checkpoints (git-ignored)"
-    )
+    parser.add_argument("--folder", type=Path, default=Path("build/toybox"), help="pictures and checkpoints")
     parser.add_argument("--data", type=Path, default=Path("data"), help="where the finished models go")
-    parser.add_argument("--stage", choices=[*MINUTES, "all"], default="all", help="train one stage alone")
+    parser.add_argument("--stage", choices=list(MINUTES), action="append", help="only this one (may be repeated)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    for name, minutes in MINUTES.items():
-        parser.add_argument(f"--{name}-minutes", type=float, default=minutes, help=f"budget, {minutes:g} by default")
+    for name, budget in MINUTES.items():
+        parser.add_argument(f"--{name}-minutes", type=float, default=budget, help=f"budget, {budget:g} by default")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
+    folder, wanted = args.folder, args.stage or list(MINUTES)
     minutes = {name: getattr(args, f"{name}_minutes") for name in MINUTES}
-    pictures = load_drawn(draw_scenes, PICTURES, args.folder / "pictures", "train")
-    wanted = list(MINUTES) if args.stage == "all" else [args.stage]
+    pictures = load_drawn(draw_scenes, PICTURES, folder / "pictures", "train")
+
     if "clip" in wanted:
-        train_clip(args.folder, pictures, minutes["clip"])
+        train_clip(folder, pictures, minutes["clip"])
     if "judge" in wanted:
-        train_judge(args.folder, pictures, minutes["judge"])
+        train_judge(folder, pictures, minutes["judge"])
+        save_judges(args.data, folder)
     if "vae" in wanted:
-        train_vae(args.folder, pictures, minutes["vae"])
-    if "unet" not in wanted:
-        return
-    # A finished stage only reads its checkpoint.
-    tokenizer, clip = train_clip(args.folder, pictures[:1000], 0)
-    encoder, readings = train_judge(args.folder, pictures[:1000], 0)
-    vae = train_vae(args.folder, pictures[:1000], 0)
-    text_encoder = text_encoder_of(clip)
-    save_judges(args.data, tokenizer, clip, encoder, readings)
-    latents = latents_of(vae, pictures, args.folder / "latents.npy")
-
-    def publish(unet) -> None:
-        save_pipeline(args.data / "toybox-sd", tokenizer, text_encoder, vae, unet)
-
-    publish(train_unet(args.folder, pictures, latents, tokenizer, text_encoder, minutes["unet"], publish))
+        train_vae(folder, pictures, minutes["vae"])
+    if "decoder" in wanted:
+        train_decoder(folder, pictures, minutes["decoder"])
+    if "unet" in wanted:
+        unet = train_unet(folder, pictures, minutes["unet"], lambda unet: save_pipeline(args.data, folder, unet))
+        save_pipeline(args.data, folder, unet)
 
 
 if __name__ == "__main__":

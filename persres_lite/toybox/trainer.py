@@ -41,6 +41,25 @@ def _write(state: dict, path: Path) -> None:
     os.replace(path.with_suffix(".part"), path)
 
 
+def load_trained(name: str, module: nn.Module, folder: Path) -> bool:
+    """Put what stage `name` has learned so far into `module`, averages where it has them; False if it has not begun."""
+    path = folder / f"{name}.pt"
+    if not path.exists():
+        return False
+    state = torch.load(path, weights_only=True)
+    module.load_state_dict(state["module"])
+    if "average" in state:
+        with torch.no_grad():
+            for parameter, average in zip(_learning(module), state["average"], strict=True):
+                parameter.copy_(average)
+    module.eval()
+    return True
+
+
+def _learning(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
 def train(
     name: str,
     module: nn.Module,
@@ -72,7 +91,7 @@ def train(
     """
     path = folder / f"{name}.pt"
     folder.mkdir(parents=True, exist_ok=True)
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    parameters = _learning(module)
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
     average = MovingAverage(parameters, ema) if ema else None
     number, spent = 0, 0.0
