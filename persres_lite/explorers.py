@@ -21,6 +21,7 @@ from persres_lite.figures.pictures import enlarge, heat_picture, outline_picture
 from persres_lite.figures.stills import short_name
 from persres_lite.masks import RULES, make_mask
 
+ALL = "all"
 SIDE = 256
 """Pixels that a picture in an explorer has at least."""
 
@@ -68,20 +69,20 @@ def maps(record: Any, picture: Image.Image, words: Sequence[str] | None = None, 
     image
         Which image of the batch.
     """
-    words, last = list(words or record.words), len(record.steps)
-    blocks = [("all, averaged", None), *((short_name(block), block) for block in record.blocks)]
+    words = list(words or record.words)
+    steps = [("all", ALL), *((str(step), step) for step in record.steps)]
+    blocks = [("all", ALL), *((short_name(block), block) for block in record.blocks)]
 
-    def draw(word: str, step: int, block: str | None) -> tuple[Image.Image, str]:
-        found = record.map(word, step=None if step == 0 else record.steps[step - 1], block=block, image=image)
-        when = "all steps" if step == 0 else f"step {step} of {last}"
-        size = f"{found.shape[0]} × {found.shape[1]}"
-        return heat_picture(enlarge(picture, SIDE), found), f"<b>{word}</b>, {when}: {size} positions, highest {found.max():.3f}"
+    def draw(word: str, step: int | str, block: str) -> tuple[Image.Image, str]:
+        found = record.map(word, step=None if step == ALL else step, block=None if block == ALL else block, image=image)
+        said = f"<b>{word}</b>: {found.shape[0]} × {found.shape[1]} positions, highest {found.max():.3f}"
+        return heat_picture(enlarge(picture, SIDE), found), said
 
     return Explorer(
         draw,
         {
             "word": widgets.Dropdown(options=words, description="word"),
-            "step": widgets.IntSlider(value=0, min=0, max=last, description="step (0: all)", style={"description_width": "initial"}),
+            "step": widgets.SelectionSlider(options=steps, description="step"),
             "block": widgets.Dropdown(options=blocks, description="block"),
         },
     )
