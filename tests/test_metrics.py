@@ -1,0 +1,185 @@
+"""Alignment scores against the encoders used by hand, mask and background scores against cases counted by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    ResNetConfig,
+    ResNetModel,
+    ViTConfig,
+    ViTModel,
+)
+
+from persres_lite import metrics
+from persres_lite.concepts import load_concept
+from persres_lite.metrics import background_distance, iou, load_judges, pointing
+from tests.tiny import tiny_tokenizer
+
+
+def pictures(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Tiny random encoders saved as ordinary transformers folders."""
+    torch.manual_seed(0)
+    home = tmp_path_factory.mktemp("judges")
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    tokenizer = tiny_tokenizer(max_length=16)
+    layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = layers | {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    vision = layers | {"image_size": 32, "patch_size": 8}
+    models = {
+        "clip": CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)),
+        "vit": ViTModel(ViTConfig(**vision), add_pooling_layer=False),
+        "resnet": ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")),
+    }
+    for name, model in models.items():
+        model.save_pretrained(home / name)
+        processor.save_pretrained(home / name)
+    tokenizer.save_pretrained(home / "clip")
+    return home
+
+
+@pytest.fixture(scope="module")
+def judges(folders):
+    return load_judges("sd-1.4", clip=folders / "clip", dino=folders / "vit")
+
+
+def test_text_alignment_is_the_cosine_of_clips_features(judges, folders):
+    images, prompts = pictures(2), ["a photo of a cat", "a red car on the beach"]
+    model, processor = CLIPModel.from_pretrained(folders / "clip"), judges.clip_processor
+    with torch.no_grad():
+        tokens = torch.tensor([judges.tokenizer(p, padding="max_length", max_length=16).input_ids for p in prompts])
+        words = model.text_projection(model.text_model(tokens).pooler_output)
+        pixels = torch.stack([torch.as_tensor(processor(image)["pixel_values"][0]) for image in images])
+        seen = model.visual_projection(model.vision_model(pixels).pooler_output)
+    right = F.cosine_similarity(words, seen)
+    torch.testing.assert_close(judges.text_alignment(images, prompts), right, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(judges.text_alignment(images[1], prompts[1]), right[1:], rtol=1e-4, atol=1e-5)
+    assert judges.text_alignment(images, prompts[0]).shape == (2,)
+    together = judges.image_alignment(images[0], images)
+    torch.testing.assert_close(together[0], (1 + F.cosine_similarity(seen[:1], seen[1:])[0]) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompts_score_does_not_depend_on_the_others(judges):
+    """Padding to the longest of a batch would change what a short prompt is worth."""
+    image, long = pictures(1)[0], "a red cat on the beach in front of a wall"
+    alone = judges.text_alignment(image, "a cat")
+    torch.testing.assert_close(judges.text_alignment([image, image], ["a cat", long])[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_identity_reads_a_transformers_class_token_and_a_networks_mean(folders, judges):
+    images = pictures(3)
+    for name, kind in (("vit", ViTModel), ("resnet", ResNetModel)):
+        judge = load_judges("sd-1.4", clip=folders / "clip", dino=folders / name)
+        model = kind.from_pretrained(folders / name, **({"add_pooling_layer": False} if name == "vit" else {})).eval()
+        with torch.no_grad():
+            hidden = model(judge.dino_processor(images=images, return_tensors="pt")["pixel_values"]).last_hidden_state
+        features = hidden[:, 0] if name == "vit" else hidden.mean((2, 3))
+        right = F.cosine_similarity(features[:1, None], features[None, 1:], dim=-1).mean(1)
+        torch.testing.assert_close(judge.identity(images[0], images[1:]), right, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(judge.identity(images[0], images[0]), torch.ones(1))
+
+
+def test_judges_are_frozen_and_in_fp32(folders):
+    judges = load_judges("sd-1.4", clip=folders / "clip", dino=folders / "resnet")
+    for model in (judges.clip, judges.dino):
+        assert not model.training
+        assert all(not p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_wrong_numbers_of_prompts_and_pictures_are_refused(judges):
+    with pytest.raises(ValueError, match="3 pictures need one prompt or 3 prompts, not 2"):
+        judges.text_alignment(pictures(3), ["a cat", "a dog"])
+    with pytest.raises(ValueError, match="no pictures to score"):
+        judges.identity([], pictures(1))
+
+
+def test_a_base_chooses_its_judges(monkeypatch, sd1):
+    asked = []
+
+    def record(kind, where):
+        asked.append(str(where))
+        return torch.nn.Identity()
+
+    monkeypatch.setattr(metrics, "_load", record)
+    for base in ("sd-1.4", "sdxl", sd1):
+        asked.clear()
+        load_judges(base)
+        assert set(asked) == {"openai/clip-vit-base-patch32", "facebook/dino-vits16"}
+    asked.clear()
+    load_judges("toybox")
+    assert {where.rsplit("/", 1)[-1] for where in asked} == {"toybox-clip", "toybox-dino"}
+
+
+def test_a_judge_that_cannot_be_had_is_one_clear_error(folders, tmp_path):
+    with pytest.raises(OSError, match=r"openai/clip-vit-base-patch32 could not be loaded: connect to the network once"):
+        load_judges("sd-1.4")  # tests run offline
+    with pytest.raises(OSError, match="its folder is not whole"):
+        load_judges("sd-1.4", clip=tmp_path, dino=folders / "vit")
+
+
+def test_toyboxes_judges_know_its_concepts():
+    judges = load_judges("toybox")
+    cat, car = load_concept("plum-cat").images, load_concept("cricket-car").images
+    right = judges.text_alignment(cat, "a photo of a cat")
+    assert (right > judges.text_alignment(cat, "a photo of a car")).all()
+    assert (judges.identity(cat[:1], cat[1:]) > judges.identity(cat[:1], car)).all()
+    assert (judges.image_alignment(cat[:1], cat[1:]) > judges.image_alignment(cat[:1], car)).all()
+
+
+# Masks and background
+
+
+def square(size=8, left=0, top=0, side=4):
+    mask = torch.zeros(size, size)
+    mask[top : top + side, left : left + side] = 1
+    return mask
+
+
+def test_iou_by_counting():
+    a, b = square(), square(left=2)  # 16 positions each, 8 shared
+    assert iou(a, b).tolist() == pytest.approx([8 / 24])
+    assert iou(torch.stack([a, a]), torch.stack([a, square(left=4)])).tolist() == [1.0, 0.0]
+    assert iou(torch.zeros(4, 4), torch.zeros(4, 4)).tolist() == [1.0]
+    assert iou(square(4, side=2), a).tolist() == [1.0]  # a coarser mask of the same place
+    assert iou(a.numpy(), Image.fromarray((a.numpy() * 255).astype(np.uint8))).tolist() == [1.0]
+
+
+def test_pointing_by_the_highest_position():
+    truth = square()
+    inside, outside = torch.zeros(8, 8), torch.zeros(8, 8)
+    inside[1, 2], outside[6, 6] = 5, 5
+    outside[1, 2] = 4
+    assert pointing(torch.stack([inside, outside]), truth).tolist() == [1.0, 0.0]
+    coarse = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    assert pointing(coarse, truth).tolist() == [1.0] and pointing(coarse.flip(0), truth).tolist() == [0.0]
+
+
+def test_background_distance_leaves_the_object_out():
+    a = Image.new("RGB", (8, 8))
+    b = a.copy()
+    b.paste((255, 255, 255), (0, 0, 4, 4))  # only the object changes
+    assert background_distance(a, b, square()).tolist() == [0.0]
+    assert background_distance(a, b, square(left=4, top=4)).tolist() == pytest.approx([16 / 48])
+    white = Image.new("RGB", (8, 8), "white")
+    assert background_distance([a, a], [white, a], square(4, side=2)).tolist() == [1.0, 0.0]
+
+
+def test_pictures_that_cannot_be_compared_are_refused():
+    a = Image.new("RGB", (8, 8))
+    with pytest.raises(ValueError, match="differ in size"):
+        background_distance(a, Image.new("RGB", (4, 4)), square())
+    with pytest.raises(ValueError, match="covers the whole picture"):
+        background_distance(a, a, torch.ones(8, 8))
