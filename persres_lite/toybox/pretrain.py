@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import json
 import math
 import os
 import random
