@@ -1,0 +1,55 @@
+# Every command sets up .venv first, once, with the versions of tests/constraints.txt; `make help` lists them.
+# Another interpreter: make demo PYTHON=python3.12. Options of the program behind a command: make notebooks ARGS="...".
+
+FITS = import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
+PYTHONS = $(foreach name,python3 python3.13 python3.12 python3.11 python3.10,$(shell $(name) -c '$(FITS)' 2>/dev/null && echo $(name)))
+PYTHON ?= $(firstword $(PYTHONS) python3)
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PINS := tests/constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab notebooks bench pretrain setup clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: $(READY)  ## personalize Toybox on a shipped concept, write one picture, print the scores (2 minutes)
+	$(BIN)/python -m persres_lite.maintain.demo $(ARGS)
+
+test: $(READY)  ## style, types, every test, and every notebook against its saved outputs
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 PERSRES_BASE=toybox $(BIN)/python -m pytest --nbval-lax --nbval-current-env notebooks
+
+lab: $(READY)  ## the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks $(ARGS)
+
+notebooks: $(READY)  ## run every notebook in place and save its outputs
+	$(BIN)/python -m persres_lite.maintain.notebooks run $(ARGS)
+
+bench: $(READY)  ## time and memory of sampling and training, against the alternatives
+	$(BIN)/python -m persres_lite.maintain.bench $(ARGS)
+
+pretrain: $(READY)  ## make Toybox from nothing (hours; stops and resumes at any point)
+	$(BIN)/python -m persres_lite.toybox.pretrain $(ARGS)
+
+setup: $(READY)  ## only the virtual environment
+
+clean:  ## remove the virtual environment and what runs have left in build
+	rm -rf $(VENV) build
+
+# Done again when a pin or a requirement changes. The mark is written last, so that an interrupted set-up counts for nothing.
+$(READY): $(PINS) pyproject.toml
+	@python="$(PYTHON)"; refuse() { echo "$$1" >&2; exit 1; }; \
+	"$$python" -c '$(FITS)' 2>/dev/null || refuse "persres-lite needs Python 3.10 to 3.13, and \
+	$$python is $$("$$python" --version 2>&1 | tail -n 1): install one, or name one, as in: make demo PYTHON=python3.12"; \
+	"$$python" -c 'import ensurepip, venv' 2>/dev/null || refuse "$$python has no venv module to make a virtual \
+	environment with: install it (on Debian and Ubuntu: apt install python3-venv)."; \
+	echo "Setting up $(VENV) with $$("$$python" --version): once, some minutes and gigabytes."; \
+	"$$python" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) --editable ".[notebooks,dev]"
+	@touch $(READY)
