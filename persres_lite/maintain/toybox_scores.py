@@ -2,7 +2,7 @@
 
 A fixed list of 256 prompts, each with its own seed, 25 steps, guidance 4, judged by `persres_lite.toybox.judge`, whose own accuracy on
 fresh renders is measured in the same run. Writes ``data/results/toybox.json`` and ``toybox.md``, and the first 64 pictures,
-unselected, as ``data/results/toybox-sheet.png``.
+unselected, as ``data/results/toybox-sheet.png``; puts the table into the model card.
 """
 
 from __future__ import annotations
@@ -176,6 +176,13 @@ def sheet(images: list[Image.Image], columns: int = 8) -> Image.Image:
     return out
 
 
+def between(text: str, name: str, lines: list[str]) -> str:
+    """`text` with what stands between the two marks called `name` replaced."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, rest = text.split(begin)
+    return "\n".join([before + begin, *lines, end + rest.split(end)[1]])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data"))
@@ -197,6 +204,8 @@ def main() -> None:
     (results / "toybox.md").write_text(
         "\n".join(["Made by `python -m persres_lite.maintain.toybox_scores`.", "", *table, ""])
     )
+    card = args.data / "toybox-sd" / "README.md"
+    card.write_text(between(card.read_text(), "scores", table))
     (results / "toybox.json").write_text(
         json.dumps({"pictures": scores, "judge": judged, "prompts": rows}, indent=1) + "\n"
     )
