@@ -72,7 +72,7 @@ def read_mask(source: Picture, size: tuple[int, int]) -> Image.Image:
     if image.size != size:
         raise ValueError(f"The mask {name} is {_shape(image.size)} and its picture {_shape(size)}: make them equal.")
     mask = _flatten(image, "black", name).convert("L")
-    if mask.getextrema()[1] < 128:
+    if np.asarray(mask).max() < 128:
         raise ValueError(f"The mask {name} marks nothing: paint the object white on black.")
     mask.info = {"source": name}
     return mask
