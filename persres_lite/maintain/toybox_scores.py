@@ -1,8 +1,8 @@
 """How good the shipped Toybox is: ``python -m persres_lite.maintain.toybox_scores``.
 
-A fixed list of 256 prompts, each with its own seed, 25 steps, guidance 4, judged by `persres_lite.toybox.judge`, whose own accuracy on
-fresh renders is measured in the same run. Writes ``data/results/toybox.json`` and ``toybox.md``, and the first 64 pictures,
-unselected, as ``data/results/toybox-sheet.png``; puts the table into the model card.
+A fixed list of 256 prompts, each with its own seed, 25 steps, guidance 4, judged by `persres_lite.toybox.judge`, whose
+own accuracy on fresh renders is measured in the same run. Writes ``data/results/toybox.json`` and ``toybox.md``, and the
+first 64 pictures, unselected, as ``data/results/toybox-sheet.png``; puts the table into the model card.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def prompts() -> list[dict]:
             other = rng.choice([c for c in CLASSES if c != kind])
             one, two = rng.sample(list(COLORS), 2)
             row = {"pair": [kind, other], "place": place}
-            text = f"a photo of {with_article(one)} {kind} on the left and {with_article(two)} {other} on the right {place}"
+            left, right = f"{with_article(one)} {kind}", f"{with_article(two)} {other}"
+            text = f"a photo of {left} on the left and {right} on the right {place}"
         elif sort == "style":
             row["style"] = STYLES[1 + (index // 6) % 3]
             text = f"a photo of {with_article(kind)} {place} {row['style']}"
