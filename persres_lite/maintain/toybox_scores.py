@@ -121,7 +121,7 @@ def score_judge(judge: Judge, count: int = 2000, toys: int = 600) -> dict[str, f
 def score_pointing(base, count: int = 256) -> float:
     """How often the class word's map, averaged over blocks, has its maximum inside the true mask.
 
-    Fresh renders of one toy, noised to the middle of the run, in one pass of the U-Net with their class and place as the prompt.
+    Fresh renders of one toy, noised to the middle of the run, in one pass of the U-Net with class and place as prompt.
     """
     scenes = [s for s in (scene_by_index(i, "pointing") for i in range(3 * count)) if len(s.toys) == 1][:count]
     scheduler = base.scheduler
@@ -148,10 +148,7 @@ def score_pointing(base, count: int = 256) -> float:
 def score_autoencoder(base, count: int = 500) -> float:
     """PSNR in dB over fresh renders, of pixels in [0, 1]."""
     x = torch.from_numpy(draw_scenes(0, count, "judged")[..., :3]).permute(0, 3, 1, 2).float() / 127.5 - 1
-    errors = [
-        ((base.vae.decode(base.vae.encode(part).latents).sample.clamp(-1, 1) - part) / 2).square().mean()
-        for part in x.split(50)
-    ]
+    decoded = [base.vae.decode(base.vae.encode(part).latents).sample.clamp(-1, 1) for part in x.split(50)]
     return float(-10 * ((torch.cat(decoded) - x) / 2).square().mean().log10())
 
 
