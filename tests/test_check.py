@@ -19,6 +19,11 @@ def _by_level(losses, timesteps, edges):
     return torch.stack([losses[(timesteps >= low) & (timesteps < high)].mean() for low, high in bins])
 
 
+def _truncated(matrix, rank):
+    left, values, right = torch.linalg.svd(matrix)
+    return left[:, :rank], values[:rank, None] * right[:rank]
+
+
 def _otsu(values):
     best, mask = -1.0, None
     for cut in values.unique()[:-1]:
@@ -27,6 +32,10 @@ def _otsu(values):
         if between > best:
             best, mask = between, high
     return mask.float()
+
+
+def _overlap(mask, truth):
+    return float((mask & truth).sum() / (mask | truth).sum())
 
 
 def _attention(q, k, tokens):
@@ -39,6 +48,9 @@ RIGHT = {
     "ddim_step": lambda z, n, a, b: b**0.5 * (z - (1 - a) ** 0.5 * n) / a**0.5 + (1 - b) ** 0.5 * n,
     "v_target": lambda z, n, a: a**0.5 * n - (1 - a) ** 0.5 * z,
     "guidance": lambda u, c, s: u + s * (c - u),
+    "timestep_of": lambda alpha_bars, share: int((1 - alpha_bars > share).int().argmax()),
+    "projection": lambda x, w, b: torch.einsum("oc,bchw->bohw", w.flatten(1), x) + b[:, None, None],
+    "alignment": lambda p, r: (functional.normalize(p, dim=1) @ functional.normalize(r, dim=1).T).mean(1),
     "freeze": _frozen,
     "delta": lambda a, b: a @ b,
     "residual_linear": lambda x, w, bias, a, b: functional.linear(x, w + a @ b, bias),
@@ -47,12 +59,15 @@ RIGHT = {
     "parameter_count": lambda widths, fraction: sum(2 * w * int(w * fraction) for w in widths),
     "fold": lambda w, a, b, s: w + s * (a @ b)[:, :, None, None],
     "energy": lambda s, r: (s[:r] ** 2).sum() / (s**2).sum(),
+    "truncated": _truncated,
+    "factor_gradients": lambda g, a, b: (g @ b.T, a.T @ g),
     "loss": functional.mse_loss,
     "losses_by_noise_level": _by_level,
     "smoothed": lambda x, width: x.unfold(0, width, 1).mean(-1),
     "attention_map": _attention,
     "as_picture": lambda flat, h, w: flat.reshape(-1, h, w),
     "iou": lambda m, t: (m & t).sum() / (m | t).sum(),
+    "best_cut": lambda a, t: max(_overlap(a >= level, t) for level in a.unique()),
     "pointing": lambda a, t: t.flatten()[a.argmax()],
     "median_mask": lambda m: (m > m.flatten(1).median(1).values[:, None, None]).float(),
     "otsu": _otsu,
@@ -70,6 +85,12 @@ WRONG = [  # check, answer, a part of the sentence
     ("ddim_step", lambda z, n, a, b: (z - (1 - a) ** 0.5 * n) / a**0.5, "noise it again"),
     ("v_target", lambda z, n, a: (1 - a) ** 0.5 * z - a**0.5 * n, "sign"),
     ("guidance", lambda u, c, s: c + s * (c - u), "unconditional prediction, not the conditional"),
+    ("timestep_of", lambda alpha_bars, share: int((alpha_bars > share).int().argmax()), "so much of the picture"),
+    ("timestep_of", lambda alpha_bars, share: int((1 - alpha_bars <= share).sum()) - 1, "one too early"),
+    ("projection", lambda x, w, b: functional.conv2d(x, w), "bias is missing"),
+    ("projection", lambda x, w, b: torch.einsum("co,bchw->bohw", w.flatten(1), x) + b[:, None, None], "transposed"),
+    ("alignment", lambda p, r: (p @ r.T).mean(1), "lengths still count"),
+    ("alignment", lambda p, r: (functional.normalize(p, dim=1) @ functional.normalize(r, dim=1).T).amax(1), "nearest"),
     ("freeze", lambda module: module.requires_grad_(False), "training mode"),
     ("freeze", lambda module: module.eval(), "0.weight"),
     ("delta", lambda a, b: b @ a, "B A"),
@@ -82,6 +103,11 @@ WRONG = [  # check, answer, a part of the sentence
     ("fold", lambda w, a, b, s: w + (a @ b)[:, :, None, None], "scale is missing"),
     ("fold", lambda w, a, b, s: w[:, :, 0, 0] + s * a @ b, "(6, 6, 1, 1), but has (6, 6)"),
     ("energy", lambda s, r: s[:r].sum() / s.sum(), "squares are missing"),
+    ("truncated", lambda w, r: _truncated(w, r)[0] @ _truncated(w, r)[1], "two tensors"),
+    ("truncated", lambda w, r: (torch.linalg.svd(w)[0][:, :r], torch.linalg.svd(w).Vh[:r]), "values are missing"),
+    ("truncated", lambda w, r: _truncated(w, r)[::-1], "shapes (6, 1) and (1, 6)"),
+    ("factor_gradients", lambda g, a, b: (a.T @ g, g @ b.T), "A's shape"),
+    ("factor_gradients", lambda g, a, b: (g.T @ b.T, a.T @ g), "G is transposed"),
     ("loss", lambda p, t: ((p - t) ** 2).sum(), "sum, not the mean"),
     ("loss", lambda p, t: (p - t) ** 2, "one number"),
     ("losses_by_noise_level", lambda x, t, e: _by_level(x, t, e) * torch.tensor([1, 2, 2]), "sums, not means"),
@@ -91,6 +117,8 @@ WRONG = [  # check, answer, a part of the sentence
     ("as_picture", lambda flat, h, w: flat.view(-1, w, h).mT, "rows"),
     ("iou", lambda m, t: (m & t).sum() / m.sum(), "size of the mask"),
     ("iou", lambda m, t: m.nothing, "AttributeError"),
+    ("best_cut", lambda a, t: _overlap(a > a.median(), t), "median"),
+    ("best_cut", lambda a, t: _overlap(a >= a.flatten().topk(int(t.sum())).values[-1], t), "true area"),
     ("pointing", lambda a, t: True, "should be False"),
     ("pointing", lambda a, t: False, "should be True"),
     ("median_mask", lambda m: (m > m.median()).float(), "its own median"),
@@ -123,7 +151,7 @@ def test_wrong_answers_are_refused_with_the_sentence_that_helps(name, answer, se
     assert "Correct" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", sorted(set(RIGHT) - {"freeze"}))
+@pytest.mark.parametrize("name", sorted(RIGHT))
 def test_unanswered_stubs_are_only_remarked_upon(name, capsys):
     getattr(check, name)(lambda *arguments: ...)
     getattr(check, name)(lambda *arguments: 2.0 * ...)

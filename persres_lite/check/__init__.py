@@ -8,11 +8,24 @@ A folder and not one file, because a lesson's checks are read beside the lesson:
 `maps` (04, 05), and `answers`, the mechanism.
 """
 
-from persres_lite.check.diffusion import add_noise, choice, ddim_step, freeze, guidance, predict_clean, share, v_target
+from persres_lite.check.diffusion import (
+    add_noise,
+    alignment,
+    choice,
+    ddim_step,
+    freeze,
+    guidance,
+    predict_clean,
+    projection,
+    share,
+    timestep_of,
+    v_target,
+)
 from persres_lite.check.maps import (
     as_picture,
     attention_map,
     background_distance,
+    best_cut,
     blend,
     iou,
     median_mask,
@@ -24,6 +37,7 @@ from persres_lite.check.maps import (
 from persres_lite.check.residuals import (
     delta,
     energy,
+    factor_gradients,
     fold,
     loss,
     losses_by_noise_level,
@@ -32,18 +46,22 @@ from persres_lite.check.residuals import (
     residual_convolution,
     residual_linear,
     smoothed,
+    truncated,
 )
 
 __all__ = [
     "add_noise",
+    "alignment",
     "as_picture",
     "attention_map",
     "background_distance",
+    "best_cut",
     "blend",
     "choice",
     "ddim_step",
     "delta",
     "energy",
+    "factor_gradients",
     "fold",
     "freeze",
     "guidance",
@@ -55,12 +73,15 @@ __all__ = [
     "parameter_count",
     "pointing",
     "predict_clean",
+    "projection",
     "quantile_mask",
     "rank_of",
     "residual_convolution",
     "residual_linear",
     "share",
     "smoothed",
+    "timestep_of",
+    "truncated",
     "v_target",
     "weights",
 ]

@@ -15,13 +15,14 @@ from persres_lite.check.answers import call, exercise, random, require, same
 def share(answer: float, part: int, whole: int) -> str:
     """`answer` is the share of `part` in `whole`, in percent."""
     right = 100 * part / whole
-    same(answer, right, "the share", mistakes={"this is a fraction, and percent were asked for": part / whole}, rtol=0.02)
+    wrong = {"this is a fraction, and percent were asked for": part / whole}
+    same(answer, right, "the share", mistakes=wrong, rtol=0.02)
     return f"{right:.2g} %."
 
 
 @exercise
 def add_noise(answer: Callable) -> str:
-    """``answer(clean, noise, alpha_bar)``: the noised latent sqrt(a) z + sqrt(1 - a) noise; alpha_bar is a number in (0, 1)."""
+    """``answer(clean, noise, alpha_bar)``: sqrt(a) z + sqrt(1 - a) noise, where a is a number in (0, 1)."""
     clean, noise = random(2, 4, 3, 3), random(2, 4, 3, 3, seed=1)
     for a in (0.9, 0.3):
         wrong = {
@@ -29,7 +30,8 @@ def add_noise(answer: Callable) -> str:
             "the two factors are exchanged": (1 - a) ** 0.5 * clean + a**0.5 * noise,
             "the factor of the noise is sqrt(1 - a), not 1 - sqrt(a)": a**0.5 * clean + (1 - a**0.5) * noise,
         }
-        same(call(answer, clean, noise, a), a**0.5 * clean + (1 - a) ** 0.5 * noise, "the noised latent", mistakes=wrong)
+        right = a**0.5 * clean + (1 - a) ** 0.5 * noise
+        same(call(answer, clean, noise, a), right, "the noised latent", mistakes=wrong)
     return "signal and noise share the variance: a and 1 - a add up to one."
 
 
@@ -86,8 +88,51 @@ def guidance(answer: Callable) -> str:
             "the difference is conditional minus unconditional": empty + scale * (empty - prompt),
             "the unconditional prediction is missing": scale * (prompt - empty),
         }
-        same(call(answer, empty, prompt, scale), empty + scale * (prompt - empty), "the guided prediction", mistakes=wrong)
+        right = empty + scale * (prompt - empty)
+        same(call(answer, empty, prompt, scale), right, "the guided prediction", mistakes=wrong)
     return "scale 0 is the empty prompt, 1 is the prompt alone, and more goes beyond it."
+
+
+@exercise
+def timestep_of(answer: Callable) -> str:
+    """``answer(alpha_bars, share)``: the first timestep at which noise makes up more than `share` of the variance."""
+    alpha_bars = torch.linspace(0.99, 0.01, 50) ** 1.5
+    for part in (0.5, 0.1, 0.9):
+        right = int((1 - alpha_bars > part).int().argmax())
+        wrong = {
+            "this is the first timestep with so much of the picture": int((alpha_bars > part).int().argmax()),
+            "there is no root in a variance": int((1 - alpha_bars.sqrt() > part).int().argmax()),
+            "this is the last timestep with less noise, one too early": right - 1,
+        }
+        same(call(answer, alpha_bars, part), right, f"the timestep for a share of {part}", mistakes=wrong)
+    return "alpha bar and the noise's share add up to one, so you compare with one number."
+
+
+@exercise
+def projection(answer: Callable) -> str:
+    """``answer(x, weight, bias)``: the 1x1 convolution of x (B, C, h, w) with weight (C, C, 1, 1) and bias (C,)."""
+    x, weight, bias = random(2, 4, 3, 5), random(4, 4, 1, 1, seed=1), random(4, seed=2)
+    wrong = {
+        "the bias is missing": torch.nn.functional.conv2d(x, weight),
+        "the matrix is transposed": torch.nn.functional.conv2d(x, weight.transpose(0, 1), bias),
+    }
+    same(call(answer, x, weight, bias), torch.nn.functional.conv2d(x, weight, bias), "the projection", mistakes=wrong)
+    return "one matrix, the same at every position."
+
+
+@exercise
+def alignment(answer: Callable) -> str:
+    """``answer(pictures, references)`` for features (n, d) and (m, d): the mean cosine with all references, (n,)."""
+    pictures, references = random(3, 5) + 1, 4 * random(2, 5, seed=1) + 1
+    cosines = torch.nn.functional.cosine_similarity(pictures[:, None], references[None], dim=-1)  # (n, m)
+    mean_first = torch.nn.functional.cosine_similarity(pictures, references.mean(0, keepdim=True), dim=-1)
+    wrong = {
+        "the vectors' lengths still count: divide by them first": (pictures @ references.T).mean(1),
+        "this is the nearest reference, not the mean over them": cosines.amax(1),
+        "average the cosines, not the references": mean_first,
+    }
+    same(call(answer, pictures, references), cosines.mean(1), "the alignment", mistakes=wrong)
+    return "only directions count: a vector and twice the vector score the same."
 
 
 @exercise
@@ -95,13 +140,11 @@ def freeze(answer: Callable) -> str:
     """``answer(module)`` freezes the module: no parameter learns, and dropout and the like are off."""
     module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2)).train()
     before = [parameter.clone() for parameter in module.parameters()]
-    try:
-        answer(module)
-    except Exception as error:
-        raise AssertionError(f"your function raises {type(error).__name__}: {error}") from error
+    call(lambda part: part if (found := answer(part)) is None else found, module)  # freezing need not return anything
     learning = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     require(not learning, f"{', '.join(learning)} still learn: set requires_grad to False for every parameter.")
-    require(not any(part.training for part in module.modules()), "the module is still in training mode: dropout stays random.")
+    training = any(part.training for part in module.modules())
+    require(not training, "the module is still in training mode: dropout stays random.")
     unchanged = all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
     require(unchanged, "the weights have changed: freezing keeps them as they are.")
     return "nothing learns, and equal inputs give equal outputs."
@@ -110,5 +153,6 @@ def freeze(answer: Callable) -> str:
 @exercise
 def choice(answer: Any, right: Any, because: str) -> str:
     """`answer` is one of a few given choices; `because` says why the right one is right."""
-    require(str(answer).strip().lower() == str(right).strip().lower(), f"it is not {answer}: look at the figure again.")
+    agree = str(answer).strip().lower() == str(right).strip().lower()
+    require(agree, f"it is not {answer}: look at the equation or the figure again.")
     return because

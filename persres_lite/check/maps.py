@@ -17,7 +17,10 @@ def attention_map(answer: Callable) -> str:
     weights = (logits / 8**0.5).softmax(-1)
     wrong = {
         "divide by the square root of d_k before the softmax": logits.softmax(-1)[..., tokens].sum(-1).mean(0),
-        "the softmax runs over the tokens, not over the positions": (logits / 8**0.5).softmax(1)[..., tokens].sum(-1).mean(0),
+        "the softmax runs over the tokens, not over the positions": (logits / 8**0.5)
+        .softmax(1)[..., tokens]
+        .sum(-1)
+        .mean(0),
         "the tokens are summed, not averaged": weights[..., tokens].mean(-1).mean(0),
         "the heads are averaged, not summed": weights[..., tokens].sum(-1).sum(0),
         "only the first token is counted": weights[..., 1].mean(0),
@@ -46,9 +49,37 @@ def iou(answer: Callable) -> str:
         "this counts where they agree, background included": (mask == truth).float().mean(),
         "the union is counted with the intersection twice": both / (mask.sum() + truth.sum()),
     }
-    same(call(answer, mask, truth), float(both / either), "the intersection over union", mistakes={s: float(v) for s, v in wrong.items()})
+    same(
+        call(answer, mask, truth),
+        float(both / either),
+        "the intersection over union",
+        mistakes={s: float(v) for s, v in wrong.items()},
+    )
     same(call(answer, truth, truth), 1.0, "the value for two equal masks")
     return "equal masks give one, masks that do not touch give zero."
+
+
+@exercise
+def best_cut(answer: Callable) -> str:
+    """``answer(map, truth)`` with a map (h, w) and a boolean truth (h, w): the highest IoU of any mask ``map >= threshold``."""
+    truth = torch.zeros(6, 6, dtype=torch.bool)
+    truth[1:4, 1:5] = True
+    for noise in (0.6, 1.5):
+        attention = truth + noise * random(6, 6, seed=3)
+        cuts = [attention >= level for level in attention.unique()]
+        values = [float((mask & truth).sum() / (mask | truth).sum()) for mask in cuts]
+        half = attention > attention.median()
+        wrong = {
+            "this is the mask at the true area; another size can fit better": values[-int(truth.sum())],
+            "this is the mask at the median; try every value of the map": float(
+                (half & truth).sum() / (half | truth).sum()
+            ),
+            "this is the threshold, or its place, not the IoU that it reaches": float(
+                attention.unique()[values.index(max(values))]
+            ),
+        }
+        same(call(answer, attention, truth), max(values), "the best IoU", mistakes=wrong)
+    return "no rule that cuts this map at one level can do better."
 
 
 @exercise
@@ -57,8 +88,14 @@ def pointing(answer: Callable) -> str:
     attention = torch.tensor([[0.1, 0.2, 0.1], [0.4, 0.3, 0.9]])
     inside, outside = torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)
     inside[1, 2], outside[1, 2] = True, False
-    require(bool(call(answer, attention, inside)), "the map is highest at [1, 2], which is inside: the answer should be True.")
-    require(not bool(call(answer, attention, outside)), "the map is highest at [1, 2], which is outside: the answer should be False.")
+    require(
+        bool(call(answer, attention, inside)),
+        "the map is highest at [1, 2], which is inside: the answer should be True.",
+    )
+    require(
+        not bool(call(answer, attention, outside)),
+        "the map is highest at [1, 2], which is outside: the answer should be False.",
+    )
     return "only the highest point counts, so a map can point well and still have a poor outline."
 
 
@@ -86,7 +123,10 @@ def otsu(answer: Callable) -> str:
         (torch.tensor([0.2, 0.21, 0.19, 0.2, 0.22, 0.95]), torch.tensor([0.0, 0, 0, 0, 0, 1])),
     ):
         found = call(answer, values)
-        wrong = {"this is the split at the median": (values > values.median()).float(), "the high class should be 1": 1 - right}
+        wrong = {
+            "this is the split at the median": (values > values.median()).float(),
+            "the high class should be 1": 1 - right,
+        }
         same(found.float() if isinstance(found, torch.Tensor) else found, right, "the mask", mistakes=wrong)
     return "the split follows the values, so a small object gets a small mask."
 
@@ -99,7 +139,9 @@ def quantile_mask(answer: Callable) -> str:
         right = torch.zeros(20).index_fill(0, attention.flatten().topk(count).indices, 1.0).view(4, 5)
         found = call(answer, attention, share)
         wrong = {"these are the lowest values": (attention <= attention.flatten().sort().values[count - 1]).float()}
-        same(found.float() if isinstance(found, torch.Tensor) else found, right, f"the mask for {share}", mistakes=wrong)
+        same(
+            found.float() if isinstance(found, torch.Tensor) else found, right, f"the mask for {share}", mistakes=wrong
+        )
     return "a quantile chooses the size of the mask; the median is the quantile of one half."
 
 
@@ -114,7 +156,9 @@ def blend(answer: Callable) -> str:
     }
     same(call(answer, original, changed, mask), right, "the blend", mistakes=wrong)
     half = torch.full_like(mask, 0.5)
-    same(call(answer, original, changed, half), (original + changed) / 2, "the blend with a mask of one half everywhere")
+    same(
+        call(answer, original, changed, half), (original + changed) / 2, "the blend with a mask of one half everywhere"
+    )
     return "mask 0 is the original model, mask 1 the plain residual, and nothing is computed twice."
 
 
@@ -124,7 +168,9 @@ def weights(answer: Callable) -> str:
     masks = torch.tensor([[[1.0, 1.0, 0.0, 0.4]], [[0.0, 1.0, 0.0, 0.2]]])
     right = masks / masks.sum(0).clamp(min=1)
     wrong = {
-        "only where masks overlap is something shared out: a weight of 0.4 alone stays 0.4": torch.nan_to_num(masks / masks.sum(0)),
+        "only where masks overlap is something shared out: a weight of 0.4 alone stays 0.4": torch.nan_to_num(
+            masks / masks.sum(0)
+        ),
         "a single mask keeps its whole weight": masks / 2,
     }
     same(call(answer, masks), right, "the weights", mistakes=wrong)

@@ -15,7 +15,10 @@ def delta(answer: Callable) -> str:
     """``answer(A, B)`` with the paper's A (m, r) and B (r, m): dW = A B, of shape (m, m)."""
     a, b = random(6, 2), random(2, 6, seed=1)
     found = call(answer, a, b)
-    require(getattr(found, "shape", None) != (2, 2), "this is B A, of shape (r, r): the paper's A is m x r and stands on the left.")
+    require(
+        getattr(found, "shape", None) != (2, 2),
+        "this is B A, of shape (r, r): the paper's A, m x r, stands on the left.",
+    )
     same(found, a @ b, "dW", mistakes={"this is the transpose of A B": (a @ b).T})
     return "a matrix of m x m numbers from 2 m r, and its rank is at most r."
 
@@ -41,7 +44,13 @@ def residual_convolution(answer: Callable) -> str:
     """``answer(x, A, B)`` with x (batch, m, h, w): A (B x) at every position, as a 1x1 convolution does."""
     x, a, b = random(2, 6, 3, 4), random(6, 2, seed=1), random(2, 6, seed=2)
     right = torch.einsum("mr,rn,bnhw->bmhw", a, b, x)
-    same(call(answer, x, a, b), right, "A (B x)", mistakes={"A B is transposed": torch.einsum("mr,rn,bmhw->bnhw", a, b, x)}, atol=1e-4)
+    same(
+        call(answer, x, a, b),
+        right,
+        "A (B x)",
+        mistakes={"A B is transposed": torch.einsum("mr,rn,bmhw->bnhw", a, b, x)},
+        atol=1e-4,
+    )
     return "a 1x1 convolution is the same matrix at every position."
 
 
@@ -66,7 +75,12 @@ def parameter_count(answer: Callable) -> str:
             "this counts the full matrices": sum(width * width for width in widths),
             "this counts every width once": sum(2 * width * int(0.05 * width) for width in set(widths)),
         }
-        same(call(answer, widths, 0.05), right, f"the number for {len(widths)} layers", mistakes=wrong if len(widths) > 1 else None)
+        same(
+            call(answer, widths, 0.05),
+            right,
+            f"the number for {len(widths)} layers",
+            mistakes=wrong if len(widths) > 1 else None,
+        )
     return f"{right:,} for the sixteen layers of Stable Diffusion 1.4."
 
 
@@ -78,19 +92,71 @@ def fold(answer: Callable) -> str:
         full = (a @ b)[:, :, None, None]
         wrong = {"the scale is missing": weight + full, "the scale belongs to A B, not to W": scale * (weight + full)}
         found = call(answer, weight, a, b, scale)
-        same(found, weight + scale * full, f"the folded weight at scale {scale}", mistakes=None if scale == 1 else wrong)
-    return "after folding, sampling costs exactly what it did, and subtracting the same matrix unfolds it."
+        same(
+            found, weight + scale * full, f"the folded weight at scale {scale}", mistakes=None if scale == 1 else wrong
+        )
+    return "after folding, sampling costs exactly what it did, and nothing is left that a mask could act on."
 
 
 @exercise
 def energy(answer: Callable) -> str:
-    """``answer(singular_values, rank)``: the share of a matrix's energy (squared norm) in its first `rank` directions."""
+    """``answer(singular_values, rank)``: the share of a matrix's squared norm in its first `rank` directions."""
     values = torch.tensor([4.0, 2.0, 1.0, 0.5])
     for rank in (1, 2, 4):
         right = float((values[:rank] ** 2).sum() / (values**2).sum())
-        wrong = {"the squares are missing: energy is the sum of squared singular values": float(values[:rank].sum() / values.sum())}
+        wrong = {
+            "the squares are missing: energy is the sum of squared singular values": float(
+                values[:rank].sum() / values.sum()
+            )
+        }
         same(call(answer, values, rank), right, f"the share at rank {rank}", mistakes=wrong if rank < 4 else None)
     return "the best approximation of rank r keeps the r largest singular values."
+
+
+@exercise
+def truncated(answer: Callable) -> str:
+    """``answer(dW, rank)``: factors A (m, r) and B (r, m) whose product is the nearest to dW (m, m) at that rank."""
+    matrix = random(6, 6)
+    left, values, right = torch.linalg.svd(matrix)
+    for rank in (1, 3):
+        found = call(answer, matrix, rank)
+        require(
+            isinstance(found, (tuple, list)) and len(found) == 2, "your function should return two tensors, A and B."
+        )
+        shapes = [tuple(getattr(factor, "shape", ())) for factor in found]
+        require(shapes == [(6, rank), (rank, 6)], f"A and B should have the shapes (6, {rank}) and ({rank}, 6).")
+        nearest = left[:, :rank] * values[:rank] @ right[:rank]
+        wrong = {
+            "the singular values are missing": left[:, :rank] @ right[:rank],
+            "the singular values are in both factors": left[:, :rank] * values[:rank] ** 2 @ right[:rank],
+            "these are the weakest directions": left[:, -rank:] * values[-rank:] @ right[-rank:],
+            "the third result of svd is transposed already": left[:, :rank] * values[:rank] @ right.T[:rank],
+        }
+        same(found[0] @ found[1], nearest, f"A B at rank {rank}", mistakes=wrong, atol=1e-4)
+    return "no other matrix of that rank is nearer to dW."
+
+
+@exercise
+def factor_gradients(answer: Callable) -> str:
+    """``answer(G, A, B)`` with G (m, m), the gradient with respect to dW = A B: the gradients (of A, of B)."""
+    gradient = random(6, 6)
+    for a, b in ((random(6, 2, seed=1), random(2, 6, seed=2)), (torch.zeros(6, 2), random(2, 6, seed=2))):
+        found = call(answer, gradient, a, b)
+        require(
+            isinstance(found, (tuple, list)) and len(found) == 2,
+            "your function should return two tensors, the gradients of A and of B.",
+        )
+        for name, value, right, wrong in (
+            ("A", found[0], gradient @ b.T, {"G is transposed": gradient.T @ b.T}),
+            ("B", found[1], a.T @ gradient, {"G is transposed": a.T @ gradient.T}),
+        ):
+            shape = tuple(getattr(value, "shape", ()))
+            require(
+                shape == tuple(right.shape),
+                f"the gradient of {name} has {name}'s shape, {tuple(right.shape)}, not {shape}.",
+            )
+            same(value, right, f"the gradient of {name}", mistakes=wrong if a.any() else None, atol=1e-4)
+    return "each gradient holds the other factor: while A is zero, only A learns, and with both zero nothing would."
 
 
 @exercise
@@ -104,7 +170,12 @@ def loss(answer: Callable) -> str:
         "this is the root of the mean squared error": (error**2).mean().sqrt(),
         "the squares are missing": error.mean(),
     }
-    same(call(answer, prediction, target), float((error**2).mean()), "the loss", mistakes={s: float(v) for s, v in wrong.items()})
+    same(
+        call(answer, prediction, target),
+        float((error**2).mean()),
+        "the loss",
+        mistakes={s: float(v) for s, v in wrong.items()},
+    )
     return "one mean over batch, channels and positions."
 
 
@@ -127,5 +198,10 @@ def smoothed(answer: Callable) -> str:
     losses = torch.tensor([1.0, 3.0, 5.0, 1.0, 2.0])
     for width in (1, 2, 5):
         right = losses.unfold(0, width, 1).mean(-1)
-        same(call(answer, losses, width), right, f"the mean over {width}", mistakes={"these are sums": right * width} if width > 1 else None)
+        same(
+            call(answer, losses, width),
+            right,
+            f"the mean over {width}",
+            mistakes={"these are sums": right * width} if width > 1 else None,
+        )
     return "single losses jump with the noise level that was drawn; means show the trend."
