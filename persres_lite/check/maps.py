@@ -11,7 +11,7 @@ from persres_lite.check.answers import call, exercise, random, require, same
 
 @exercise
 def attention_map(answer: Callable) -> str:
-    """``answer(q, k, tokens)`` with q (heads, HW, d), k (heads, T, d): where the tokens are looked at, (HW,), mean over heads."""
+    """``answer(q, k, tokens)``, q (heads, HW, d), k (heads, T, d): how much the tokens are looked at, (HW,), mean of heads."""
     q, k, tokens = random(2, 6, 8), random(2, 5, 8, seed=1), [1, 3]
     logits = q @ k.transpose(-1, -2)  # (heads, HW, T)
     weights = (logits / 8**0.5).softmax(-1)
@@ -61,7 +61,7 @@ def iou(answer: Callable) -> str:
 
 @exercise
 def best_cut(answer: Callable) -> str:
-    """``answer(map, truth)`` with a map (h, w) and a boolean truth (h, w): the highest IoU of any mask ``map >= threshold``."""
+    """``answer(map, truth)``, a map (h, w), a boolean truth (h, w): the highest IoU of any mask ``map >= threshold``."""
     truth = torch.zeros(6, 6, dtype=torch.bool)
     truth[1:4, 1:5] = True
     for noise in (0.6, 1.5):
@@ -84,7 +84,7 @@ def best_cut(answer: Callable) -> str:
 
 @exercise
 def pointing(answer: Callable) -> str:
-    """``answer(map, truth)`` with a map (h, w) and a boolean truth (h, w): True if the map is highest inside the truth."""
+    """``answer(map, truth)``, a map (h, w), a boolean truth (h, w): True if the map is highest inside the truth."""
     attention = torch.tensor([[0.1, 0.2, 0.1], [0.4, 0.3, 0.9]])
     inside, outside = torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)
     inside[1, 2], outside[1, 2] = True, False
@@ -101,7 +101,7 @@ def pointing(answer: Callable) -> str:
 
 @exercise
 def median_mask(answer: Callable) -> str:
-    """``answer(maps)`` with maps (B, h, w): 1 where a map lies above its own median (torch's, the lower one), else 0."""
+    """``answer(maps)`` with maps (B, h, w): 1 where a map is above its own median (torch's, the lower one), else 0."""
     maps = torch.stack([random(4, 4).abs(), 10 + random(4, 4, seed=1)])
     flat = maps.flatten(1)
     right = (maps > flat.median(1).values[:, None, None]).float()
@@ -117,7 +117,7 @@ def median_mask(answer: Callable) -> str:
 
 @exercise
 def otsu(answer: Callable) -> str:
-    """``answer(values)`` with a tensor (n,): the mask (n,) of the split with the largest variance between its two classes."""
+    """``answer(values)`` with a tensor (n,): the mask (n,) of the split with the largest variance between its classes."""
     for values, right in (
         (torch.tensor([0.0, 0.1, 0.05, 0.9, 1.0]), torch.tensor([0.0, 0, 0, 1, 1])),
         (torch.tensor([0.2, 0.21, 0.19, 0.2, 0.22, 0.95]), torch.tensor([0.0, 0, 0, 0, 0, 1])),
@@ -164,7 +164,7 @@ def blend(answer: Callable) -> str:
 
 @exercise
 def weights(answer: Callable) -> str:
-    """``answer(masks)`` with masks (concepts, h, w) in [0, 1]: weights of that shape that sum to at most one at each position."""
+    """``answer(masks)`` with masks (concepts, h, w) in [0, 1]: weights (concepts, h, w) that sum to at most one."""
     masks = torch.tensor([[[1.0, 1.0, 0.0, 0.4]], [[0.0, 1.0, 0.0, 0.2]]])
     right = masks / masks.sum(0).clamp(min=1)
     wrong = {
@@ -179,7 +179,7 @@ def weights(answer: Callable) -> str:
 
 @exercise
 def background_distance(answer: Callable) -> str:
-    """``answer(a, b, mask)`` with pictures (3, h, w) and a boolean mask (h, w): mean absolute difference outside the mask."""
+    """``answer(a, b, mask)``, pictures (3, h, w), a boolean mask (h, w): mean absolute difference outside the mask."""
     a, b, mask = random(3, 4, 4), random(3, 4, 4, seed=1), random(4, 4, seed=2) > 0
     difference = (a - b).abs()
     wrong = {
