@@ -11,7 +11,7 @@ from persres_lite.check.answers import call, exercise, random, require, same
 
 @exercise
 def attention_map(answer: Callable) -> str:
-    """``answer(q, k, tokens)``, q (heads, HW, d), k (heads, T, d): how much the tokens are looked at, (HW,), mean of heads."""
+    """``answer(q, k, tokens)``, q (heads, HW, d), k (heads, T, d): the map of the tokens, (HW,), mean of heads."""
     q, k, tokens = random(2, 6, 8), random(2, 5, 8, seed=1), [1, 3]
     logits = q @ k.transpose(-1, -2)  # (heads, HW, T)
     weights = (logits / 8**0.5).softmax(-1)
@@ -61,7 +61,7 @@ def iou(answer: Callable) -> str:
 
 @exercise
 def best_cut(answer: Callable) -> str:
-    """``answer(map, truth)``, a map (h, w), a boolean truth (h, w): the highest IoU of any mask ``map >= threshold``."""
+    """``answer(map, truth)``, a map (h, w), a boolean truth (h, w): the highest IoU of all masks ``map >= value``."""
     truth = torch.zeros(6, 6, dtype=torch.bool)
     truth[1:4, 1:5] = True
     for noise in (0.6, 1.5):
@@ -117,7 +117,7 @@ def median_mask(answer: Callable) -> str:
 
 @exercise
 def otsu(answer: Callable) -> str:
-    """``answer(values)`` with a tensor (n,): the mask (n,) of the split with the largest variance between its classes."""
+    """``answer(values)`` with a tensor (n,): the mask (n,) of the split with most variance between its classes."""
     for values, right in (
         (torch.tensor([0.0, 0.1, 0.05, 0.9, 1.0]), torch.tensor([0.0, 0, 0, 1, 1])),
         (torch.tensor([0.2, 0.21, 0.19, 0.2, 0.22, 0.95]), torch.tensor([0.0, 0, 0, 0, 0, 1])),
