@@ -155,7 +155,7 @@ def tiny_pipeline(kind: str = "sd1", seed: int = 0) -> StableDiffusionPipeline |
     return pipeline
 
 
-def sample(pipeline, prompt="a photo of a sks cat on the beach", *, steps: int = 3, seed: int = 0, **arguments):
+def sample(pipeline, prompt="a photo of a sks cat on the beach", *, steps: int = 2, seed: int = 0, **arguments):
     """Final latents (B, 4, 16, 16) of a short run from seeded noise; further `arguments` go to the pipeline."""
     arguments = {"output_type": "latent", "guidance_scale": 5.0, "height": 64, "width": 64} | arguments
     generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,611 @@
+"""f^ = (1 - M) W x + M W' x in the same forward pass: against the slow reference, and with all that pipelines offer."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+)
+from diffusers.callbacks import SDCFGCutoffCallback
+from peft import LoraConfig
+from PIL import Image
+
+from persres_lite.attention import record_attention
+from persres_lite.localize import localized
+from persres_lite.masks import RULES, average, make_mask
+from persres_lite.projections import find_proj_outs
+from persres_lite.residuals import Residuals
+from tests.reference import reference
+from tests.test_attention import install_foreign
+from tests.test_residuals import call_arguments, hooks_of, random_residuals
+from tests.tiny import KINDS, sample, tiny_pipeline
+
+PROMPT = "a photo of a sks cat on the beach"
+AT = [5, 6]  # sks cat
+
+
+class Cat:
+    """All that `localized` reads of a concept is str(concept)."""
+
+    def __str__(self):
+        return "sks cat"
+
+
+# Against the slow reference
+
+
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
+def test_agrees_with_the_reference_through_a_whole_run(pipeline, guidance):
+    residuals = random_residuals(pipeline)
+    arguments = {"steps": 5, "guidance_scale": guidance}
+    with localized(pipeline, residuals, Cat()):
+        ours = sample(pipeline, PROMPT, **arguments)
+    with reference(pipeline.unet, residuals.A, residuals.B, [AT]), torch.no_grad():
+        slow = sample(pipeline, PROMPT, **arguments)
+    torch.testing.assert_close(ours, slow, atol=1e-4, rtol=1e-4)
+    with residuals.attached(pipeline):
+        everywhere = sample(pipeline, PROMPT, **arguments)
+    for other in (sample(pipeline, PROMPT, **arguments), everywhere):  # the mask does matter
+        assert (ours - other).abs().max() > 0.1
+
+
+def test_agrees_with_the_reference_for_batches_of_different_prompts(pipeline):
+    residuals = random_residuals(pipeline)
+    prompts = ["a sks cat in the grass", "a photo of the beach at night and a sks cat"]
+    arguments = {"steps": 3, "num_images_per_prompt": 2}
+    with localized(pipeline, residuals, "sks cat") as lag:
+        ours = sample(pipeline, prompts, **arguments)
+    with reference(pipeline.unet, residuals.A, residuals.B, [[2, 3]] * 2 + [[10, 11]] * 2), torch.no_grad():
+        slow = sample(pipeline, prompts, **arguments)
+    torch.testing.assert_close(ours, slow, atol=1e-4, rtol=1e-4)
+    assert lag.prompts == [prompts[0]] * 2 + [prompts[1]] * 2
+    assert all(len(mask) == 4 for mask in lag.masks.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_agree_with_the_reference(kind):
+    pipeline = tiny_pipeline(kind)
+    residuals = random_residuals(pipeline)
+    A = {name: value.detach().clone().requires_grad_() for name, value in residuals.A.items()}
+    B = {name: value.detach().clone().requires_grad_() for name, value in residuals.B.items()}
+    with localized(pipeline, residuals, "sks cat", prompts=PROMPT):
+        pipeline.unet(**call_arguments(kind)).sample.square().mean().backward()
+    with reference(pipeline.unet, A, B, [AT]):
+        pipeline.unet(**call_arguments(kind)).sample.square().mean().backward()
+    for ours, slow in ((residuals.A, A), (residuals.B, B)):
+        for name in ours:
+            largest = slow[name].grad.abs().max().item()
+            assert largest > 0
+            torch.testing.assert_close(ours[name].grad, slow[name].grad, atol=1e-4 * largest, rtol=1e-4)
+
+
+# Identity controls
+
+
+def test_identity_controls_bit_for_bit(pipeline):
+    original = sample(pipeline)
+    residuals = random_residuals(pipeline)
+    with residuals.attached(pipeline):
+        everywhere = sample(pipeline)
+    nothing, all_of_it = torch.zeros(8, 8), torch.ones(8, 8)
+    with localized(pipeline, Residuals(pipeline), "sks cat") as lag:
+        assert torch.equal(sample(pipeline), original)  # zero residual
+    assert 0 < sum(mask.sum() for mask in lag.masks.values())
+    for arguments, expected in (
+        ({"scale": 0.0}, original),
+        ({"fixed_mask": nothing}, original),
+        ({"mask": torch.zeros_like}, original),
+        ({"fixed_mask": all_of_it}, everywhere),
+        ({"mask": torch.ones_like}, everywhere),
+        ({"mask": torch.ones_like, "unconditional": "own"}, everywhere),
+        ({"mask": torch.ones_like, "unconditional": "residual"}, everywhere),
+        ({"mask": torch.zeros_like, "unconditional": "original"}, original),
+        ({"mask": torch.zeros_like, "window": (0.0, 0.5)}, original),
+        ({"mask": torch.ones_like, "window": (0.5, 1.0), "outside": "residual"}, everywhere),
+    ):
+        with localized(pipeline, residuals, "sks cat", **arguments):
+            assert torch.equal(sample(pipeline), expected), arguments
+    assert torch.equal(sample(pipeline), original)
+
+
+def test_leaving_restores_everything_also_through_an_exception(pipeline):
+    before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
+    processors = dict(pipeline.unet.attn_processors)
+    residuals = random_residuals(pipeline)
+
+    def stop(pipe, step, timestep, arguments):
+        raise RuntimeError("in between")
+
+    with pytest.raises(RuntimeError, match="in between"):
+        with localized(pipeline, residuals, "sks cat", refine=1):
+            assert pipeline.unet.state_dict().keys() == before.keys()
+            sample(pipeline, callback_on_step_end=stop)
+    assert hooks_of(pipeline.unet) == 0 and "encode_prompt" not in vars(pipeline)
+    assert pipeline.unet.attn_processors == processors
+    assert all(torch.equal(value, before[name]) for name, value in pipeline.unet.state_dict().items())
+
+
+def test_no_model_evaluation_is_added(pipeline):
+    """LAG calls no module of the U-Net more often than plain sampling does."""
+    calls: dict[str, int] = {}
+
+    def count(name):
+        def hook(*_):
+            calls[name] = calls.get(name, 0) + 1
+
+        return hook
+
+    handles = [module.register_forward_hook(count(name)) for name, module in pipeline.unet.named_modules()]
+    sample(pipeline, steps=2)
+    plain, calls = calls, {}
+    with localized(pipeline, random_residuals(pipeline), "sks cat"):
+        sample(pipeline, steps=2)
+    for handle in handles:
+        handle.remove()
+    assert calls == plain and calls[""] == 2
+
+
+def test_masks_are_of_the_same_pass_they_are_used_in(pipeline):
+    with localized(pipeline, random_residuals(pipeline), "sks cat") as lag:
+        with record_attention(pipeline, words=["sks cat"]) as record:
+            sample(pipeline, steps=2)
+    assert lag.masks.keys() == {key[:2] for key in record.maps}
+    for (step, block), mask in lag.masks.items():
+        assert torch.equal(mask, make_mask(record.maps[step, block, "cond"][:, 0]))
+        assert mask.mean() == 0.5
+    first, last = (lag.masks[step, record.blocks[0]] for step in (0, 1))
+    assert not torch.equal(first, last)
+
+
+def test_the_next_call_begins_anew(sd1):
+    with localized(sd1, random_residuals(sd1), "sks cat", aggregate="steps") as lag:
+        sample(sd1, steps=3)
+        one = sample(sd1, steps=2)
+        assert max(step for step, _ in lag.masks) == 1
+        assert torch.equal(sample(sd1, steps=2), one)
+
+
+# Choices
+
+
+def block_masks(lag, step=0):
+    return {block: mask for (at, block), mask in lag.masks.items() if at == step}
+
+
+@pytest.mark.parametrize("policy", ["same", "own", "residual", "original"])
+def test_policies_for_the_unconditional_half(sd1, policy):
+    """One U-Net call with two rows: what the negative row does is what it would do with that mask alone."""
+    residuals = random_residuals(sd1)
+    arguments = call_arguments("sd1")
+    with localized(sd1, residuals, "sks cat", prompts=PROMPT, unconditional=policy) as lag:
+        ours = sd1.unet(**arguments).sample
+    masks = block_masks(lag)
+    assert all(len(mask) == 1 for mask in masks.values())
+    alone = {key: value[:1] if value.ndim else value for key, value in arguments.items()}
+    rules = {"residual": torch.ones_like, "original": torch.zeros_like, "own": "median"}
+    if policy == "same":
+        blocks = iter(masks.values())
+        rule = lambda maps: next(blocks)  # noqa: E731
+    else:
+        rule = rules[policy]
+    with localized(sd1, residuals, "sks cat", prompts=PROMPT, mask=rule):
+        expected = sd1.unet(**alone).sample
+    torch.testing.assert_close(ours[:1], expected, atol=1e-4, rtol=1e-4)
+    with localized(sd1, residuals, "sks cat", prompts=PROMPT):  # the positive half is never touched by the policy
+        positive = sd1.unet(**{key: value[1:] if value.ndim else value for key, value in arguments.items()}).sample
+    torch.testing.assert_close(ours[1:], positive, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("window", "inside"), [((0.0, 1.0), [0, 1, 2, 3]), ((0.0, 0.5), [0, 1]), ((0.5, 1.0), [2, 3]), ((0.2, 0.3), [1])]
+)
+def test_window_of_steps(sd1, window, inside):
+    residuals = random_residuals(sd1)
+    with localized(sd1, residuals, "sks cat", window=window) as lag:
+        ours = sample(sd1, steps=4)
+    assert sorted({step for step, _ in lag.masks}) == inside
+    if 0 not in inside:  # until then it is the original model
+        latents = {}
+
+        def keep(pipe, step, timestep, arguments):
+            latents.setdefault(step, []).append(arguments["latents"].clone())
+            return arguments
+
+        with localized(sd1, residuals, "sks cat", window=window):
+            sample(sd1, steps=4, callback_on_step_end=keep)
+        original = sample(sd1, steps=4, callback_on_step_end=keep)
+        for step in range(4):
+            assert torch.equal(*latents[step]) == (step < inside[0])
+        assert not torch.equal(ours, original)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule(sd1, rule):
+    with localized(sd1, random_residuals(sd1), "sks cat", mask=rule) as lag:
+        with record_attention(sd1, words=["sks cat"]) as record:
+            sample(sd1, steps=1)
+    for (step, block), mask in lag.masks.items():
+        assert torch.equal(mask, make_mask(record.maps[step, block, "cond"][:, 0], rule))
+
+
+def test_options_of_a_rule(sd1):
+    with localized(sd1, random_residuals(sd1), "sks cat", mask="quantile", q=0.875) as lag:
+        sample(sd1, steps=1)
+    assert lag.masks[0, "down_blocks.0.attentions.0.proj_out"].mean() == 0.125
+
+
+def test_aggregation_over_blocks_and_steps(sd1):
+    """Each mask is made of the average of the maps so far: of the others, of the earlier steps, or of both."""
+    blocks = list(find_proj_outs(sd1.unet))
+    for aggregate in ("blocks", "steps", "both"):
+        with localized(sd1, random_residuals(sd1), "sks cat", aggregate=aggregate) as lag:
+            with record_attention(sd1, words=["sks cat"]) as record:
+                sample(sd1, steps=3)
+        maps = {(step, block): value[:, 0] for (step, block, _), value in record.maps.items()}
+
+        def so_far(step, block, aggregate=aggregate, maps=maps):
+            """A block's map: the latest, or the mean over the steps up to now, as far as it has run in this pass."""
+            seen = [maps[at, block] for at in range(step + 1)]
+            return seen[-1] if aggregate == "blocks" else torch.stack(seen).mean(0)
+
+        for (step, block), mask in lag.masks.items():
+            here = blocks.index(block)
+            if aggregate == "steps":
+                parts = [so_far(step, block)]
+            else:
+                parts = [so_far(step, name) for name in blocks[: here + 1]]
+                parts += [so_far(step - 1, name) for name in blocks[here + 1 :] if step > 0]
+            expected = average(parts, tuple(mask.shape[-2:]))
+            assert (mask != make_mask(expected)).float().mean() < 0.02  # ties at the median may round either way
+
+
+def test_refined_masks(sd1):
+    with localized(sd1, random_residuals(sd1), "sks cat", refine=1) as lag:
+        with record_attention(sd1, words=["sks cat"], refine=1) as record:
+            sample(sd1, steps=1)
+    for (step, block), mask in lag.masks.items():
+        assert torch.equal(mask, make_mask(record.maps[step, block, "cond"][:, 0]))
+
+
+def test_fixed_masks(sd1):
+    residuals = random_residuals(sd1)
+    left = torch.zeros(16, 16)
+    left[:, :8] = 1
+    with localized(sd1, residuals, fixed_mask=Image.fromarray((left * 255).byte().numpy())) as lag:
+        drawn = sample(sd1, "a photo of a dog", steps=2)  # no words are needed
+    for mask in lag.masks.values():
+        assert mask.shape[0] == 1 and torch.equal(mask[0, :, : mask.shape[2] // 2], torch.ones_like(mask[0, :, ::2]))
+        assert mask.mean() == 0.5
+    assert not torch.equal(drawn, sample(sd1, "a photo of a dog", steps=2))
+    # one for each image, and a bare U-Net
+    each = torch.stack([left, 1 - left])
+    with localized(sd1, residuals, fixed_mask=each) as lag:
+        both = sample(sd1, ["a dog", "a cat"], steps=1, latents=torch.ones(2, 4, 16, 16))
+    assert torch.equal(lag.masks[0, "down_blocks.0.attentions.0.proj_out"], each)
+    for i, prompt in enumerate(["a dog", "a cat"]):
+        with localized(sd1, residuals, fixed_mask=each[i]):
+            alone = sample(sd1, prompt, steps=1, latents=torch.ones(1, 4, 16, 16))
+        torch.testing.assert_close(both[i : i + 1], alone, atol=1e-4, rtol=1e-4)
+    with localized(sd1.unet, residuals, fixed_mask=torch.zeros(4, 4)):
+        untouched = sd1.unet(**call_arguments("sd1")).sample
+    assert torch.equal(untouched, sd1.unet(**call_arguments("sd1")).sample)
+
+
+def test_scale_is_a_scaled_residual(sd1):
+    residuals, halved = random_residuals(sd1), random_residuals(sd1)
+    for A in halved.A.values():
+        A.data *= 0.5
+    with localized(sd1, halved, "sks cat"):
+        expected = sample(sd1, steps=2)
+    with localized(sd1, residuals, "sks cat", scale=0.5):
+        torch.testing.assert_close(sample(sd1, steps=2), expected, atol=1e-4, rtol=1e-4)
+
+
+# Several concepts
+
+
+def test_several_concepts_share_what_overlaps(sd1):
+    one, two = random_residuals(sd1, seed=1), random_residuals(sd1, seed=2)
+    prompt = "a sks cat and a wombat on the beach"
+    with localized(sd1, [(one, "sks cat"), (two, "wombat")]) as lag:
+        with record_attention(sd1, words=["sks cat", "wombat"]) as record:
+            sample(sd1, prompt, steps=2)
+    shared = 0.0
+    for (step, block), total in lag.masks.items():
+        first, second = (part[step, block] for part in lag.parts)
+        cat, wombat = make_mask(record.maps[step, block, "cond"][0])
+        assert total.max() <= 1
+        torch.testing.assert_close(first[0], cat / (cat + wombat).clamp(min=1))
+        torch.testing.assert_close(second[0], wombat / (cat + wombat).clamp(min=1))
+        shared += (cat * wombat).sum().item()
+    assert shared > 0  # they did overlap
+
+
+def test_several_concepts_are_the_sum_of_their_parts(sd1):
+    """f^ = (1 - M1 - M2) W x + M1 W1 x + M2 W2 x, in one U-Net call with drawn masks."""
+    one, two = random_residuals(sd1, seed=1), random_residuals(sd1, seed=2)
+    left = torch.zeros(16, 16)
+    left[:, :8] = 1
+    with localized(sd1, [(one, None), (two, None)], fixed_mask=[left, 1 - left]) as lag:
+        disjoint = sample(sd1, steps=2)
+    assert all(mask.eq(1).all() for mask in lag.masks.values())
+    with localized(sd1, one, fixed_mask=left), localized(sd1, two, fixed_mask=1 - left):
+        torch.testing.assert_close(sample(sd1, steps=2), disjoint, atol=1e-4, rtol=1e-4)
+    everywhere = torch.ones(16, 16)
+    with localized(sd1, [(one, None), (two, None)], fixed_mask=everywhere):
+        overlapping = sample(sd1, steps=2)
+    with one.attached(sd1, scale=0.5), two.attached(sd1, scale=0.5):
+        torch.testing.assert_close(sample(sd1, steps=2), overlapping, atol=1e-4, rtol=1e-4)
+
+
+# What pipelines offer
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        PNDMScheduler,
+        DPMSolverMultistepScheduler,
+        EulerAncestralDiscreteScheduler,
+        HeunDiscreteScheduler,
+        LCMScheduler,
+    ],
+)
+def test_any_scheduler(sd1, scheduler):
+    sd1.scheduler = scheduler.from_config(sd1.scheduler.config)
+    residuals = random_residuals(sd1)
+    with localized(sd1, residuals, "sks cat", window=(0.5, 1.0)) as lag:
+        ours = sample(sd1, steps=4)
+    evaluations = len(sd1.scheduler.timesteps)
+    assert {step for step, _ in lag.masks} == set(range((evaluations + 1) // 2, evaluations))
+    assert not torch.equal(ours, sample(sd1, steps=4))
+    with localized(sd1, residuals, "sks cat", mask=torch.zeros_like):
+        assert torch.equal(sample(sd1, steps=4), sample(sd1, steps=4))
+
+
+def test_rows_of_a_batch_are_what_they_are_alone(sd1):
+    residuals = random_residuals(sd1)
+    prompts = ["a sks cat in the grass", "a photo of the beach at night and a sks cat"]
+    latents = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with localized(sd1, residuals, "sks cat"):
+        both = sample(sd1, prompts, num_images_per_prompt=2, latents=latents, negative_prompt=["a dog", "red"])
+        for row, (prompt, negative) in enumerate([(prompts[0], "a dog")] * 2 + [(prompts[1], "red")] * 2):
+            alone = sample(sd1, prompt, latents=latents[row : row + 1], negative_prompt=negative)
+            torch.testing.assert_close(both[row : row + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_a_callback_that_halves_the_batch(sd1):
+    residuals = random_residuals(sd1)
+    cut = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+    arguments = {"callback_on_step_end": cut, "callback_on_step_end_tensor_inputs": ["prompt_embeds"], "steps": 4}
+    for policy in ("same", "own"):
+        for aggregate in (None, "both"):
+            with localized(sd1, residuals, "sks cat", unconditional=policy, aggregate=aggregate) as lag:
+                ours = sample(sd1, PROMPT, **arguments)
+            assert len(lag.masks) == 4 * 16 and all(len(mask) == 1 for mask in lag.masks.values())
+    with localized(sd1, residuals, "sks cat"):
+        ours = sample(sd1, PROMPT, **arguments)
+    with reference(sd1.unet, residuals.A, residuals.B, [AT]), torch.no_grad():
+        torch.testing.assert_close(ours, sample(sd1, PROMPT, **arguments), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["slicing", "fused projections", "foreign"])
+def test_other_attention_processors(sd1, change):
+    residuals = random_residuals(sd1)
+    with localized(sd1, residuals, "sks cat"):
+        expected = sample(sd1)
+    if change == "slicing":
+        sd1.enable_attention_slicing("max")
+    elif change == "fused projections":
+        sd1.fuse_qkv_projections()
+    else:
+        torch.manual_seed(0)
+        install_foreign(sd1.unet)
+    processors = dict(sd1.unet.attn_processors)
+    with localized(sd1, residuals, "sks cat") as lag:
+        ours = sample(sd1)
+    assert sd1.unet.attn_processors == processors
+    assert len(lag.masks) == 2 * 16
+    if change == "foreign":  # another model: compare with its own identity control
+        with localized(sd1, residuals, "sks cat", mask=torch.zeros_like):
+            assert torch.equal(sample(sd1), sample(sd1))
+    else:
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_vae_tiling_and_pictures(sd1):
+    with localized(sd1, random_residuals(sd1), "sks cat"):
+        plain = sample(sd1, output_type="pil", steps=1)[0]
+        sd1.vae.enable_tiling()
+        tiled = sample(sd1, output_type="pil", steps=1)[0]
+    assert plain.size == tiled.size == (64, 64)
+
+
+def test_sizes_that_are_not_square(sd1):
+    residuals = random_residuals(sd1)
+    with localized(sd1, residuals, "sks cat") as lag:
+        ours = sample(sd1, height=64, width=96)
+    assert lag.masks[0, "down_blocks.0.attentions.0.proj_out"].shape == (1, 16, 24)
+    with reference(sd1.unet, residuals.A, residuals.B, [AT]), torch.no_grad():
+        torch.testing.assert_close(ours, sample(sd1, height=64, width=96), atol=1e-4, rtol=1e-4)
+
+
+def test_picture_to_picture(sd1):
+    """A shorter run: the window counts the steps that are taken."""
+    components = {key: part for key, part in sd1.components.items() if key != "image_encoder"}
+    pipeline = StableDiffusionImg2ImgPipeline(**components, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    with localized(pipeline, random_residuals(pipeline), "sks cat", window=(0.5, 1.0)) as lag:
+        pipeline(PROMPT, Image.new("RGB", (64, 64), "gray"), 0.5, num_inference_steps=8, output_type="latent")
+    assert {step for step, _ in lag.masks} == {2, 3}
+
+
+def test_prompt_embeds(sd1):
+    residuals = random_residuals(sd1)
+    with localized(sd1, residuals, "sks cat"):
+        expected = sample(sd1, PROMPT)
+    embeds, negative = sd1.encode_prompt(PROMPT, "cpu", 1, True)
+    with localized(sd1, residuals, "sks cat", prompts=PROMPT):
+        assert torch.equal(sample(sd1, None, prompt_embeds=embeds, negative_prompt_embeds=negative), expected)
+    with localized(sd1, residuals, fixed_mask=torch.ones(4, 4)):  # no words needed
+        sample(sd1, None, prompt_embeds=embeds, negative_prompt_embeds=negative, steps=1)
+
+
+def test_half_precision(sd1):
+    sd1.to(torch.bfloat16)
+    residuals = random_residuals(sd1)
+    original = sample(sd1)
+    with localized(sd1, residuals, "sks cat") as lag:
+        ours = sample(sd1)
+    assert ours.dtype == torch.bfloat16 and not torch.equal(ours, original)
+    assert all(mask.dtype == torch.float32 for mask in lag.masks.values())
+    with localized(sd1, residuals, "sks cat", mask=torch.zeros_like):
+        assert torch.equal(sample(sd1), original)
+
+
+# LoRAs that others have trained
+
+
+def with_lora(kind: str, targets: list[str], name: str = "theirs", **config):
+    pipeline = tiny_pipeline(kind)
+    torch.manual_seed(5)
+    pipeline.unet.add_adapter(
+        LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False, **config), name
+    )
+    pipeline.unet.requires_grad_(False)
+    return pipeline
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loaded_lora_on_proj_out_is_localized_like_the_same_residuals(kind):
+    loaded, plain = with_lora(kind, ["proj_out"]), tiny_pipeline(kind)
+    residuals = Residuals(plain, rank=4)
+    for name, layer in find_proj_outs(loaded.unet).items():
+        residuals.A[name].data = 1.5 * layer.lora_B["theirs"].weight.detach().flatten(1)  # alpha / r = 6 / 4
+        residuals.B[name].data = layer.lora_A["theirs"].weight.detach().flatten(1)
+    choices = ({}, {"unconditional": "original"}, {"window": (0.5, 1.0)}, {"scale": 0.5})
+    for arguments in choices if kind == "sd1" else choices[:1]:
+        with localized(plain, residuals, "sks cat", **arguments) as expected:
+            slow = sample(plain)
+        with localized(loaded, "theirs", "sks cat", **arguments) as lag:
+            torch.testing.assert_close(sample(loaded), slow, atol=1e-4, rtol=1e-4)
+        assert lag.masks.keys() == expected.masks.keys()
+    with localized(loaded, "theirs", "sks cat", mask=torch.zeros_like):
+        assert torch.equal(sample(loaded), sample(plain))
+    with localized(loaded, "theirs", "sks cat", mask=torch.ones_like):
+        localized_everywhere = sample(loaded)
+    assert torch.equal(localized_everywhere, sample(loaded))
+    assert hooks_of(loaded.unet) == 0
+
+
+def test_residuals_and_a_lora_together(sd1):
+    """Our residuals attach to a `proj_out` that PEFT has wrapped."""
+    loaded = with_lora("sd1", ["proj_out", "to_q", "to_k"])
+    residuals = random_residuals(loaded)
+    with pytest.warns(UserWarning, match="changes 64 other layers too"):
+        with localized(loaded, [(residuals, "sks cat"), ("theirs", "beach")]) as lag:
+            ours = sample(loaded)
+    assert len(lag.parts) == 2 and torch.isfinite(ours).all()
+    loaded.unet.disable_adapters()
+    with localized(loaded, residuals, "sks cat"), localized(sd1, residuals, "sks cat"):
+        assert torch.equal(sample(loaded), sample(sd1))
+
+
+def not_active(pipeline):
+    pipeline.unet.disable_adapters()
+
+
+def fused(pipeline):
+    pipeline.fuse_lora(components=["unet"])
+
+
+@pytest.mark.parametrize(
+    ("targets", "config", "change", "name", "message"),
+    [
+        (["proj_out"], {}, fused, "theirs", "'theirs' is fused into the weights: call `unfuse_lora\\(\\)` first"),
+        (["proj_out"], {}, not_active, "theirs", "'theirs' is loaded but not active: call `set_adapters"),
+        (["proj_out"], {}, None, "ours", "No LoRA named 'ours' is loaded in the U-Net: it has 'theirs'"),
+        (["to_q", "to_k"], {}, None, "theirs", "'theirs' changes 64 layers but no `proj_out`"),
+        (["proj_out"], {"use_dora": True}, None, "theirs", "'theirs' is of a variant \\(such as DoRA\\)"),
+    ],
+    ids=["fused", "not active", "unknown", "elsewhere", "DoRA"],
+)
+def test_loras_that_cannot_be_localized(targets, config, change, name, message):
+    pipeline = with_lora("sd1", targets, **config)
+    if change:
+        change(pipeline)
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=message):
+        warnings.simplefilter("ignore")
+        with localized(pipeline, name, "sks cat"):
+            pass
+    assert hooks_of(pipeline.unet) == 0
+
+
+def test_no_lora_at_all(sd1):
+    with pytest.raises(ValueError, match="No LoRA named 'theirs' is loaded in the U-Net: it has none .one that"):
+        with localized(sd1, "theirs", "sks cat"):
+            pass
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"concept": None}, "No concept was given: its words tell where to look"),
+        ({"mask": "mean"}, "Unknown mask rule 'mean': choose one of median"),
+        ({"mask": "otsu", "q": 0.5}, "'otsu' has no option 'q'"),
+        ({"unconditional": "none"}, "Unknown unconditional 'none': choose one of 'same', 'own', 'residual', 'orig"),
+        ({"outside": "both"}, "Unknown outside 'both'"),
+        ({"aggregate": "heads"}, "Unknown aggregate 'heads': choose one of None, 'blocks', 'steps', 'both'"),
+        ({"window": (0.5, 0.5)}, r"The window \(0.5, 0.5\) is not a range of shares"),
+        ({"window": (0, 50)}, r"The window \(0, 50\) is not a range of shares"),
+        ({"fixed_mask": torch.full((4, 4), 2.0)}, "A mask must lie between 0 and 1"),
+        ({"prompts": "a photo of a dog"}, "The prompt \"a photo of a dog\" does not contain 'sks', 'cat'"),
+        ({"residuals": []}, "No residuals were given"),
+    ],
+)
+def test_bad_arguments(sd1, arguments, message):
+    arguments = {"residuals": Residuals(sd1), "concept": "sks cat"} | arguments
+    with pytest.raises(ValueError, match=message):
+        with localized(sd1, **arguments):
+            pass
+    assert hooks_of(sd1.unet) == 0 and "encode_prompt" not in vars(sd1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "arguments", "message"),
+    [
+        ("a photo of a dog", {}, '"a photo of a dog" does not contain \'sks\', \'cat\': it needs the words "sks cat"'),
+        (["a sks cat", "a sks dog"], {}, 'The prompt "a sks dog" does not contain \'cat\''),
+        ("a dog", {"fixed_mask": torch.zeros(3, 8, 8)}, "Got 3 fixed masks for 1 images: give 1 or as many"),
+    ],
+)
+def test_bad_calls(sd1, prompt, arguments, message):
+    with localized(sd1, Residuals(sd1), "sks cat", **arguments):
+        with pytest.raises(ValueError, match=message):
+            sample(sd1, prompt, steps=1)
+        if not arguments:
+            sample(sd1, "a sks cat", steps=1)  # the context is still good
+
+
+def test_residuals_of_another_base(sd1, sdxl):
+    with pytest.raises(ValueError, match="made for a U-Net with 16 convolutions"):
+        with localized(sdxl, Residuals(sd1), "sks cat"):
+            pass
+    assert hooks_of(sdxl.unet) == 0
+
+
+def test_a_window_needs_the_pipeline(sd1):
+    with localized(sd1.unet, Residuals(sd1), fixed_mask=torch.ones(4, 4), window=(0, 0.5)):
+        with pytest.raises(ValueError, match="pass the pipeline instead of its U-Net"):
+            sd1.unet(**call_arguments("sd1"))
