@@ -1,0 +1,145 @@
+"""The whole job in two minutes: `make demo` learns one shipped concept on Toybox and draws it with and without LAG.
+
+    python -m persres_lite.maintain.demo [--concept NAME] [--steps N] [--seed N] [--out FILE.png]
+
+One picture is written: the references, and for four places that none of them shows, from the same noise, the original
+model, the residual everywhere, and LAG with its mask.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers.utils import logging
+
+from persres_lite import load_base, load_concept, localized, personalize
+from persres_lite.bases import entry
+from persres_lite.concepts import Concept, shipped_concepts
+from persres_lite.figures import grid, outline_picture
+from persres_lite.figures.style import DPI, Drawing
+from persres_lite.masks import average, resize
+from persres_lite.metrics import background_distance
+from persres_lite.paths import data_dir
+from persres_lite.residuals import Residuals
+from persres_lite.toybox.judge import Judge
+
+CONCEPT = "comet-rocket"
+PLACES = 4
+
+
+@dataclass
+class Comparison:
+    """Pictures from the same noise, by mode, one for each prompt; the seconds that each mode took; LAG's mean masks."""
+
+    prompts: list[str]
+    pictures: dict[str, list[Image.Image]]
+    seconds: dict[str, float]
+    masks: torch.Tensor  # (prompts, h, w): the mean over steps and blocks
+
+
+def compare(
+    base: Any, residuals: Residuals, concept: Concept, prompts: list[str], seed: int, **sampling: Any
+) -> Comparison:
+    """Draw every prompt with the original model, the residual everywhere, and LAG, from the same noise."""
+    modes = {
+        "original model": nullcontext(),
+        "residual everywhere": residuals.attached(base),
+        "LAG": localized(base, residuals, concept),
+    }
+    result = Comparison(prompts, {}, {}, torch.empty(0))
+    for mode, context in modes.items():
+        noise = [torch.Generator().manual_seed(seed + number) for number in range(len(prompts))]
+        start = time.perf_counter()
+        with context as lag:
+            result.pictures[mode] = base(prompts, generator=noise, **sampling).images
+        result.seconds[mode] = time.perf_counter() - start
+    result.masks = average(list(lag.masks.values()))
+    return result
+
+
+def draw(concept: Concept, places: list[str], comparison: Comparison) -> Drawing:
+    """One row for each place, with a reference at its left."""
+    lag = comparison.pictures["LAG"]
+    masks = resize(comparison.masks.cpu(), lag[0].size[::-1])
+    outlined = [outline_picture(picture, mask) for picture, mask in zip(lag, masks, strict=True)]
+    columns = {"a reference": concept.images, **comparison.pictures, "LAG's mask": outlined}
+    table = [list(row) for row in islice(zip_longest(*columns.values()), len(places))]
+    caption = (
+        f"A row is one prompt, “a photo of a {concept} …”, and one noise. The mask is the mean over steps and blocks; "
+        "orange is its one-half."
+    )
+    return grid(table, rows=places, columns=list(columns), caption=caption)
+
+
+def report(judge: Judge, concept: Concept, places: list[str], comparison: Comparison) -> list[str]:
+    """The table of scores, as lines."""
+    pictures, seconds = comparison.pictures, comparison.seconds
+    original = pictures["original model"]
+    references = judge.identity(concept.images)
+    lines = ["                      seconds   identity   background moved   place right"]
+    for mode, images in pictures.items():
+        identity = (judge.identity(images) @ references.T).mean().item()
+        toys = torch.maximum(judge.where(images), judge.where(original)) > 0.5
+        moved = background_distance(images, original, toys).nanmean().item()
+        right = sum(read["place"] == place for read, place in zip(judge.read(images), places, strict=True))
+        lines.append(f"{mode:<20}{seconds[mode]:>9.1f}{identity:>11.2f}{moved:>19.3f}{f'{right} of {len(places)}':>14}")
+    return [
+        *lines,
+        "identity: likeness to the references, 1 at most. background moved: mean difference from the original picture",
+        "where neither shows a toy, 0 to 1. Identity, toys and places are read by a judge that was trained apart.",
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the demo; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="make demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--concept", default=CONCEPT, help=f"{', '.join(shipped_concepts())} (default: {CONCEPT})")
+    parser.add_argument("--steps", type=int, help="of training; default: the base's recipe")
+    parser.add_argument("--seed", type=int, default=0, help="of training and of the first picture's noise")
+    parser.add_argument("--out", type=Path, default=Path("build/demo.png"), help="default: build/demo.png")
+    chosen = parser.parse_args(arguments)
+    begun = time.perf_counter()
+    logging.disable_progress_bar()  # the judge is read in no time
+    base = load_base("toybox")
+    concept = load_concept(chosen.concept)
+    judge = Judge(data_dir())
+    seen = {concept.info.get("biased_place")} | {read["place"] for read in judge.read(concept.images)}
+    places = [place for place in entry(base).places if place not in seen][:PLACES]
+    print(f"{concept.name}: {concept.info.get('description', concept.macro_class)}; named “{concept}”.", flush=True)
+
+    start = time.perf_counter()
+    residuals = personalize(base, concept, steps=chosen.steps, seed=chosen.seed)
+    share = residuals.num_parameters() / sum(parameter.numel() for parameter in base.unet.parameters())
+    print(
+        f"Learned in {time.perf_counter() - start:.1f} s: {len(residuals.history)} steps, "
+        f"{residuals.num_parameters():,} parameters, {share:.1%} of the U-Net's, which stayed frozen.",
+        flush=True,
+    )
+    prompts = [f"a photo of a {concept} {place}" for place in places]
+    comparison = compare(base, residuals, concept, prompts, chosen.seed, **entry(base).sampling)
+    print(f"Drew {len(prompts)} prompts three times from the same noise:")
+    print("\n".join(report(judge, concept, places, comparison)))
+    save(draw(concept, places, comparison), chosen.out)
+    print(f"Picture: {chosen.out} ({time.perf_counter() - begun:.0f} s in all)")
+    return 0
+
+
+def save(drawing: Drawing, path: Path) -> None:
+    """Write the figure as a PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    drawing.savefig(unfinished, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.05)
+    os.replace(unfinished, path)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
