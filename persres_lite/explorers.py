@@ -1,8 +1,8 @@
 """Widgets to play with: maps by word, step and block; mask rules; the scale of a residual. Core ipywidgets only.
 
-An explorer looks at what was recorded before and computes no new picture with the model, so a slider answers at once. Its callbacks are
-plain functions of the controls' values. For each there is a still figure (`persres_lite.figures`: map_table, mask_table, scale_table)
-for readers who see the notebook on GitHub.
+An explorer looks at what was recorded before and computes no new picture with the model, so a slider answers at once.
+Its callbacks are plain functions of the controls' values. For each there is a still figure (`persres_lite.figures`:
+map_table, mask_table, scale_table) for readers who see the notebook on GitHub.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ SIDE = 256
 class Explorer:
     """Controls, one picture and one line of text that follow each other.
 
-    Leave it as the last expression of a cell to show it. ``explorer.controls["step"].value = 3`` moves a control as a hand would.
+    Leave it as the last expression of a cell to show it. ``explorer.controls["step"].value = 3`` moves a control as a
+    hand would.
     """
 
     def __init__(self, draw: Callable[..., tuple[Image.Image, str]], controls: dict[str, widgets.Widget]) -> None:
@@ -120,7 +121,9 @@ def masks(picture: Image.Image, attention: torch.Tensor, truth: Any = None) -> E
     )
 
 
-def compare(pictures: Mapping[float, Mapping[str, Image.Image]], references: Sequence[Image.Image] | None = None) -> Explorer:
+def compare(
+    pictures: Mapping[float, Mapping[str, Image.Image]], references: Sequence[Image.Image] | None = None
+) -> Explorer:
     """Compare ways of sampling from one noise while the residual's scale grows.
 
     Parameters
@@ -155,7 +158,7 @@ def compare(pictures: Mapping[float, Mapping[str, Image.Image]], references: Seq
 
 
 def _option(rule: Callable) -> tuple[str, float] | None:
-    """The numeric option of a rule, and what it is where the slider stands at 1: 1 for shares, twice the default for others."""
+    """A rule's numeric option, and its value where the slider stands at 1: 1 for shares, else twice the default."""
     for name, parameter in inspect.signature(rule).parameters.items():
         if isinstance(parameter.default, float):
             return name, 1.0 if parameter.default <= 1 else 2 * parameter.default

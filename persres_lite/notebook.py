@@ -1,7 +1,7 @@
 """What the first cell of every notebook calls: it completes a fetched copy, and says which base and device are used.
 
-Nothing beyond the standard library is imported until the requirements are known to be there, because on Colab this module runs
-before they are.
+Nothing beyond the standard library is imported until the requirements are known to be there, because on Colab this
+module runs before they are.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from persres_lite.paths import data_dir
 
 HOME = Path(__file__).resolve().parents[1]
 
@@ -37,19 +39,19 @@ def start(base: str | None = None) -> tuple[Path, str]:
 
     Raises
     ------
+    FileNotFoundError
+        If the project's data are not beside the package.
     RuntimeError
-        If the project's data are not beside the package, or if requirements are missing in a clone, where nothing may be
-        installed without being asked.
+        If requirements are missing in a clone, where nothing may be installed without being asked.
     """
-    if not (HOME / "data").is_dir():
-        raise RuntimeError(
-            "The package is installed without the project's data: clone the repository and open the notebook in its notebooks folder."
-        )
+    data_dir()  # raises if the package was installed without its checkout
     missing = missing_requirements(project_requirements(HOME))
     if _was_fetched(HOME) and (missing or not _installed(("persres-lite",))):
         install(HOME, missing)
     elif missing:
-        raise RuntimeError(f"Missing here: {', '.join(missing)}. Run `make lab` in the project's folder, or `pip install -e .`.")
+        raise RuntimeError(
+            f"Missing here: {', '.join(missing)}. Run `make lab` in the project's folder, or `pip install -e .`."
+        )
     base = base or os.environ.get("PERSRES_BASE") or "toybox"
     print(describe(base))
     return HOME, base
@@ -61,16 +63,16 @@ def describe(base: str) -> str:
 
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     name = Path(base).name if Path(base).is_dir() else base  # a folder's full path says nothing to other readers
-    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("torch", "diffusers", "transformers"))
+    versions = ", ".join(
+        f"{package} {importlib.metadata.version(package)}" for package in ("torch", "diffusers", "transformers")
+    )
     return f"Base: {name}. Device: {device}. Python {platform.python_version()}, {versions}."
 
 
 def project_requirements(home: Path) -> list[str]:
     """The requirements for running the project that its ``pyproject.toml`` names."""
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10: pip carries the same parser
-        from pip._vendor import tomli as tomllib
+    # Python 3.10 has no tomllib, but its pip carries the same parser.
+    tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "pip._vendor.tomli")
     with open(home / "pyproject.toml", "rb") as file:
         return list(tomllib.load(file)["project"]["dependencies"])
 
@@ -100,8 +102,9 @@ def missing_requirements(requirements: list[str]) -> list[str]:
 def install(home: Path, missing: list[str]) -> None:
     """Install the missing requirements and then the project, leaving the packages of `KEPT` as they are.
 
-    The project comes without its dependencies and editable, so that its data stay beside it. An editable installation is seen
-    only after a restart of the kernel (colabtools #1171): the first cell has put the folder on ``sys.path`` already.
+    The project comes without its dependencies and editable, so that its data stay beside it. An editable installation
+    is seen only after a restart of the kernel (colabtools #1171): the first cell has put the folder on ``sys.path``
+    already.
 
     Raises
     ------
@@ -112,7 +115,9 @@ def install(home: Path, missing: list[str]) -> None:
         constraints = Path(folder) / "kept.txt"
         constraints.write_text("".join(f"{name}=={version}\n" for name, version in _installed(KEPT).items()))
         if missing and not _pip("--constraint", str(constraints), *missing):
-            raise RuntimeError(f"pip could not install {', '.join(missing)}: is there a network? Its message stands above.")
+            raise RuntimeError(
+                f"pip could not install {', '.join(missing)}: is there a network? Its message stands above."
+            )
     isolation = ["--no-build-isolation"] if importlib.util.find_spec("setuptools") else []
     if not _pip("--no-deps", *isolation, "--editable", str(home)):
         print("The command persres-lite could not be installed; the notebooks do not need it.")
@@ -134,5 +139,5 @@ def _pip(*arguments: str) -> bool:
 
 
 def _was_fetched(home: Path) -> bool:
-    """Whether the first cell fetched this copy: it then lies in the folder ``persres-lite`` below the notebook's own."""
+    """Whether the first cell fetched this copy: it then lies in ``persres-lite`` below the notebook's own folder."""
     return home == (Path.cwd() / "persres-lite").resolve()

@@ -58,7 +58,7 @@ PREDICT = """**Predict before you run.** What is 2 + 2?
 
 
 def example(first_cell: str | None = None) -> NotebookNode:
-    """The notebook, stamped; `first_cell` in place of the real one, for tests that run it where nothing is to be fetched."""
+    """The notebook, stamped; `first_cell` in place of the real one, for tests that run it in an empty folder."""
     text, code = v4.new_markdown_cell, v4.new_code_cell
     cells = [
         text(OPENING),

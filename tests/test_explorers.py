@@ -36,7 +36,9 @@ def test_maps_follow_word_step_and_block(record):
         explorer.controls[control].value = value
         shown[control] = explorer.pixels
         assert not np.array_equal(before, shown[control]), control
-    wanted = heat_picture(PICTURE.resize((256, 256), Image.Resampling.LANCZOS), record.map("cat", step=2, block=BLOCKS[1]))
+    wanted = heat_picture(
+        PICTURE.resize((256, 256), Image.Resampling.LANCZOS), record.map("cat", step=2, block=BLOCKS[1])
+    )
     assert np.array_equal(shown["block"], np.asarray(wanted))
     assert "<b>cat</b>: 4 × 4 positions, highest 2.000" in explorer.note.value
     assert [label for label, _ in explorer.controls["block"].options] == ["all", "down 0.0", "mid"]

@@ -139,7 +139,12 @@ def test_singular_values_end_at_the_rank():
 def _toybox_like():
     kinds = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
     return UNet2DConditionModel(
-        sample_size=16, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32, **kinds
+        sample_size=16,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=32,
+        **kinds,
     )
 
 
@@ -174,7 +179,9 @@ def record():
     made = AttentionRecord(words=["cat"], prompts=["cat"])
     for step in range(9):
         for size, block in ((8, "down_blocks.0.attentions.0.proj_out"), (4, "mid_block.attentions.0.proj_out")):
-            made.maps[step, block, "cond"] = torch.rand(1, 1, size, size, generator=torch.Generator().manual_seed(step + size))
+            made.maps[step, block, "cond"] = torch.rand(
+                1, 1, size, size, generator=torch.Generator().manual_seed(step + size)
+            )
     return made
 
 

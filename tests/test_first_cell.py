@@ -28,7 +28,9 @@ def first_code_cell() -> str:
 
 def run_cell(source: str, folder: Path, python: str = sys.executable, **env: str) -> subprocess.CompletedProcess:
     """Run a cell as a kernel would: its working directory is `folder`, and nothing else is on the path."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PERSRES_BASE", "VIRTUAL_ENV")}
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PERSRES_BASE", "VIRTUAL_ENV")
+    }
     return subprocess.run(
         [python, "-c", source], cwd=folder, env=kept | env, capture_output=True, text=True, timeout=300, check=False
     )
@@ -63,7 +65,8 @@ def test_alone_in_an_empty_folder_it_fetches_and_installs_the_project(bare, fres
     before = {path.name for path in site.iterdir()}
     after = (
         "\nimport persres_lite\n"
-        "print('from', Path(persres_lite.__file__).is_relative_to(here / 'persres-lite'), HOME == here / 'persres-lite')"
+        "fetched = here / 'persres-lite'\n"
+        "print('from', Path(persres_lite.__file__).is_relative_to(fetched), HOME == fetched)"
     )
     # Without an index pip can install nothing but the project: whatever else the cell wanted would be an error.
     env = {"PERSRES_REPOSITORY": bare, "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
@@ -95,7 +98,15 @@ def test_an_address_that_does_not_answer_is_said_in_one_sentence(fresh, tmp_path
 
 
 def test_requirements_are_missing_only_if_absent_or_too_old():
-    wanted = ["torch>=99", "numpy>=99", "ipywidgets<1", "pillow>=1", "pillow>=9999", "no-such-package>=1", "old; python_version<'3'"]
+    wanted = [
+        "torch>=99",
+        "numpy>=99",
+        "ipywidgets<1",
+        "pillow>=1",
+        "pillow>=9999",
+        "no-such-package>=1",
+        "old; python_version<'3'",
+    ]
     assert notebook.missing_requirements(wanted) == ["pillow>=9999", "no-such-package>=1"]
     assert notebook.missing_requirements(notebook.project_requirements(ROOT)) == []
 

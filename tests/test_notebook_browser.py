@@ -66,7 +66,9 @@ def lab(tmp_path):
         port = free.getsockname()[1]
     kinds = ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
     folders = {kind: str(tmp_path / kind.lower()) for kind in kinds}
-    quiet = tmp_path / "jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    quiet = (
+        tmp_path / "jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    )
     quiet.parent.mkdir(parents=True)  # nobody is asked for news or newer versions
     quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
     options = [

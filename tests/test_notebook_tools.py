@@ -11,7 +11,7 @@ from tests.notebook_example import ADDRESS, NAME, example
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """The example, run for saving in a fresh kernel: with a progress bar, a warning-free widget and two joined prints."""
+    """The example, run for saving in a fresh kernel, with a progress bar, a widget, and two prints in one cell."""
     made = example(first_cell="print('a')\nprint('b')\nprint('0%|   | 0/2\\r100%|###| 2/2', file=sys.stderr)")
     cell = nbformat.v4.new_code_cell(
         "from PIL import Image\nfrom persres_lite import explorers, figures\n"
@@ -40,7 +40,9 @@ def test_run_saves_outputs_in_order_and_measures(ran):
 
 def test_run_tidies_outputs(ran):
     first = code_cells(ran)[0].outputs
-    assert [(output.name, output.text) for output in first] == [("stdout", "a\nb\n")]  # joined, the progress bar is gone
+    assert [(output.name, output.text) for output in first] == [
+        ("stdout", "a\nb\n")
+    ]  # joined, the progress bar is gone
     widget, still = code_cells(ran)[-4].outputs, code_cells(ran)[-3].outputs
     assert "widgets" not in ran.metadata
     assert list(widget[0].data) == ["text/plain"] and "a widget" in widget[0].data["text/plain"]
@@ -132,7 +134,10 @@ def test_an_accepted_wrong_answer_and_a_failing_solution_are_found():
 def test_stamping_is_complete_and_settles():
     made = example()
     assert made.cells[0].source == notebooks.badge(ADDRESS, NAME)
-    assert "colab.research.google.com/github/persres-lite/persres-lite/blob/main/notebooks/04_example.ipynb" in made.cells[0].source
+    assert (
+        "colab.research.google.com/github/persres-lite/persres-lite/blob/main/notebooks/04_example.ipynb"
+        in made.cells[0].source
+    )
     assert code_cells(made)[0].source == notebooks.first_cell(ADDRESS)
     assert notebooks.stamped(made, NAME, ADDRESS) == made
     forked = notebooks.stamped(made, NAME, "https://github.com/someone/fork")
@@ -165,7 +170,10 @@ def test_the_table_is_made_from_the_notebooks(ran, tmp_path):
     rows = runs.table([(tmp_path / NAME, ran)]).splitlines()
     measured = ran.metadata["persres"]
     minutes = f"{measured['seconds'] / 60:.1f}"
-    assert rows[2] == f"| [04 · An example](notebooks/{NAME}) | see that the tools work. | {minutes} | {measured['peak_gb']} GB |"
+    assert (
+        rows[2]
+        == f"| [04 · An example](notebooks/{NAME}) | see that the tools work. | {minutes} | {measured['peak_gb']} GB |"
+    )
     assert measured["machine"] in rows[-1]
     assert "not run" in runs.table([(tmp_path / NAME, example())])
     text = f"before\n{runs.BEGIN}\nold\n{runs.END}\nafter"
@@ -186,7 +194,8 @@ def test_links_are_checked_offline(tmp_path):
     )
     (tmp_path / "README.md").write_text(good)
     assert links.broken(tmp_path, ADDRESS) == []
-    bad = f"[a](nothing.md) [b](notebooks/glossary.md#other) [![c](gone.png)]({ADDRESS}/blob/main/notebooks/99.ipynb) <img src='x.png'>"
+    badge = f"[![c](gone.png)]({ADDRESS}/blob/main/notebooks/99.ipynb)"
+    bad = f"[a](nothing.md) [b](notebooks/glossary.md#other) {badge} <img src='x.png'>"
     (tmp_path / "README.md").write_text(bad)
     assert links.broken(tmp_path, ADDRESS) == [
         "README.md: nothing.md does not exist",

@@ -1,4 +1,4 @@
-"""Every notebook has what the series promises, runs on a Stable Diffusion layout too, and its exercises prove themselves."""
+"""Every notebook has what the series promises, runs on Stable Diffusion's layout too, and its exercises are proved."""
 
 from __future__ import annotations
 
@@ -95,7 +95,11 @@ def test_github_can_show_it(path):
 
 @each
 def test_its_outputs_name_no_folder_of_the_machine_it_ran_on(path):
-    words = " ".join(str(output.get("text", output.get("data", {}).get("text/plain", ""))) for cell in code(path) for output in cell.outputs)
+    words = " ".join(
+        str(output.get("text", output.get("data", {}).get("text/plain", "")))
+        for cell in code(path)
+        for output in cell.outputs
+    )
     assert str(notebooks.ROOT) not in words and str(Path.home()) + "/" not in words
 
 

@@ -1,8 +1,10 @@
-"""Every kind of figure that the notebooks draw, in one style. Functions return the figure; none opens a window or keeps a state.
+"""Every kind of figure that the notebooks draw, in one style. Functions return the figure; none opens a window or keeps
+a state.
 
-Figures are made for half a page's width: few words, large letters, a caption that says what to see. A folder and not one file: `style`
-(the figure and its look), `pictures` (tables of pictures, maps and masks over them), `plots` (curves, bars, singular values),
-`diagram` (a U-Net drawn from its own structure), `stills` (what an explorer shows, for readers who cannot move its sliders).
+Figures are made for half a page's width: few words, large letters, a caption that says what to see. A folder and not
+one file: `style` (the figure and its look), `pictures` (tables of pictures, maps and masks over them), `plots` (curves,
+bars, singular values), `diagram` (a U-Net drawn from its own structure), `stills` (what an explorer shows, for readers
+who cannot move its sliders).
 """
 
 from persres_lite.figures.diagram import unet_diagram

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 from matplotlib.patches import FancyBboxPatch, Rectangle
-from torch import nn
 
 from persres_lite.figures.style import COLORS, WIDTH, Drawing, captioned, new_figure
 from persres_lite.projections import find_proj_outs
@@ -18,19 +18,21 @@ CELL = 0.44
 
 @dataclass(frozen=True)
 class Part:
-    """One layer of a block: its kind ('resnet', 'transformer', 'smaller', 'larger'), its width, and how many layers it stacks."""
+    """A part of a block: its kind ('resnet', 'transformer', 'smaller' or 'larger'), width, and how many it stacks."""
 
     kind: str
     width: int = 0
     depth: int = 1
 
 
-def unet_parts(unet: nn.Module) -> dict[str, list[list[Part]]]:
+def unet_parts(unet: Any) -> dict[str, list[list[Part]]]:
     """The parts of each block in the order of the forward pass, under 'down', 'mid' and 'up'.
 
-    Transformers are found as `persres_lite.residuals.find_proj_outs` finds them: their number and widths are those of the residuals.
+    Transformers are found as `persres_lite.projections.find_proj_outs` finds them: their number and widths are those of
+    the residuals.
     """
-    transformers = {name.removesuffix(".proj_out"): layer.weight.shape[0] for name, layer in find_proj_outs(unet).items()}
+    found: dict[str, Any] = dict(find_proj_outs(unet))
+    transformers = {name.removesuffix(".proj_out"): layer.weight.shape[0] for name, layer in found.items()}
     blocks = {
         "down": [f"down_blocks.{i}" for i in range(len(unet.down_blocks))],
         "mid": ["mid_block"],
@@ -39,7 +41,7 @@ def unet_parts(unet: nn.Module) -> dict[str, list[list[Part]]]:
     return {side: [_parts(unet, name, transformers) for name in names] for side, names in blocks.items()}
 
 
-def unet_diagram(unet: nn.Module, caption: str | None = None) -> Drawing:
+def unet_diagram(unet: Any, caption: str | None = None) -> Drawing:
     """Draw a U-Net: down on the left, up on the right, the middle below, an orange bar on every output projection.
 
     Parameters
@@ -79,7 +81,7 @@ def unet_diagram(unet: nn.Module, caption: str | None = None) -> Drawing:
     return captioned(figure, caption or said)
 
 
-def _parts(unet: nn.Module, name: str, transformers: dict[str, int]) -> list[Part]:
+def _parts(unet: Any, name: str, transformers: dict[str, int]) -> list[Part]:
     block = unet.get_submodule(name)
     inside = [key for key in transformers if key.startswith(f"{name}.")]
     attentions = [
@@ -110,7 +112,9 @@ def _cell(axes, part: Part, x: float, y: float) -> None:
     letters = {"resnet": "R", "transformer": stacked, "smaller": "↓", "larger": "↑"}[part.kind]
     color = {"resnet": RESIDUAL, "transformer": TRANSFORMER}.get(part.kind, CHANGE)
     shape = "round,pad=0,rounding_size=0.05"
-    box = FancyBboxPatch((x + 0.02, y), CELL - 0.06, 0.42, boxstyle=shape, facecolor=color, edgecolor="0.5", linewidth=0.7)
+    box = FancyBboxPatch(
+        (x + 0.02, y), CELL - 0.06, 0.42, boxstyle=shape, facecolor=color, edgecolor="0.5", linewidth=0.7
+    )
     box.set_gid(part.kind)
     axes.add_patch(box)
     middle = x + CELL / 2 - (0.04 if part.kind == "transformer" else 0.01)

@@ -18,11 +18,10 @@ SHOWN = 192
 
 ORANGE, WHITE = (1.0, 0.55, 0.0), (1.0, 1.0, 1.0)
 
-Pictures = Sequence[Image.Image] | Sequence[Sequence[Image.Image | None]]
 
 
 def grid(
-    pictures: Pictures,
+    pictures: Sequence[Image.Image] | Sequence[Sequence[Image.Image | None]],
     rows: Sequence[str] | None = None,
     columns: Sequence[str] | None = None,
     caption: str | None = None,
@@ -34,7 +33,8 @@ def grid(
     rows, columns
         Words beside the rows and above the columns; long ones are broken into lines.
     """
-    table = [list(pictures)] if not pictures or not isinstance(pictures[0], Sequence) else [list(row) for row in pictures]
+    rows_given = [pictures] if isinstance(pictures[0], Image.Image) else pictures
+    table: list[list[Image.Image | None]] = [list(row) for row in rows_given]  # type: ignore[arg-type]
     fits(rows, len(table), "rows")
     fits(columns, width := max(len(row) for row in table), "columns")
     side = min(WIDTH / (width + (0.6 if rows else 0)), 1.9)
@@ -109,14 +109,16 @@ def outlines(
 
 
 def enlarge(picture: Image.Image, size: int = SHOWN) -> Image.Image:
-    """The picture with its shorter side at least `size` pixels: enlarged by a whole factor with Lanczos, never shrunk."""
+    """The picture enlarged by a whole factor (Lanczos) to at least `size` pixels on its shorter side; never shrunk."""
     factor = -(-size // min(picture.size))
     if factor <= 1:
         return picture
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.LANCZOS)
 
 
-def heat_picture(picture: Image.Image, attention: Any, low: float | None = None, high: float | None = None) -> Image.Image:
+def heat_picture(
+    picture: Image.Image, attention: Any, low: float | None = None, high: float | None = None
+) -> Image.Image:
     """The picture, dimmed, with a map laid over it in colors.
 
     Parameters
@@ -138,7 +140,7 @@ def heat_picture(picture: Image.Image, attention: Any, low: float | None = None,
 
 
 def outline_picture(picture: Image.Image, mask: Any, truth: Any = None) -> Image.Image:
-    """The picture, dimmed outside the mask, with the mask's edge in orange and, where given, the true mask's in white."""
+    """The picture, dimmed outside the mask, with the mask's edge in orange and the true mask's, if given, in white."""
     shown = enlarge(picture)
     inside = _enlarged_mask(mask, shown.size)
     pixels = np.asarray(shown.convert("RGB")) / 255 * (0.45 + 0.55 * inside[..., None])

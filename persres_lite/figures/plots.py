@@ -94,7 +94,7 @@ def bars(
         A name and a value to compare with, drawn as a dashed line.
     """
     figure, axes = new_plot(height=2.8)
-    for place, (name, value) in enumerate(values.items()):
+    for place, value in enumerate(values.values()):
         numbers = np.atleast_1d(as_array(value))
         color, alpha = COLORS[place % len(COLORS)], 0.55 if len(numbers) > 1 else 0.9
         axes.bar(place, numbers.mean(), color=color, width=0.6, alpha=alpha)

@@ -56,7 +56,7 @@ def new_plot(width: float = 5.5, height: float = 3.0) -> tuple[Drawing, Any]:
 
 def picture_axes(rows: int, columns: int, width: float, height: float) -> tuple[Drawing, np.ndarray]:
     figure = new_figure(width * columns, height * rows)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     with matplotlib.rc_context(STYLE):
         axes = figure.subplots(rows, columns, squeeze=False)
     for each in axes.flat:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import nbformat
 from nbformat import NotebookNode
 
+_FOLDED = r"<details>\s*<summary>{}</summary>{}</details>"
 UNANSWERED, CORRECT = "Not answered yet", "Correct"
 
 
@@ -44,8 +45,8 @@ def exercises(notebook: NotebookNode) -> list[Exercise]:
             raise ValueError(f"exercise {number}: the next cell must be a code cell with the tag 'exercise'")
         for part, pattern in {
             "a line '**Difficulty:** ●○○ · **Minutes:** 5'": r"\*\*Difficulty:\*\* [●○]{3} · \*\*Minutes:\*\* \d+",
-            "a hint '<details><summary>Hint</summary> … </details>'": r"<details>\s*<summary>Hint</summary>.+?</details>",
-            "a folded solution with a ```python block": r"<details>\s*<summary>Solution</summary>.+?```python\n.+?```.*?</details>",
+            "a hint '<details><summary>Hint</summary> … </details>'": _FOLDED.format("Hint", ".+?"),
+            "a folded solution with a ```python block": _FOLDED.format("Solution", r".+?```python\n.+?```.*?"),
         }.items():
             if not re.search(pattern, text, re.DOTALL):
                 raise ValueError(f"exercise {number}: its text lacks {part}")
@@ -53,7 +54,9 @@ def exercises(notebook: NotebookNode) -> list[Exercise]:
         check = re.search(r"^check\..*", reader.source, re.MULTILINE | re.DOTALL)
         wrong = tuple(reader.metadata.get("persres", {}).get("wrong", []))
         if check is None or not wrong:
-            raise ValueError(f"exercise {number}: its cell needs a line 'check.…(…)', and metadata.persres.wrong a wrong answer")
+            raise ValueError(
+                f"exercise {number}: its cell needs a line 'check.…(…)', and metadata.persres.wrong a wrong answer"
+            )
         assert solution is not None  # the pattern above has found it
         found.append(Exercise(number, index + 1, text, solution.group(1), check.group(0), wrong))
     return found
@@ -67,7 +70,9 @@ def with_solutions(notebook: NotebookNode) -> NotebookNode:
     result = nbformat.from_dict(notebook)
     for exercise in reversed(exercises(notebook)):
         cells = [_refused(exercise, number, wrong) for number, wrong in enumerate(exercise.wrong, start=1)]
-        solved = nbformat.v4.new_code_cell(f"{exercise.solution}\n{exercise.check}", metadata={"persres": {"solution": exercise.number}})
+        solved = nbformat.v4.new_code_cell(
+            f"{exercise.solution}\n{exercise.check}", metadata={"persres": {"solution": exercise.number}}
+        )
         result.cells[exercise.position + 1 : exercise.position + 1] = [*cells, solved]
     return result
 

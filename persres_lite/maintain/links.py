@@ -8,24 +8,32 @@ from urllib.parse import unquote, urlsplit
 
 import nbformat
 
-_LINK = re.compile(r"(?<!\\)\[(?:[^\[\]]|\[[^\]]*\]\([^)]*\))*\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)|(?:href|src)=[\"']([^\"']+)[\"']")
+_LINK = re.compile(
+    r"(?<!\\)\[(?:[^\[\]]|\[[^\]]*\]\([^)]*\))*\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)|(?:href|src)=[\"']([^\"']+)[\"']"
+)
 
 
 def broken(root: Path, address: str) -> list[str]:
     """Every broken link as one sentence, in the order of the files.
 
-    Checked are relative links to files, anchors (headings and ``<a id=…>``), and links to the project's own public address, which
-    must name a file that exists here. Other addresses are only checked for their form.
+    Checked are relative links to files, anchors (headings and ``<a id=…>``), and links to the project's own public
+    address, which must name a file that exists here. Other addresses are only checked for their form.
 
     Parameters
     ----------
     root
-        The project's folder: its ``*.md`` files, those of ``notebooks/`` and below ``data/``, and the notebooks are read.
+        The project's folder: its ``*.md`` files, those of ``notebooks/`` and below ``data/``, and the notebooks are
+        read.
     address
         The public address, from `persres_lite.maintain.notebooks.public_address`.
     """
     problems = []
-    files = [*sorted(root.glob("*.md")), *sorted(root.glob("notebooks/*.md")), *sorted(root.glob("data/**/*.md")), *sorted(root.glob("notebooks/*.ipynb"))]
+    files = [
+        *sorted(root.glob("*.md")),
+        *sorted(root.glob("notebooks/*.md")),
+        *sorted(root.glob("data/**/*.md")),
+        *sorted(root.glob("notebooks/*.ipynb")),
+    ]
     for path in files:
         for target in targets(text_of(path)):
             reason = _reason(root, path, target, address)
@@ -58,7 +66,9 @@ def anchors(text: str) -> set[str]:
     """The anchors that GitHub and Jupyter give to a text: ids written out, and headings in both spellings."""
     found = set(re.findall(r"<a\s+(?:id|name)=[\"']([^\"']+)[\"']", text))
     counts: dict[str, int] = {}
-    for heading in re.findall(r"^#{1,6}\s+(.+?)\s*#*$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE):
+    for heading in re.findall(
+        r"^#{1,6}\s+(.+?)\s*#*$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    ):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").replace("*", "")
         slug = re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
         number = counts.get(slug, 0)
@@ -70,7 +80,10 @@ def anchors(text: str) -> set[str]:
 def _reason(root: Path, path: Path, target: str, address: str) -> str | None:
     parts = urlsplit(target)
     if parts.scheme in ("http", "https"):
-        own = re.match(rf"(?:{re.escape(address)}|https://colab\.research\.google\.com/github/{re.escape(address.removeprefix('https://github.com/'))})/(?:blob|tree|raw)/[^/]+/(.+)", target)
+        own = re.match(
+            rf"(?:{re.escape(address)}|https://colab\.research\.google\.com/github/{re.escape(address.removeprefix('https://github.com/'))})/(?:blob|tree|raw)/[^/]+/(.+)",
+            target,
+        )
         if own and not (root / unquote(own.group(1).split("#")[0])).exists():
             return "is not a file of this project"
         return None if parts.netloc else "is not an address"

@@ -1,17 +1,16 @@
 """Keep the notebooks whole: stamp the public address, run them in place, make the table, check the links.
 
-    python -m persres_lite.maintain.notebooks stamp            badges, first code cells and the README's links
-    python -m persres_lite.maintain.notebooks run [NAME ...]   run in place in fresh kernels, save outputs and measurements
-    python -m persres_lite.maintain.notebooks solve [NAME ...] try every solution and every wrong answer of the exercises
-    python -m persres_lite.maintain.notebooks table            the README's table of notebooks
-    python -m persres_lite.maintain.notebooks links            relative links, anchors and badges, offline
-    python -m persres_lite.maintain.notebooks                  only say what is not as these commands would leave it
+python -m persres_lite.maintain.notebooks stamp            badges, first code cells and the README's links
+python -m persres_lite.maintain.notebooks run [NAME ...]   run in place in fresh kernels, save outputs and measurements
+python -m persres_lite.maintain.notebooks solve [NAME ...] try every solution and every wrong answer of the exercises
+python -m persres_lite.maintain.notebooks table            the README's table of notebooks
+python -m persres_lite.maintain.notebooks links            relative links, anchors and badges, offline
+python -m persres_lite.maintain.notebooks                  only say what is not as these commands would leave it
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -20,13 +19,14 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from persres_lite.files import whole_file
 from persres_lite.maintain import exercises, links, runs
 
 ROOT = Path(__file__).resolve().parents[2]
 BRANCH = "main"
 
 FIRST_CELL = """\
-BASE = None  # the frozen model: None takes the environment variable PERSRES_BASE, else "toybox". With a GPU try "sd-1.4".
+BASE = None  # the frozen model: None takes the environment variable PERSRES_BASE, else "toybox"; with a GPU: "sd-1.4"
 
 # In a clone this finds the package. On Colab, or in an empty folder, it fetches the project first.
 import importlib.util
@@ -41,7 +41,7 @@ if not homes and importlib.util.find_spec("persres_lite") is None:
     address = os.environ.get("PERSRES_REPOSITORY", "{address}")
     homes = [here / "persres-lite"]
     if subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, str(homes[0])]).returncode:
-        raise RuntimeError(f"Could not fetch {{address}}: is there a network, and is git installed? Else download it by hand.")
+        raise RuntimeError(f"Could not fetch {{address}}: is there a network, and is git installed?")
 sys.path[:0] = [str(home) for home in homes[:1]]
 
 from persres_lite.notebook import start
@@ -52,17 +52,22 @@ BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.
 
 
 def public_address(root: Path = ROOT) -> str:
-    """The repository's one public address: the ``Repository`` entry of ``pyproject.toml``, without a final slash or ``.git``.
+    """The repository's one public address: the ``Repository`` entry of ``pyproject.toml``, without a final slash or
+    ``.git``.
 
     Raises
     ------
     ValueError
         If the entry is missing or is not on GitHub, which the Colab badges need.
     """
-    match = re.search(r'^\s*"?Repository"?\s*=\s*"([^"]+)"', (root / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    match = re.search(
+        r'^\s*"?Repository"?\s*=\s*"([^"]+)"', (root / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
+    )
     address = match.group(1).rstrip("/").removesuffix(".git") if match else ""
     if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", address):
-        raise ValueError(f"pyproject.toml needs Repository = \"https://github.com/owner/name\" under [project.urls]; found {address!r}")
+        raise ValueError(
+            f'pyproject.toml needs Repository = "https://github.com/owner/name" under [project.urls]; found {address!r}'
+        )
     return address
 
 
@@ -73,15 +78,18 @@ def first_cell(address: str) -> str:
 
 def badge(address: str, name: str) -> str:
     """The Colab badge of ``notebooks/<name>``."""
-    colab = address.replace("https://github.com/", "https://colab.research.google.com/github/") + f"/blob/{BRANCH}/notebooks"
+    colab = (
+        address.replace("https://github.com/", "https://colab.research.google.com/github/")
+        + f"/blob/{BRANCH}/notebooks"
+    )
     return BADGE.format(colab=colab, path=name)
 
 
 def stamped(notebook: NotebookNode, name: str, address: str) -> NotebookNode:
     """Return the notebook with its badge as first cell, and the first code cell as it should be.
 
-    The first code cell is known by ``metadata.persres.role == "setup"``, the badge by ``"badge"``: both are replaced where they
-    stand; where they are missing, the badge is put first and the set-up after the opening.
+    The first code cell is known by ``metadata.persres.role == "setup"``, the badge by ``"badge"``: both are replaced
+    where they stand; where they are missing, the badge is put first and the set-up after the opening.
     """
     result = nbformat.from_dict(notebook)
     _place(result, 0, "badge", nbformat.v4.new_markdown_cell, badge(address, name))
@@ -112,7 +120,9 @@ def notebook_paths(root: Path = ROOT, names: list[str] | None = None) -> list[Pa
     chosen = [path for path in paths if any(path.name.startswith(Path(name).name) for name in names)]
     for name in names:
         if not any(path.name.startswith(Path(name).name) for path in paths):
-            raise FileNotFoundError(f"No notebook begins with {name!r}; there are {', '.join(path.stem for path in paths) or 'none'}.")
+            raise FileNotFoundError(
+                f"No notebook begins with {name!r}; there are {', '.join(path.stem for path in paths) or 'none'}."
+            )
     return chosen
 
 
@@ -125,9 +135,8 @@ def write(path: Path, text: str) -> bool:
     """Write a text file whole or not at all; say whether it changed."""
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return False
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return True
 
 
@@ -151,7 +160,9 @@ def table_file(root: Path = ROOT) -> dict[Path, str]:
 def main(arguments: list[str] | None = None) -> int:
     """Carry out one command; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", default="check", choices=["check", "stamp", "run", "solve", "table", "links"])
+    parser.add_argument(
+        "command", nargs="?", default="check", choices=["check", "stamp", "run", "solve", "table", "links"]
+    )
     parser.add_argument("names", nargs="*", help="only these notebooks, by the beginning of their names: 00 04")
     options = parser.parse_args(arguments)
     if options.command in ("run", "solve"):

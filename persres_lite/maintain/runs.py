@@ -42,12 +42,14 @@ def execute(
     timeout: int = 1800,
     on_cell: Callable[[int, int], None] | None = None,
 ) -> NotebookNode:
-    """Run a copy of `notebook` in a fresh kernel whose working directory is `folder`, and return the copy with its outputs.
+    """Run a copy of `notebook` in a fresh kernel whose working directory is `folder`, and return the copy with its
+    outputs.
 
     Parameters
     ----------
     env
-        Environment variables for the kernel, added to the present ones. Progress bars are off: they are noise in a saved file.
+        Environment variables for the kernel, added to the present ones. Progress bars are off: they are noise in a
+        saved file.
     timeout
         Seconds that one cell may take.
     on_cell
@@ -83,7 +85,8 @@ def run(notebook: NotebookNode, folder: Path, on_cell: Callable[[int, int], None
     started = time.perf_counter()
     done = execute(source, folder, on_cell=on_cell)
     seconds = time.perf_counter() - started
-    peak, gpu = (int(word) for word in done.cells.pop().outputs[0].text.split())
+    said = "".join(output.get("text", "") for output in done.cells.pop().outputs)  # a busy kernel sends it in parts
+    peak, gpu = (int(word) for word in said.split())
     tidy(done)
     done.metadata["persres"] = {
         "seconds": round(seconds),
@@ -93,13 +96,15 @@ def run(notebook: NotebookNode, folder: Path, on_cell: Callable[[int, int], None
     }
     for cell in done.cells:
         if cell.cell_type == "markdown" and TIME_LINE in cell.source:
-            cell.source = re.sub(rf"{re.escape(TIME_LINE)}.*", lambda _: f"{TIME_LINE} {time_and_memory(done)}.", cell.source)
+            cell.source = re.sub(
+                rf"{re.escape(TIME_LINE)}.*", lambda _: f"{TIME_LINE} {time_and_memory(done)}.", cell.source
+            )
     refuse(done)
     return done
 
 
 def tidy(notebook: NotebookNode) -> None:
-    """Make outputs fit for GitHub: no widget state, no progress bars, streams joined, only the last state of rewritten lines."""
+    """Make outputs fit for GitHub: no widget state, no progress bars, streams joined."""
     notebook.metadata.pop("widgets", None)
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     for cell in notebook.cells:
@@ -129,12 +134,16 @@ def refuse(notebook: NotebookNode) -> None:
         for output in cell.get("outputs", []):
             other = [kind for kind in output.get("data", {}) if kind.startswith("image/") and kind != "image/png"]
             if other:
-                raise ValueError(f"cell {number} shows {other[0]}: only PNG figures are kept, return a figure of persres_lite.figures")
+                raise ValueError(
+                    f"cell {number} shows {other[0]}, but only PNG figures are kept: use persres_lite.figures"
+                )
     size = len(nbformat.writes(notebook).encode())
     if size > MAX_BYTES:
         sizes = {number: len(str(cell.get("outputs", ""))) for number, cell in enumerate(notebook.cells)}
         worst = max(sizes, key=lambda number: sizes[number])
-        raise ValueError(f"{size:,} bytes, more than {MAX_BYTES:,}: the largest output ({sizes[worst]:,}) is that of cell {worst}")
+        raise ValueError(
+            f"{size:,} bytes, more than {MAX_BYTES:,}: the largest output ({sizes[worst]:,}) is that of cell {worst}"
+        )
 
 
 def time_and_memory(notebook: NotebookNode) -> str:
@@ -151,7 +160,9 @@ def table(notebooks: list[tuple[Path, NotebookNode]]) -> str:
     for path, notebook in notebooks:
         title, aim = opening(notebook)
         measured = notebook.metadata.get("persres")
-        minutes, memory = (f"{measured['seconds'] / 60:.1f}", f"{measured['peak_gb']} GB") if measured else ("not run", "not run")
+        minutes, memory = (
+            (f"{measured['seconds'] / 60:.1f}", f"{measured['peak_gb']} GB") if measured else ("not run", "not run")
+        )
         machines += [measured["machine"]] if measured else []
         rows.append(f"| [{title}](notebooks/{path.name}) | {aim} | {minutes} | {memory} |")
     if machines:
