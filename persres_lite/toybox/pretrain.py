@@ -28,15 +28,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import CLIPImageProcessor, CLIPTextModel
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, ResNetModel
 
 from .dataset import draw_scenes, draw_views, load_drawn, toy_by_index
 from .judge import READINGS, Readings, labels_of
 from .models import make_autoencoder, make_clip, make_identity_encoder, make_scheduler, make_tokenizer, make_unet
-from .trainer import load_trained, train
+from .trainer import begin_from, load_trained, train
 from .world import CLASSES, caption, scene_by_index
 
 MINUTES = {"clip": 20.0, "judge": 12.0, "vae": 30.0, "decoder": 30.0, "unet": 240.0}
@@ -343,11 +343,30 @@ def save_judges(data: Path, folder: Path) -> None:
         _replace_folder(new, data / name)
 
 
+def adopt(data: Path, folder: Path) -> None:
+    """Begin from the shipped weights: leave them in `folder` as if each stage had just begun, where it has not yet.
+
+    Their latents stay the same, so that the U-Net may be trained further without the other stages.
+    """
+    parts = {"clip": clip_parts(), "judge": judge_parts(), "vae": make_autoencoder(), "unet": make_unet()}
+    shipped = StableDiffusionPipeline.from_pretrained(data / "toybox-sd", dtype=torch.float32)
+    parts["clip"]["clip"].load_state_dict(CLIPModel.from_pretrained(data / "toybox-clip").state_dict())
+    parts["clip"]["clip"].text_model.load_state_dict(shipped.text_encoder.state_dict())  # in single precision
+    parts["judge"]["encoder"].load_state_dict(ResNetModel.from_pretrained(data / "toybox-dino").state_dict())
+    parts["judge"]["readings"].load_state_dict(load_file(data / "toybox-dino" / "readings.safetensors"))
+    parts["vae"].load_state_dict(shipped.vae.state_dict())
+    parts["unet"].load_state_dict(shipped.unet.state_dict())
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, module in parts.items():
+        begin_from(name, module, folder)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("build/toybox"), help="pictures and checkpoints")
     parser.add_argument("--data", type=Path, default=Path("data"), help="where the finished models go")
     parser.add_argument("--stage", choices=list(MINUTES), action="append", help="only this one (may be repeated)")
+    parser.add_argument("--further", action="store_true", help="begin from the shipped weights, not from nothing")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     for name, budget in MINUTES.items():
         parser.add_argument(f"--{name}-minutes", type=float, default=budget, help=f"budget, {budget:g} by default")
@@ -356,6 +375,8 @@ def main(arguments: list[str] | None = None) -> None:
     folder, wanted = args.folder, args.stage or list(MINUTES)
     minutes = {name: getattr(args, f"{name}_minutes") for name in MINUTES}
     pictures = load_drawn(draw_scenes, PICTURES, folder / "pictures", "train")
+    if args.further:
+        adopt(args.data, folder)
 
     if "clip" in wanted:
         train_clip(folder, pictures, minutes["clip"])

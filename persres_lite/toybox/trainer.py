@@ -56,6 +56,13 @@ def load_trained(name: str, module: nn.Module, folder: Path) -> bool:
     return True
 
 
+def begin_from(name: str, module: nn.Module, folder: Path) -> None:
+    """Let stage `name`, if it has not begun, begin from what `module` holds."""
+    path = folder / f"{name}.pt"
+    if not path.exists():
+        _write({"step": 0, "seconds": 0.0, "module": module.state_dict()}, path)
+
+
 def _learning(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
@@ -100,8 +107,9 @@ def train(
         number, spent = state["step"], state["seconds"]
         module.load_state_dict(state["module"])
         if average:
-            average.average, average.updates = state["average"], number
-        if spent < minutes * 60:
+            kept = state.get("average", parameters)
+            average.average, average.updates = [p.detach().clone() for p in kept], number
+        if number:
             optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["rng"])
 
