@@ -74,10 +74,14 @@ def indicator(positions: Sequence[Sequence[Sequence[int]]], tokens: int) -> torc
     return columns
 
 
+Ask = Callable[[int, torch.Tensor | None], Any]
+Tell = Callable[[str, torch.Tensor], None]
+
+
 class _Watcher:
     """The hooks of one transformer: gathers the maps of its `attn2` layers until its `proj_out` is about to run."""
 
-    def __init__(self, name: str, ask: Callable, tell: Callable, refine: int) -> None:
+    def __init__(self, name: str, ask: Ask, tell: Tell, refine: int) -> None:
         self.name, self.ask, self.tell, self.refine = name, ask, tell, refine
         self.rows = 0
         self.seen: dict[tuple[int, str], torch.Tensor] = {}
@@ -102,7 +106,7 @@ class _Watcher:
         q, k = self._queries_and_keys(module)
         bias = kwargs.get("attention_mask")
         bias = None if bias is None else bias[-self.rows :]
-        maps = attend(module, q, k, self.ask(self.batch, k.shape[1]).to(q.device), bias)  # (rows, HW, words)
+        maps = attend(module, q, k, self.ask(self.batch, k), bias)  # (rows, HW, words)
         if self_attention is not None:
             q, k = self._queries_and_keys(self_attention)
             for _ in range(self.refine):
@@ -134,8 +138,8 @@ class _Watcher:
 @contextmanager
 def watch_attention(
     base: Any,
-    ask: Callable[[int, int | None], Any],
-    tell: Callable[[str, torch.Tensor], None],
+    ask: Ask,
+    tell: Tell,
     blocks: Sequence[str] | None = None,
     refine: int = 0,
 ) -> Iterator[None]:
@@ -147,9 +151,9 @@ def watch_attention(
     ----------
     base : pipeline or Module
         Where to look.
-    ask : callable (batch, tokens)
-        With tokens None: how many of the last rows of this U-Net call are asked for, 0 for none. Else the columns
-        (rows, tokens, W) for them.
+    ask : callable (batch, keys)
+        With keys None: how many of the last rows of this U-Net call are asked for, 0 for none. With the keys
+        (rows, T, C) of these rows: the columns (rows, T, W) for them, on the same device.
     tell : callable (name, maps)
         Gets the name of the `proj_out` and its maps (rows, W, h, w), the mean of the heads and of all `attn2` layers
         under it (2 or 10 in SDXL, of which the paper does not speak).
@@ -257,16 +261,16 @@ def record_attention(
     def count(module: nn.Module, args: tuple) -> None:
         state["step"] += 1
 
-    def ask(batch: int, tokens: int | None) -> Any:
+    def ask(batch: int, keys: torch.Tensor | None) -> Any:
         if steps is not None and state["step"] not in steps:
             return 0
         if not state["positions"]:
             raise ValueError("No prompt is known yet: call the pipeline itself, or pass `prompt`.")
         images = count_conditional(batch, len(state["positions"]), state["guided"])
         both = "uncond" in halves and batch == 2 * images
-        if tokens is None:
+        if keys is None:
             return batch if both else images
-        return indicator(state["positions"] * (2 if both else 1), tokens)
+        return indicator(state["positions"] * (2 if both else 1), keys.shape[1]).to(keys.device)
 
     def tell(name: str, maps: torch.Tensor) -> None:
         images = len(state["positions"])

@@ -10,7 +10,6 @@ from torch import nn
 
 from persres_lite.attention import indicator
 from persres_lite.masks import Rule, average, resize
-from persres_lite.projections import unet_of
 from persres_lite.prompts import count_conditional, find_words
 
 Masks = dict[tuple[int, str], torch.Tensor]
@@ -56,7 +55,7 @@ class Run:
     batch: int = 0
     conditional: int = 0  # how many of the last rows belong to the prompts
     positions: list[list[list[int]]] = field(default_factory=list)  # by row and concept
-    columns: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    columns: dict[tuple[int, int, torch.device], torch.Tensor] = field(default_factory=dict)
     weights: dict[str, list[torch.Tensor]] = field(default_factory=dict)  # by block, for each concept (batch, h, w)
     memory: dict[tuple[int, str], tuple[torch.Tensor, int]] = field(default_factory=dict)  # sums of maps, and counts
 
@@ -83,17 +82,17 @@ class Run:
             raise ValueError("A window needs the number of steps: pass the pipeline instead of its U-Net.")
         return getattr(self.base, "_num_timesteps", None) or len(self.base.scheduler.timesteps)
 
-    def ask(self, batch: int, tokens: int | None) -> Any:
+    def ask(self, batch: int, keys: torch.Tensor | None) -> Any:
         """For `watch_attention`: the concepts' tokens, in the rows that need a map."""
         if not self.active:
             return 0
         copies = self.batch // self.conditional if self.unconditional == "own" else 1
-        if tokens is None:
+        if keys is None:
             return copies * self.conditional
-        if (copies, tokens) not in self.columns:
-            device = next(unet_of(self.base).parameters()).device
-            self.columns[copies, tokens] = indicator(self.positions * copies, tokens).to(device)
-        return self.columns[copies, tokens]
+        which = (copies, keys.shape[1], keys.device)  # one transfer to the device a run, not one a layer
+        if which not in self.columns:
+            self.columns[which] = indicator(self.positions * copies, keys.shape[1]).to(keys.device)
+        return self.columns[which]
 
     def tell(self, name: str, maps: torch.Tensor) -> None:
         """From `watch_attention`: maps (rows, concepts, h, w) of the block that is about to project."""

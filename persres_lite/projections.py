@@ -95,7 +95,7 @@ def add_low_rank(
     output, x : tensor (B, C, H, W) or (B, HW, C)
         What the frozen projection gave and what it was given.
     A, B : tensor (C, r) and (r, C)
-        The factors; brought to the dtype of `x`.
+        The factors; brought to the device and dtype of `x` (CPU offload moves layers about between calls).
     weight : tensor (B, H, W), optional
         The mask M in [0, 1]; everywhere 1 if not given.
     scale : float
@@ -105,7 +105,7 @@ def add_low_rank(
     -------
     tensor of the shape of `output`
     """
-    A, B = A.to(x.dtype), B.to(x.dtype)
+    A, B = A.to(x.device, x.dtype), B.to(x.device, x.dtype)
     if x.ndim == 4:
         reduced = torch.bmm(B.expand(len(x), -1, -1), x.flatten(2))  # (B, r, HW)
         if weight is not None:

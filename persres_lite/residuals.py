@@ -81,7 +81,7 @@ class Residuals:
         self.A: dict[str, nn.Parameter] = {}
         self.B: dict[str, nn.Parameter] = {}
         for name, module in find_proj_outs(unet).items():
-            width, device = plain_layer(module).weight.shape[0], plain_layer(module).weight.device
+            width, device = plain_layer(module).weight.shape[0], _device(module)
             r = _rank_of(rank, name, width)
             # U(-1/sqrt(inputs), 1/sqrt(inputs)), PyTorch's default for a layer's weight
             A = (torch.rand(width, r, generator=generator) * 2 - 1) / math.sqrt(r)
@@ -152,7 +152,7 @@ class Residuals:
         weights = {id(plain_layer(module).weight) for module in modules.values()}
         if any(id(weight) in weights for weight, _, _ in self._folded):
             raise ValueError("These residuals are folded into this model already: call `unfold()` first.")
-        device = plain_layer(next(iter(modules.values()))).weight.device
+        device = _device(next(iter(modules.values())))
         if next(self.parameters()).device != device:
             self.to(device)
         return modules
@@ -282,6 +282,12 @@ def _rank_of(rank: float | int | Mapping[str, int], name: str, width: int) -> in
         f"Rank {rank} does not fit {name!r} of width {width}: "
         f"give a fraction (0.05) or a whole number from 1 to {width}."
     )
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where a layer's weight is; the CPU if it has no numbers (built without weights, or offloaded for now)."""
+    device = plain_layer(module).weight.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _add_residual(module: nn.Module, inputs: tuple, output: torch.Tensor, *, A, B, scale: float) -> torch.Tensor:

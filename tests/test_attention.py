@@ -130,8 +130,8 @@ def test_maps_of_all_tokens_sum_to_one(sd1):
     unet = sd1.unet
     sums = []
 
-    def ask(batch, tokens):
-        return batch if tokens is None else torch.ones(batch, tokens, 1)
+    def ask(batch, keys):
+        return batch if keys is None else torch.ones(batch, keys.shape[1], 1)
 
     with watch_attention(unet, ask, lambda name, maps: sums.append(maps)):
         sample(sd1, steps=1)

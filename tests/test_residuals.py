@@ -89,6 +89,7 @@ def test_counts_of_published_models(name):
     assert {width: found.count(width) for width in set(found)} == widths
     residuals = Residuals(unet)
     assert residuals.num_parameters() == residual_parameters
+    assert all(parameter.device.type == "cpu" for parameter in residuals.parameters())
     ranks = {320: 16, 640: 32, 1280: 64}
     assert list(residuals.ranks.values()) == [ranks[width] for width in found]
 
