@@ -15,6 +15,7 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 import torch
+from IPython.display import display
 from PIL import Image
 
 from persres_lite.figures.pictures import enlarge, heat_picture, outline_picture
@@ -52,8 +53,8 @@ class Explorer:
         picture.save(buffer, format="png")
         self.picture.value, self.note.value = buffer.getvalue(), words
 
-    def _repr_mimebundle_(self, **options: Any) -> Any:
-        return self.box._repr_mimebundle_(**options)
+    def _ipython_display_(self) -> None:  # ipywidgets 7, which Colab has, knows no other way
+        display(self.box)
 
 
 def maps(record: Any, picture: Image.Image, words: Sequence[str] | None = None, image: int = 0) -> Explorer:

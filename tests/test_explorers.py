@@ -99,11 +99,12 @@ def test_compare_refuses_unequal_scales():
         explorers.compare({0.0: {"LAG": picture}, 1.0: {"residual": picture}})
 
 
-def test_an_explorer_shows_itself_and_lets_errors_through(record):
+def test_an_explorer_shows_itself_and_lets_errors_through(record, monkeypatch):
+    shown = []
+    monkeypatch.setattr(explorers, "display", shown.append)
     explorer = explorers.maps(record, PICTURE)
-    bundle = explorer._repr_mimebundle_()
-    data = bundle[0] if isinstance(bundle, tuple) else bundle
-    assert "application/vnd.jupyter.widget-view+json" in data
+    explorer._ipython_display_()
+    assert shown == [explorer.box]
     record.maps.clear()
     with pytest.raises(ValueError, match="Nothing was recorded"):
         explorer.controls["step"].value = 1
