@@ -1,4 +1,4 @@
-"""Every check accepts a right answer, refuses wrong ones with the sentence that helps, and waits for an unanswered one."""
+"""Every check accepts a right answer, refuses wrong ones with a sentence that helps, and waits for an unanswered one."""
 
 from __future__ import annotations
 
@@ -96,10 +96,10 @@ WRONG = [  # check, answer, a part of the sentence
     ("delta", lambda a, b: b @ a, "B A"),
     ("delta", lambda a, b: (a @ b).T, "transpose"),
     ("residual_linear", lambda x, w, bias, a, b: functional.linear(x, w, bias), "residual is missing"),
-    ("residual_convolution", lambda x, a, b: functional.conv2d(x, (a @ b).T[:, :, None, None].contiguous()), "transposed"),
+    ("residual_convolution", lambda x, a, b: torch.einsum("mr,rn,bmhw->bnhw", a, b, x), "transposed"),
     ("rank_of", lambda width, fraction: width * fraction, "whole number"),
     ("rank_of", lambda width, fraction: int(width * fraction), "width 8"),
-    ("parameter_count", lambda widths, fraction: sum(2 * w * int(w * fraction) for w in set(widths)), "every width once"),
+    ("parameter_count", lambda widths, part: sum(2 * w * int(w * part) for w in set(widths)), "every width once"),
     ("fold", lambda w, a, b, s: w + (a @ b)[:, :, None, None], "scale is missing"),
     ("fold", lambda w, a, b, s: w[:, :, 0, 0] + s * a @ b, "(6, 6, 1, 1), but has (6, 6)"),
     ("energy", lambda s, r: s[:r].sum() / s.sum(), "squares are missing"),

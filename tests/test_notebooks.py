@@ -139,6 +139,12 @@ def test_links_and_stamps_and_the_table_are_as_the_commands_leave_them(capsys):
     assert links.broken(notebooks.ROOT, notebooks.public_address()) == []
 
 
+def test_the_glossary_is_sorted_and_names_each_term_once():
+    text = (notebooks.ROOT / "notebooks" / "glossary.md").read_text(encoding="utf-8")
+    terms = re.findall(r"^### (.+)$", text, re.MULTILINE)
+    assert len(terms) > 40 and terms == sorted(set(terms), key=str.lower)
+
+
 @pytest.fixture(scope="module")
 def stable_diffusion(tmp_path_factory):
     """Random weights in the folder layout and block structure of Stable Diffusion 1.4."""

@@ -17,8 +17,8 @@ class Unanswered(Exception):
 def exercise(check: Callable[..., str]) -> Callable[..., None]:
     """Turn a function that raises AssertionError on a wrong answer into a check that speaks.
 
-    The check prints ``Correct: …`` with the sentence that the function returns, or ``Not answered yet`` while the answer is ``...``;
-    an AssertionError passes through.
+    The check prints ``Correct: …`` with the sentence that the function returns, or ``Not answered yet`` while the
+    answer is ``...``; an AssertionError passes through.
     """
 
     @wraps(check)
@@ -56,7 +56,8 @@ def call(function: Callable, *arguments: Any) -> Any:
     require(found is not None, "your function returns nothing: does it end in a return?")
     for before, after in zip(arguments, copies, strict=True):
         if isinstance(before, torch.Tensor):
-            require(torch.equal(before, after), "your function changes its argument in place: compute a new tensor instead.")
+            unchanged = torch.equal(before, after)
+            require(unchanged, "your function changes its argument in place: compute a new tensor instead.")
     return found
 
 
