@@ -1,0 +1,172 @@
+"""The benchmark measures what it says and computes its ratios right. Its figures are not judged: machines differ."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+import torch
+
+from persres_lite.maintain import bench, bench_runs
+from persres_lite.maintain.bench_runs import Subject, random_unet, take_turns
+from persres_lite.residuals import Residuals
+from tests.tiny import tiny_pipeline
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+@pytest.fixture
+def subject(sd1):
+    return Subject(sd1, "a tiny one", size=64, batch=2, images=1, steps=1)
+
+
+def copies(unet):
+    return [parameter.detach().clone() for parameter in unet.parameters()]
+
+
+def test_the_shape_is_stable_diffusions_and_the_peer_is_its_scripts_lora():
+    unet = random_unet(META)
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+    assert Residuals(unet).num_parameters() == 1_239_040
+    assert sum(p.numel() for p in bench_runs.attention_lora(unet)) == 797_184
+
+
+def test_random_weights_are_finite_and_not_all_alike():
+    small = {"block_out_channels": (32, 32), "attention_head_dim": 4}
+    small |= {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+    small |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    unet = random_unet(CPU, **small)
+    out = unet(torch.randn(1, 4, 16, 16), 10, torch.randn(1, 7, 768)).sample
+    assert out.isfinite().all() and out.std() > 0
+    assert all(not p.requires_grad and 0 < p.abs().max() < 1 for p in unet.parameters())
+
+
+@pytest.mark.parametrize(
+    ("method", "adam", "moves"), [("residuals", 32, False), ("lora", 256, False), ("full", 0, True)]
+)
+def test_a_step_of_each_method_trains_what_it_should(subject, method, adam, moves, monkeypatch):
+    optimizers = []
+
+    def recorded(make):
+        return lambda parameters, **options: optimizers.append(make(parameters, **options)) or optimizers[0]
+
+    for kind in ("Adam", "AdamW"):
+        monkeypatch.setattr(torch.optim, kind, recorded(getattr(torch.optim, kind)))
+    before = copies(subject.base.unet)
+    step = bench_runs.training_step(subject, method)
+    step()
+    step()
+    trained = [p for group in optimizers[0].param_groups for p in group["params"]]
+    assert len(trained) == (adam or len(before)) and all(optimizers[0].state[p]["step"] == 2 for p in trained)
+    after = copies(subject.base.unet)  # full fine-tuning writes into the shared weights
+    assert moves == any((a != b).any() for a, b in zip(before, after, strict=True))
+
+
+def test_the_floor_is_two_passes_without_gradient(subject, monkeypatch):
+    passes = []
+    loss = bench_runs.diffusion_loss
+    monkeypatch.setattr(bench_runs, "diffusion_loss", lambda *a: passes.append(loss(*a)) or passes[-1])
+    bench_runs.training_step(subject, "floor")()
+    assert len(passes) == 2 and not any(value.requires_grad for value in passes)
+
+
+def test_every_method_has_the_same_loss(subject, monkeypatch):
+    """Same batch, same weights, adapters that begin at zero: nobody is measured on less work."""
+    shapes = []
+    loss = bench_runs.diffusion_loss
+
+    def record(unet, scheduler, latents, condition, noise, timesteps, weights=None):
+        shapes.append((tuple(latents.shape), tuple(condition["encoder_hidden_states"].shape), weights))
+        return loss(unet, scheduler, latents, condition, noise, timesteps, weights)
+
+    monkeypatch.setattr(bench_runs, "diffusion_loss", record)
+    monkeypatch.setattr("persres_lite.training.diffusion_loss", record)
+    for method in bench.TRAINING:
+        bench_runs.training_step(subject, method)()
+    assert len(shapes) == 5 and set(shapes) == {((2, 4, 16, 16), (1, 77, 32), None)}
+
+
+def test_sampling_runs_are_the_three_modes(subject, monkeypatch):
+    seen = []
+    forward = subject.base.unet.forward
+
+    def record(*arguments, **options):
+        hooks = sum(len(m._forward_hooks) for m in subject.base.unet.modules())
+        seen.append(hooks)
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(subject.base.unet, "forward", record)
+    residuals = Residuals(subject.base, init="random")
+    for method in bench.SAMPLING:
+        bench_runs.sampling_run(subject, method, residuals)()
+    assert len(seen) == 3  # as many evaluations for each
+    assert seen[0] == 0 and seen[1] == 16 and seen[2] >= 16
+
+
+def test_methods_take_turns_in_rotating_order():
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = take_turns(runs, 3, CPU)
+    assert "".join(order) == "abcbcacababc" and {name: len(t) for name, t in times.items()} == dict.fromkeys("abc", 3)
+
+
+def test_peaks_are_of_what_was_held_since_the_reset():
+    before = bench_runs.reset_peak()
+    held = torch.ones(40_000_000)  # 160 MB
+    grown = bench_runs.resident_peak() - before
+    del held
+    assert 150e6 < grown < 260e6
+
+
+def test_memory_is_measured_in_a_process_of_its_own():
+    peak = bench.peak_memory("toybox", "residuals", "cpu")
+    assert 1e6 < peak < 2e9
+
+
+def test_a_measurement_that_fails_says_why(monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "Traceback\nMemoryError: no room")
+    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(RuntimeError, match="memory of full on toybox failed: MemoryError: no room"):
+        bench.peak_memory("toybox", "full", "cpu")
+
+
+FOUND = {
+    "about": "a made-up one",
+    "batch": 4,
+    "skipped": ["full fine-tuning needs more"],
+    "sampling": {"original": [1.0, 2.0, 4.0], "residual": [1.0, 4.0, 4.0], "lag": [2.0, 4.0, 6.0]},
+    "training": {"residuals": [1.0, 1.0, 3.0], "lora": [2.0, 4.0, 4.0], "floor": [1.0, 1.0, 1.0]},
+    "memory": {"residuals": 100e6, "lora": 200e6},
+}
+
+
+def test_ratios_are_medians_of_rounds_with_quartiles():
+    rows = {(row["kind"], row["of"], row["to"]): row for row in bench.ratios(FOUND)}
+    assert ("training", "residuals", "full") not in rows and ("memory", "residuals", "full") not in rows
+    lag = rows["sampling", "lag", "residual"]  # 2, 1, 1.5 by round: not the ratio of the medians, 1
+    assert lag["median"] == 1.5 and lag["quartiles"] == [1.25, 1.75] and lag["goal"] == 1.05
+    assert rows["training", "residuals", "lora"]["median"] == 0.5
+    assert rows["memory", "residuals", "lora"]["median"] == 0.5
+
+
+def test_the_table_says_it_in_markdown():
+    model = FOUND | {"ratios": bench.ratios(FOUND)}
+    text = bench.table({"command": "make bench", "machine": "2 cores", "models": {"made-up": model}})
+    assert "| sampling: lag / residual | **1.500** | 1.250 to 1.750 | at most 1.05 |" in text
+    assert "| memory: residuals / lora | **0.500** | one run | at most 1 |" in text
+    assert "| training: lora | 4.000 | 2.000 | 3 | 200 MB |" in text
+    assert "2 cores" in text and "Left out: full fine-tuning needs more." in text
+
+
+def test_a_whole_run_writes_both_files(tmp_path, monkeypatch, capsys):
+    tiny = {"toybox": lambda device: Subject(tiny_pipeline("sd1"), "a tiny one", 64, 2, 1, 1)}
+    monkeypatch.setattr(bench, "MODELS", tiny)
+    monkeypatch.setattr(bench, "peak_memory", lambda model, method, device: {"residuals": 1e6}.get(method, 2e6))
+    bench.main(["--repeats", "2", "--device", "cpu", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "bench.json").read_text())
+    rows = results["models"]["toybox"]["ratios"]
+    assert len(rows) == len(bench.GOALS) and all(row["median"] > 0 for row in rows)
+    assert "cores" in results["machine"] and "torch" in results["machine"]
+    assert (tmp_path / "bench.md").read_text() in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.md"]
