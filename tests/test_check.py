@@ -1,4 +1,4 @@
-"""Every check accepts a right answer, refuses wrong ones with a sentence that helps, and waits for an unanswered one."""
+"""Every check accepts a right answer, refuses wrong ones with a helpful sentence, and waits for an unanswered one."""
 
 from __future__ import annotations
 
