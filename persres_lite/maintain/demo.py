@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -50,7 +50,7 @@ def compare(
     base: Any, residuals: Residuals, concept: Concept, prompts: list[str], seed: int, **sampling: Any
 ) -> Comparison:
     """Draw every prompt with the original model, the residual everywhere, and LAG, from the same noise."""
-    modes = {
+    modes: dict[str, AbstractContextManager] = {
         "original model": nullcontext(),
         "residual everywhere": residuals.attached(base),
         "LAG": localized(base, residuals, concept),
