@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from persres_lite.attention import indicator
 from persres_lite.masks import Rule, average, resize
 from persres_lite.prompts import count_conditional, find_words
+from persres_lite.watch import indicator
 
 Masks = dict[tuple[int, str], torch.Tensor]
 
