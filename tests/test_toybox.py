@@ -5,14 +5,17 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 from torch import nn
 
 from persres_lite.paths import data_dir
-from persres_lite.toybox import concepts, dataset, trainer, world
+from persres_lite.toybox import concepts, dataset, pretrain, trainer, world
 from persres_lite.toybox.judge import READINGS, labels_of
 from persres_lite.toybox.models import MAX_LENGTH, make_tokenizer
 from persres_lite.toybox.render import draw
@@ -191,3 +194,19 @@ def test_shipped_files_are_small_and_hold_no_pickles():
     files = [path for path in data_dir().rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 60e6
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
+
+
+def test_pretraining_goes_from_nothing_to_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "SHARD", 32)
+    monkeypatch.setattr(pretrain, "PICTURES", 64)
+    monkeypatch.setattr(dataset, "ProcessPoolExecutor", lambda workers: ThreadPoolExecutor(1))
+    stages = ("clip", "vae", "decoder", "unet")
+    where = ["--folder", str(tmp_path / "runs"), "--data", str(tmp_path / "data")]
+    options = [word for name in stages for word in ("--stage", name, f"--{name}-minutes", "0.001")]
+    with pytest.raises(FileNotFoundError, match="Stage vae has left nothing"):
+        pretrain.main([*where, "--stage", "unet"])
+    pretrain.main([*where, *options])
+    first = load_file(tmp_path / "data" / "toybox-sd" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in first.values())
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "data" / "toybox-sd")
+    assert pipeline.vae_scale_factor == 4 and pipeline.scheduler.config.prediction_type == "v_prediction"
