@@ -32,11 +32,26 @@ def test_the_shape_is_stable_diffusions_and_the_peer_is_its_scripts_lora():
     assert sum(p.numel() for p in bench_runs.attention_lora(unet)) == 797_184
 
 
+SMALL = {
+    "block_out_channels": (32, 32),
+    "attention_head_dim": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+
+
+def test_the_pipeline_around_the_shape_samples_and_trains(monkeypatch):
+    monkeypatch.setattr(bench_runs, "random_unet", lambda device: random_unet(device, **SMALL))
+    subject = bench_runs.sd14_shape(CPU)
+    assert (subject.base.vae_scale_factor, subject.base.tokenizer.model_max_length) == (8, 77)
+    for method in bench.SAMPLING:
+        bench_runs.sampling_run(subject, method, Residuals(subject.base, init="random"))()
+    for method in bench.TRAINING:
+        bench_runs.training_step(subject, method)()
+
+
 def test_random_weights_are_finite_and_not_all_alike():
-    small = {"block_out_channels": (32, 32), "attention_head_dim": 4}
-    small |= {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
-    small |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
-    unet = random_unet(CPU, **small)
+    unet = random_unet(CPU, **SMALL)
     out = unet(torch.randn(1, 4, 16, 16), 10, torch.randn(1, 7, 768)).sample
     assert out.isfinite().all() and out.std() > 0
     assert all(not p.requires_grad and 0 < p.abs().max() < 1 for p in unet.parameters())

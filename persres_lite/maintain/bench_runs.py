@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from persres_lite import Residuals, load_base, localized
 from persres_lite.bases import entry
-from persres_lite.checkpoint import State
+from persres_lite.checkpoint import State, snapshot
 from persres_lite.objective import TrainingSet, diffusion_loss, encode_prompt
 from persres_lite.paths import data_dir
 from persres_lite.training import _step
@@ -61,7 +61,9 @@ def sd14_shape(device: torch.device) -> Subject:
         text_encoder=CLIPTextModel(text).eval().requires_grad_(False),
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -116,21 +118,23 @@ def training_step(subject: Subject, method: str) -> Callable[[], object]:
         text = encode_prompt(base, PROMPT, subject.size)
     scheduler = DDPMScheduler.from_config(base.scheduler.config)
     generator = torch.Generator().manual_seed(0)
+    other = twin(unet)
     if method == "residuals":
-        residuals = Residuals(unet, rank=entry(base).recipe["rank"])
+        residuals = Residuals(other, rank=entry(base).recipe["rank"])
         learned = residuals.named_parameters()
         optimizer = torch.optim.Adam(learned.values(), lr=1e-4)
         state = State(learned, optimizer, generator, torch.amp.GradScaler(device.type, enabled=False), [])
         data = TrainingSet(latents, None, None)
+        attached = ExitStack()
+        attached.enter_context(residuals.attached(other))  # for as long as the function below lives, which holds it
 
-        def step() -> None:
-            with residuals.attached(unet):
-                _step(unet, scheduler, data, text, state, subject.batch, None)
+        def step(attached: ExitStack = attached) -> None:
+            _step(other, scheduler, data, text, state, subject.batch, None)
+            snapshot(state)
 
         return step
     noise, timesteps = torch.randn_like(latents[0]), torch.randint(0, 1000, (4,), generator=generator)
     batch = [tensor[: subject.batch].to(device) for tensor in (latents[0], noise, timesteps)]
-    other = twin(unet)
 
     def loss() -> torch.Tensor:
         return diffusion_loss(other, scheduler, batch[0], text, batch[1], batch[2])
@@ -157,8 +161,8 @@ def training_step(subject: Subject, method: str) -> Callable[[], object]:
 
 def sampling_run(subject: Subject, method: str, residuals: Residuals) -> Callable[[], object]:
     """A function that samples once, to latents, guided, with the original model, the residual everywhere, or LAG."""
-    contexts = {
-        "original": lambda: nullcontext(),
+    contexts: dict[str, Callable[[], AbstractContextManager]] = {
+        "original": nullcontext,
         "residual": lambda: residuals.attached(subject.base),
         "lag": lambda: localized(subject.base, residuals, WORDS),
     }
@@ -202,7 +206,7 @@ def measure_memory(subject: Subject, method: str) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = float(torch.cuda.memory_allocated())
     else:
         before = reset_peak()
     for _ in range(3):
