@@ -36,8 +36,11 @@ class Explorer:
 
     def __init__(self, draw: Callable[..., tuple[Image.Image, str]], controls: dict[str, widgets.Widget]) -> None:
         self.draw, self.controls = draw, controls
-        self.picture, self.note = widgets.Image(format="png"), widgets.HTML()
-        self.box = widgets.HBox([self.picture, widgets.VBox([*controls.values(), self.note])])
+        self.picture = widgets.Image(format="png", layout=widgets.Layout(flex="0 0 auto", max_width="100%"))
+        self.note = widgets.HTML()
+        beside = widgets.VBox([*controls.values(), self.note])
+        # Beside the picture, or below it where that is wide.
+        self.box = widgets.Box([self.picture, beside], layout=widgets.Layout(flex_flow="row wrap"))
         for control in controls.values():
             control.observe(self._follow, names="value")
         self._follow()
