@@ -28,6 +28,8 @@ STYLE = {
 WIDTH = 7.0
 """Inches that a figure may be wide: a notebook's column, at `DPI`."""
 DPI = 110
+LARGE = 60_000
+"""Bytes beyond which a figure is stored with 256 colors, a third of the size: a notebook must stay below a megabyte."""
 
 
 class Drawing(Figure):
@@ -38,7 +40,15 @@ class Drawing(Figure):
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.05)
-        return buffer.getvalue()
+        return buffer.getvalue() if buffer.tell() <= LARGE else _with_palette(buffer)
+
+
+def _with_palette(png: io.BytesIO) -> bytes:
+    buffer = io.BytesIO()
+    # kmeans: the palette is improved until fewer than so many pixels change their color; half a second.
+    few = Image.open(png).convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=5000)
+    few.save(buffer, format="png", optimize=True)
+    return buffer.getvalue()
 
 
 def new_figure(width: float, height: float) -> Drawing:
