@@ -203,10 +203,10 @@ def test_seeds(sd1):
 def test_attached_agrees_with_explicit_weights_through_a_whole_run(pipeline):
     residuals = random_residuals(pipeline)
     with residuals.attached(pipeline):
-        ours = sample(pipeline, steps=6)
+        ours = sample(pipeline, steps=4)
     with reference(pipeline.unet, residuals.A, residuals.B), torch.no_grad():
-        slow = sample(pipeline, steps=6)
-    assert (slow - sample(pipeline, steps=6)).abs().max() > 0.1  # the residuals do matter
+        slow = sample(pipeline, steps=4)
+    assert (slow - sample(pipeline, steps=4)).abs().max() > 0.1  # the residuals do matter
     torch.testing.assert_close(ours, slow, atol=1e-4, rtol=1e-4)
 
 
