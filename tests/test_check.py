@@ -123,6 +123,7 @@ WRONG = [  # check, answer, a part of the sentence
     ("pointing", lambda a, t: False, "should be True"),
     ("median_mask", lambda m: (m > m.median()).float(), "its own median"),
     ("otsu", lambda v: (v > v.median()).float(), "median"),
+    ("otsu", lambda v: (v > v.mean()).float(), "mean of all values"),
     ("quantile_mask", lambda m, share: (m < m.quantile(share)).float(), "lowest"),
     ("blend", lambda f, g, m: m[:, None] * f + (1 - m[:, None]) * g, "exchanged"),
     ("blend", lambda f, g, m: torch.where(m[:, None] == 1, g, f), "one half"),

@@ -121,10 +121,12 @@ def otsu(answer: Callable) -> str:
     for values, right in (
         (torch.tensor([0.0, 0.1, 0.05, 0.9, 1.0]), torch.tensor([0.0, 0, 0, 1, 1])),
         (torch.tensor([0.2, 0.21, 0.19, 0.2, 0.22, 0.95]), torch.tensor([0.0, 0, 0, 0, 0, 1])),
+        (torch.tensor([0.0, 0.05, 0.1, 0.15, 0.3, 0.45, 0.9, 1.0]), torch.tensor([0.0, 0, 0, 0, 0, 0, 1, 1])),
     ):
         found = call(answer, values)
         wrong = {
             "this is the split at the median": (values > values.median()).float(),
+            "this is the split at the mean of all values": (values > values.mean()).float(),
             "the high class should be 1": 1 - right,
         }
         same(found.float() if isinstance(found, torch.Tensor) else found, right, "the mask", mistakes=wrong)
