@@ -103,7 +103,7 @@ def _load(chosen: Namespace) -> tuple[Any, Residuals]:
 
 
 def _words(chosen: Namespace, residuals: Residuals) -> str:
-    words = [residuals.metadata.get(name) for name in ("token", "macro_class")]
+    words = [residuals.metadata.get(name, "") for name in ("token", "macro_class")]
     if not chosen.words and not all(words):
         raise ValueError(f'{chosen.residuals} does not say its concept\'s words: give them, as in --words "sks cat".')
     return chosen.words or " ".join(words)

@@ -158,7 +158,7 @@ def _sorted_out(
     tensors: dict[str, Tensor], modules: Any
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, float], list[str]]:
     """Factors by module and paper's letter, alphas by module, and the names that belong to none of `modules`."""
-    spellings = {}
+    spellings: dict[str, str] = {}
     for name in modules:
         flat = name.replace(".", "_")
         spellings |= {name: name, f"unet.{name}": name, f"base_model.model.{name}": name, f"lora_unet_{flat}": name}

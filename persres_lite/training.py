@@ -203,11 +203,13 @@ def _prepare(base: Any, concept: Concept, size: int, masked_loss: bool) -> tuple
         raise ValueError(f"The concept {concept.name} has no pictures: give three to five.")
     if masked_loss and concept.masks is None:
         raise ValueError(f"masked_loss needs masks, and {concept.name} has none: put them into its folder's masks/.")
+    masks: list[Any] = []
     if concept.masks is None:
-        images, masks = [square_crop(image, size) for image in concept.images], None
+        images = [square_crop(image, size) for image in concept.images]
     else:  # around the object
         pairs = zip(concept.images, concept.masks, strict=True)
-        images, masks = zip(*(square_crop(image, size, mask) for image, mask in pairs), strict=True)
+        cut = [square_crop(image, size, mask) for image, mask in pairs]
+        images, masks = [image for image, _ in cut], [mask for _, mask in cut]
     mean, std = encode_images(base, images)
     weights = None
     if masked_loss:

@@ -123,7 +123,7 @@ def main() -> None:
             rows[f"{name}, rank {rank}"] = run(base, judge, concept, biased, rank=rank)
     else:
         modes = ("class", "residual")
-        cells = [
+        recipes = [
             {"steps": steps, "lr": lr, "rank": rank}
             for rank, lr in ((0.05, 1e-2), (0.25, 3e-3), (0.25, 1e-2), (0.5, 3e-3), (0.5, 1e-2))
             for steps in (150, 300)
@@ -131,7 +131,7 @@ def main() -> None:
         for name, (toy, biased) in shipped.SEARCH.items():
             images = [Image.fromarray(picture.image) for picture in shipped.photograph(name, toy, biased)]
             concept = Concept(name, toy.kind, images=images)
-            for recipe in tqdm(cells, desc=name):
+            for recipe in tqdm(recipes, desc=name):
                 label = f"{name}, {recipe['steps']} steps, rate {recipe['lr']:g}, rank {recipe['rank']:g}"
                 rows[label] = run(base, judge, concept, biased, modes, **recipe)
     _save(f"toybox-{args.what}" if args.what != "concepts" else "concepts", rows, modes, args.data / "results")

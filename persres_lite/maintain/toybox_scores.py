@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ def prompts() -> list[dict]:
     rows = []
     for index in range(256):
         kind, place = CLASSES[(index + index // 12) % 10], PLACES[(5 * index + index // 12) % 8]
-        row = {"class": kind, "place": place}
+        row: dict[str, Any] = {"class": kind, "place": place}
         # The four sorts are spread over the list, so that its first 64 show all of them.
         sort = ("plain", "pattern", "plain", "pair", "plain", "style")[index % 6]
         if sort == "pair":

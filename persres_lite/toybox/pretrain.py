@@ -23,6 +23,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,7 +94,7 @@ def judge_parts() -> nn.ModuleDict:
     return nn.ModuleDict({"encoder": encoder, "readings": Readings(encoder.config)})
 
 
-def trained(name: str, module: nn.Module, folder: Path) -> nn.Module:
+def trained(name: str, module: nn.Module, folder: Path) -> Any:
     """`module` as stage `name` has left it."""
     if not load_trained(name, module, folder):
         raise FileNotFoundError(
@@ -106,7 +107,8 @@ def train_clip(folder: Path, pictures: np.ndarray, minutes: float) -> None:
     """The contrastive pair (Radford et al., 2021). Equal captions in a batch count as equally right."""
     torch.manual_seed(0)
     both, tokenizer = clip_parts(), make_tokenizer()
-    clip, attributes = both["clip"], both["attributes"]
+    clip: Any = both["clip"]
+    attributes = both["attributes"]
     scenes = [scene_by_index(i) for i in range(len(pictures))]
     labels = labels_of(scenes)
     rng, batch = random.Random(0), 128
@@ -129,13 +131,12 @@ def train_clip(folder: Path, pictures: np.ndarray, minutes: float) -> None:
             -((target * logits.log_softmax(1)).sum(1).mean() + (target * logits.T.log_softmax(1)).sum(1).mean()) / 2
         )
         # Naming the attributes directly is a help for the image encoder alone.
-        helped = sum(
+        parts = attributes(seen).split([len(v) for v in READINGS.values()], dim=1)
+        helped = [
             F.cross_entropy(part, labels[name][chosen], ignore_index=-1)
-            for name, part in zip(
-                READINGS, attributes(seen).split([len(v) for v in READINGS.values()], dim=1), strict=True
-            )
-        )
-        return {"contrast": contrast, "attributes": 0.3 * helped}
+            for name, part in zip(READINGS, parts, strict=True)
+        ]
+        return {"contrast": contrast, "attributes": 0.3 * torch.stack(helped).sum()}
 
     train("clip", both, step, minutes=minutes, lr=1e-3, weight_decay=0.05, folder=folder)
 
@@ -161,8 +162,9 @@ def train_judge(folder: Path, pictures: np.ndarray, minutes: float) -> None:
         images = images * (1 + 0.1 * torch.randn(len(images), 1, 1, 1)) + 0.05 * torch.randn(len(images), 1, 1, 1)
         hidden = encoder(images, output_hidden_states=True).hidden_states
         named = readings([h[:64] for h in hidden])
+        read = [F.cross_entropy(named[name], labels[name][chosen], ignore_index=-1) for name in READINGS]
         losses = {
-            "readings": sum(F.cross_entropy(named[name], labels[name][chosen], ignore_index=-1) for name in READINGS),
+            "readings": torch.stack(read).sum(),
             "present": F.binary_cross_entropy_with_logits(named["present"], labels["present"][chosen]) * 5,
             "mask": F.binary_cross_entropy_with_logits(named["mask"], F.avg_pool2d(masks[chosen][:, None], 4)[:, 0])
             * 2,
@@ -291,7 +293,7 @@ def _replace_folder(new: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save_pipeline(data: Path, folder: Path, unet: nn.Module) -> None:
+def save_pipeline(data: Path, folder: Path, unet: Any) -> None:
     """Write ``toybox-sd``, the ordinary diffusers folder. U-Net and autoencoder in half precision.
 
     The text encoder stays in single precision: transformers opens a file in the precision it was saved in,

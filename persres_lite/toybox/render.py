@@ -284,7 +284,7 @@ def _normal(part: Part, point: np.ndarray) -> np.ndarray:
     else:
         k, s = (1 + part.top) / 2, (part.top - 1) / 2
         n = np.stack([p[:, 0], -s * (k + s * p[:, 1]), p[:, 2]], -1)
-        n = np.where(np.abs(p[:, 1:2]) > 0.999, np.sign(p) * np.float32((0, 1, 0)), n)
+        n = np.where(np.abs(p[:, 1:2]) > 0.999, np.sign(p) * np.array((0, 1, 0), np.float32), n)
     n = n @ inverse
     return n / (np.linalg.norm(n, axis=-1, keepdims=True) + 1e-9)
 
@@ -398,8 +398,9 @@ def _place(scene: Scene, origin: np.ndarray, direction: np.ndarray):
         far, u, v = wall(1.5)
         u, v = u * 1.1, v * 2.0
         joint = (((u + 0.5 * (np.floor(v) % 2)) % 1) < 0.09) | ((v % 1) < 0.16)
-        color = np.where(joint[:, None], np.float32((0.80, 0.76, 0.71)), np.float32((0.64, 0.25, 0.18)) * tint)
-        floor = np.broadcast_to(np.float32((0.62, 0.61, 0.59)) * tint, color.shape)
+        mortar, brick = np.array((0.80, 0.76, 0.71), np.float32), np.array((0.64, 0.25, 0.18), np.float32)
+        color = np.where(joint[:, None], mortar, brick * tint)
+        floor = np.broadcast_to(np.array((0.62, 0.61, 0.59), np.float32) * tint, color.shape)
         grounded = ground < far
     else:
         table = place == "on a wooden table"
@@ -409,7 +410,7 @@ def _place(scene: Scene, origin: np.ndarray, direction: np.ndarray):
         if table:
             plank = ((x * 1.1 + 20) % 1) < 0.06
             grain = 1 + 0.10 * np.sin(4 * z + 2.0 * np.floor(x * 1.1))
-            floor = np.float32((0.56, 0.36, 0.19)) * tint * grain[:, None] * (1 - 0.35 * plank[:, None])
+            floor = np.array((0.56, 0.36, 0.19), np.float32) * tint * grain[:, None] * (1 - 0.35 * plank[:, None])
         else:
             dark = (np.floor(x * 1.05 + rng.random()) + np.floor(z * 1.05 + rng.random())) % 2
             floor = _mix((0.94, 0.94, 0.92), (0.16, 0.16, 0.18), dark)
@@ -438,13 +439,13 @@ def _painted(toy: Toy, paints: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 def _styled(image: np.ndarray, style: str | None) -> np.ndarray:
     """The picture as a whole in one of the global styles; values in [0, 1]."""
-    gray = (image @ np.float32((0.30, 0.59, 0.11)))[..., None]
+    gray = (image @ np.array((0.30, 0.59, 0.11), np.float32))[..., None]
     if style == "in black and white":
         return np.repeat(gray, 3, -1)
     if style == "in sepia":
-        return np.clip(gray * np.float32((1.10, 0.88, 0.60)) + np.float32((0.06, 0.03, 0.0)), 0, 1)
+        return np.clip(gray * np.array((1.10, 0.88, 0.60), np.float32) + np.array((0.06, 0.03, 0.0), np.float32), 0, 1)
     if style == "in sunset light":
-        return np.clip(image * np.float32((1.12, 0.66, 0.44)) + np.float32((0.10, 0.02, 0.0)), 0, 1)
+        return np.clip(image * np.array((1.12, 0.66, 0.44), np.float32) + np.array((0.10, 0.02, 0.0), np.float32), 0, 1)
     return image
 
 
@@ -493,10 +494,10 @@ def draw(scene: Scene, size: int = 64, supersample: int = 2) -> Picture:
     fall = points - points[:, 1:2] * sun / sun[1]  # where the shadow of each outline point falls
     reach = 0.2 * points[:, 1].max()
     beneath = ((spot > fall.min(0) - reach) & (spot < fall.max(0) + reach))[:, (0, 2)].all(-1)
-    near, spot = near[beneath], spot[beneath] + np.float32((0, 0.01, 0))
+    near, spot = near[beneath], spot[beneath] + np.array((0, 0.01, 0), np.float32)
     hidden = np.zeros(len(near), np.float32)
     for dx, dz in ((0, 0), (0.10, 0.05), (-0.10, 0.05), (0.05, -0.10), (-0.05, -0.10)):
-        hidden += _blocked(parts, spot, sun + np.float32((dx, 0, dz))) / 5
+        hidden += _blocked(parts, spot, sun + np.array((dx, 0, dz), np.float32)) / 5
     color[near] *= (1 - 0.45 * hidden)[:, None]
 
     # Toys: paint, Lambert's law with the sky's light from above, a shadow of their own and a little gloss.
@@ -508,9 +509,8 @@ def draw(scene: Scene, size: int = 64, supersample: int = 2) -> Picture:
     kinds = np.array([part.paint for part in parts])
     for index, (toy, x) in enumerate(zip(scene.toys, offsets, strict=True)):
         mine = owner[which] == index
-        local = ((surface[mine] - np.float32((x, 0, 0))) @ _turn(1, -toy.yaw).astype(np.float32)) / np.float32(
-            toy.proportions
-        )
+        turned = (surface[mine] - np.array((x, 0, 0), np.float32)) @ _turn(1, -toy.yaw).astype(np.float32)
+        local = turned / np.array(toy.proportions, np.float32)
         paint[mine] = _painted(toy, kinds[which[mine]], local)
     lit = 1 - _blocked(parts, surface + normal * 0.02, sun).astype(np.float32)
     diffuse = np.clip(normal @ sun, 0, None) * lit

@@ -18,7 +18,8 @@ class MovingAverage:
     """Exponential moving average of parameters, with a short memory at the start."""
 
     def __init__(self, parameters: list[nn.Parameter], decay: float):
-        self.parameters, self.decay, self.updates = parameters, decay, 0
+        self.parameters: list[torch.Tensor] = list(parameters)
+        self.decay, self.updates = decay, 0
         self.average = [p.detach().clone() for p in parameters]
 
     @torch.no_grad()
@@ -120,10 +121,10 @@ def train(
             state["average"] = average.average
         _write(state, path)
 
-    def publish() -> None:
+    def publish(send: Callable[[], None]) -> None:
         if average:
             average.swap()
-        on_publish()
+        send()
         if average:
             average.swap()
 
@@ -144,7 +145,7 @@ def train(
             group["lr"] = lr * min(1, (number + 1) / 100) * min(1, (1 - done) / 0.4)
         losses = step(number)
         optimizer.zero_grad()
-        sum(losses.values()).backward()
+        torch.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if average:
@@ -161,7 +162,7 @@ def train(
             save()
         if on_publish and spent - published > publish_every:
             published = spent
-            publish()
+            publish(on_publish)
     if saved < spent or not path.exists():
         save()
     bar.close()

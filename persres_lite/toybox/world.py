@@ -115,6 +115,10 @@ class Scene:
 
 def random_toy(rng: random.Random, kind: str | None = None) -> Toy:
     """A toy with every attribute drawn at random; never one of the `RESERVED` paint jobs."""
+
+    def stretch() -> float:
+        return round(rng.uniform(0.86, 1.16), 3)
+
     while True:
         toy = Toy(
             kind=kind or rng.choice(CLASSES),
@@ -122,7 +126,7 @@ def random_toy(rng: random.Random, kind: str | None = None) -> Toy:
             second=rng.choice([color for color in COLORS if color != main]),
             pattern=rng.choices(PATTERNS, (0.52, 0.16, 0.16, 0.16))[0],
             accessory=rng.choices(ACCESSORIES, (0.7, 0.1, 0.1, 0.1))[0],
-            proportions=tuple(round(rng.uniform(0.86, 1.16), 3) for _ in range(3)),
+            proportions=(stretch(), stretch(), stretch()),
             yaw=rng.uniform(-0.8, 0.8),
         )
         if toy.paint not in RESERVED:
