@@ -38,39 +38,33 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("jupyterlab") is None, reason="jupyterlab is not installed"),
 ]
 
-CELLS = [
-    f"import sys\nsys.path.insert(0, {str(notebooks.ROOT)!r})",
-    """\
-import torch
-from PIL import Image
-from persres_lite import explorers
-from persres_lite.record import AttentionRecord
+NOTEBOOK = notebooks.ROOT / "notebooks" / "04_cross_attention.ipynb"
+SECONDS = 900
+"""How long the notebook may take: about a minute on two idle cores, far more beside other work."""
 
-record = AttentionRecord(words=["cat"], prompts=["a cat"])
-for step in range(4):
-    maps = torch.zeros(1, 1, 8, 8)
-    maps[0, 0, 2 * step : 2 * step + 2, :4] = 1.0
-    record.maps[step, "mid_block.attentions.0.proj_out", "cond"] = maps""",
-    'explorers.maps(record, Image.new("RGB", (64, 64), "white"))',
-]
+SETTINGS = {
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},  # nobody is asked for news
+    "notebook-extension/tracker": {"windowingMode": "none"},  # cells outside the window are on the page, too
+}
 
 
 @pytest.fixture
 def lab(tmp_path):
     """JupyterLab on a free port of this machine, with settings and folders of its own: yields its address."""
-    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in CELLS])
-    made.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    nbformat.write(made, tmp_path / "play.ipynb")
+    book = notebooks.read(NOTEBOOK)
+    for cell in book.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(book, tmp_path / "play.ipynb")  # a copy, because JupyterLab saves what it has open
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     kinds = ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
     folders = {kind: str(tmp_path / kind.lower()) for kind in kinds}
-    quiet = (
-        tmp_path / "jupyterlab_settings_dir" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-    )
-    quiet.parent.mkdir(parents=True)  # nobody is asked for news or newer versions
-    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    for plugin, setting in SETTINGS.items():
+        file = tmp_path / "jupyterlab_settings_dir" / "@jupyterlab" / f"{plugin}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(setting))
     options = [
         f"--ServerApp.port={port}",
         "--ServerApp.port_retries=0",
@@ -80,7 +74,8 @@ def lab(tmp_path):
     ]
     with open(tmp_path / "lab.log", "w") as log:
         command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", *options]
-        server = subprocess.Popen(command, env={**os.environ, **folders}, stdout=log, stderr=log)
+        environment = {**os.environ, **folders, "PYTHONPATH": str(notebooks.ROOT)}
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
     try:
         _wait_for(f"{address}/api/status", server, tmp_path / "lab.log")
@@ -118,25 +113,19 @@ def test_a_slider_moves_and_the_picture_changes(lab):
             page.get_by_text("(ipykernel) | Idle").wait_for(timeout=90_000)
             page.get_by_role("menuitem", name="Run", exact=True).click()
             page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-            picture = page.locator(".jp-OutputArea-output img.widget-image")
-            picture.wait_for(timeout=120_000)
-            readout = page.locator(".widget-readout").first
-            assert readout.inner_text() == "all"
-            before = _pixels(picture)
-            handle = page.locator(".noUi-handle").first
-            handle.focus()
-            page.keyboard.press("ArrowRight")
-            page.wait_for_function("document.querySelector('.widget-readout').innerText == '0'", timeout=30_000)
-            _until(lambda: not np.array_equal(_pixels(picture), before))
-            first = _pixels(picture)
-            # All steps together looked at the whole left half; step 0 looked at its upper quarter only.
-            height, width = first.shape[:2]
-            gain = (first - before).sum(-1)
-            assert gain[height // 2 :, : width // 3].mean() < -100
-            assert abs(gain[: height // 8, : width // 3].mean()) < 20
-            page.keyboard.press("ArrowRight")
-            _until(lambda: not np.array_equal(_pixels(picture), first))
-            assert readout.inner_text() == "1"
+            last = sum(cell.cell_type == "code" for cell in notebooks.read(NOTEBOOK).cells)
+            page.get_by_text(f"[{last}]:", exact=True).wait_for(timeout=SECONDS * 1000)
+            picture, readout = page.locator("img.widget-image"), page.locator(".widget-readout").first
+            shown = [_pixels(picture)]
+            assert readout.inner_text() == "all" and shown[0].std() > 10
+            page.locator(".noUi-handle").first.focus()
+            for step in ("0", "1"):
+                page.keyboard.press("ArrowRight")
+                _until(lambda: not np.array_equal(_pixels(picture), shown[-1]))
+                assert readout.inner_text() == step
+                shown.append(_pixels(picture))
+            page.keyboard.press("Home")
+            _until(lambda: np.array_equal(_pixels(picture), shown[0]))  # all steps again
         finally:
             browser.close()
 
