@@ -134,8 +134,11 @@ class Run:
     def _for_batch(self, mask: torch.Tensor) -> torch.Tensor:
         if len(mask) == self.batch:
             return mask
-        fill = {"same": mask, "own": mask, "residual": torch.ones_like(mask), "original": torch.zeros_like(mask)}
-        return torch.cat([fill[self.unconditional], mask])
+        if self.unconditional == "residual":
+            return torch.cat([torch.ones_like(mask), mask])
+        if self.unconditional == "original":
+            return torch.cat([torch.zeros_like(mask), mask])
+        return torch.cat([mask, mask])
 
     def weight(self, name: str, concept: int) -> torch.Tensor | float:
         """M (batch, h, w) of a block that is projecting, or 0 or 1 outside the window."""

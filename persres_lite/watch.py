@@ -47,8 +47,8 @@ def attend(
     -------
     tensor (B, HW, W), float32
     """
-    q = q.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, HW, d)
-    k = k.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, T, d)
+    q = q.reshape(*q.shape[:2], attn.heads, -1).transpose(1, 2)  # (B, heads, HW, d)
+    k = k.reshape(*k.shape[:2], attn.heads, -1).transpose(1, 2)  # (B, heads, T, d)
     if getattr(attn, "norm_q", None) is not None:
         q = attn.norm_q(q)
     if getattr(attn, "norm_k", None) is not None:
@@ -126,7 +126,7 @@ class _Watcher:
     def finish(self, module: nn.Module, args: tuple) -> None:
         if self.maps:
             mean = self.maps[0] if len(self.maps) == 1 else torch.stack(self.maps).mean(0)
-            self.tell(self.name, mean.transpose(1, 2).unflatten(-1, self.size))
+            self.tell(self.name, mean.transpose(1, 2).reshape(*mean.shape[::2], *self.size))
             self.maps = []
 
 
