@@ -22,6 +22,7 @@ from persres_lite.attention import record_attention
 from persres_lite.bases import entry, load_base
 from persres_lite.toybox.dataset import draw_scenes, draw_views, toy_by_index
 from persres_lite.toybox.judge import READINGS, Judge, labels_of
+from persres_lite.toybox.pretrain import between
 from persres_lite.toybox.render import draw
 from persres_lite.toybox.world import CLASSES, COLORS, PATTERNS, PLACES, STYLES, scene_by_index, with_article
 
@@ -160,13 +161,6 @@ def sheet(images: list[Image.Image], columns: int = 8) -> Image.Image:
     for index, image in enumerate(images):
         out.paste(image, (index % columns * size, index // columns * size))
     return out
-
-
-def between(text: str, name: str, lines: list[str]) -> str:
-    """`text` with what stands between the two marks called `name` replaced."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, rest = text.split(begin)
-    return "\n".join([before + begin, *lines, end + rest.split(end)[1]])
 
 
 def main() -> None:

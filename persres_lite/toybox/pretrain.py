@@ -363,6 +363,27 @@ def adopt(data: Path, folder: Path) -> None:
         begin_from(name, module, folder)
 
 
+def between(text: str, name: str, lines: list[str]) -> str:
+    """`text` with what stands between the two marks called `name` replaced."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, rest = text.split(begin)
+    return "\n".join([before + begin, *lines, end + rest.split(end)[1]])
+
+
+def write_card(data: Path, folder: Path) -> None:
+    """Put into the model card how long each stage was trained, as its checkpoint says."""
+    card = data / "toybox-sd" / "README.md"
+    if not card.exists():
+        return
+    batches = {"clip": 128, "judge": 64 + 96, "vae": 16, "decoder": 16, "unet": 16}
+    lines = ["| stage | minutes | steps | pictures seen |", "|---|---|---|---|"]
+    for name, batch in batches.items():
+        if (folder / f"{name}.pt").exists():
+            state = torch.load(folder / f"{name}.pt", weights_only=True)
+            lines.append(f"| {name} | {state['seconds'] / 60:.0f} | {state['step']} | {state['step'] * batch:,} |")
+    card.write_text(between(card.read_text(), "training", lines))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("build/toybox"), help="pictures and checkpoints")
@@ -392,6 +413,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "unet" in wanted:
         unet = train_unet(folder, pictures, minutes["unet"], lambda unet: save_pipeline(args.data, folder, unet))
         save_pipeline(args.data, folder, unet)
+        write_card(args.data, folder)
 
 
 if __name__ == "__main__":
