@@ -36,7 +36,7 @@ from persres_lite.paths import data_dir
 
 TRAINING = ("residuals", "lora", "full", "floor")
 SAMPLING = ("original", "residual", "lag")
-ROUNDS = {"toybox": {"sampling": 15, "training": 25}, "sd-1.4-shape": {"sampling": 4, "training": 4}}  # on a CPU
+ROUNDS = {"toybox": {"sampling": 15, "training": 25}, "sd-1.4-shape": {"sampling": 4, "training": 3}}  # on a CPU
 FULL_NEEDS = 17e9  # bytes: weights, gradients and both moments of 860 million parameters in fp32, and activations
 
 GOALS = {  # what is divided by what, and what it may be at most
@@ -51,7 +51,7 @@ GOALS = {  # what is divided by what, and what it may be at most
 
 
 def peak_memory(model: str, method: str, device: str) -> float:
-    """Peak bytes of three training steps on top of the loaded model, in a fresh process.
+    """Peak bytes of two training steps on top of the loaded model, in a fresh process.
 
     On a GPU by CUDA's own counter, elsewhere of the process's resident memory.
     """
