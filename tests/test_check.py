@@ -43,11 +43,8 @@ def _attention(q, k, tokens):
 
 
 RIGHT = {
-    "add_noise": lambda z, n, a: a**0.5 * z + (1 - a) ** 0.5 * n,
-    "predict_clean": lambda z, n, a: (z - (1 - a) ** 0.5 * n) / a**0.5,
     "ddim_step": lambda z, n, a, b: b**0.5 * (z - (1 - a) ** 0.5 * n) / a**0.5 + (1 - b) ** 0.5 * n,
     "v_target": lambda z, n, a: a**0.5 * n - (1 - a) ** 0.5 * z,
-    "guidance": lambda u, c, s: u + s * (c - u),
     "timestep_of": lambda alpha_bars, share: int((1 - alpha_bars > share).int().argmax()),
     "projection": lambda x, w, b: torch.einsum("oc,bchw->bohw", w.flatten(1), x) + b[:, None, None],
     "alignment": lambda p, r: (functional.normalize(p, dim=1) @ functional.normalize(r, dim=1).T).mean(1),
@@ -78,13 +75,10 @@ RIGHT = {
 }
 
 WRONG = [  # check, answer, a part of the sentence
-    ("add_noise", lambda z, n, a: a * z + (1 - a) * n, "square roots are missing"),
-    ("add_noise", lambda z, n, a: (a**0.5 * z + (1 - a) ** 0.5 * n).sum(), "shape"),
-    ("add_noise", lambda z, n, a: z.mul_(a**0.5).add_((1 - a) ** 0.5 * n), "in place"),
-    ("predict_clean", lambda z, n, a: z - (1 - a) ** 0.5 * n, "divide by sqrt"),
+    ("v_target", lambda z, n, a: (a**0.5 * n - (1 - a) ** 0.5 * z).sum(), "shape"),
+    ("v_target", lambda z, n, a: n.mul_(a**0.5).sub_((1 - a) ** 0.5 * z), "in place"),
     ("ddim_step", lambda z, n, a, b: (z - (1 - a) ** 0.5 * n) / a**0.5, "noise it again"),
     ("v_target", lambda z, n, a: (1 - a) ** 0.5 * z - a**0.5 * n, "sign"),
-    ("guidance", lambda u, c, s: c + s * (c - u), "unconditional prediction, not the conditional"),
     ("timestep_of", lambda alpha_bars, share: int((alpha_bars > share).int().argmax()), "so much of the picture"),
     ("timestep_of", lambda alpha_bars, share: int((1 - alpha_bars <= share).sum()) - 1, "one too early"),
     ("projection", lambda x, w, b: functional.conv2d(x, w), "bias is missing"),

@@ -9,13 +9,10 @@ A folder and not one file, because a lesson's checks are read beside the lesson:
 """
 
 from persres_lite.check.diffusion import (
-    add_noise,
     alignment,
     choice,
     ddim_step,
     freeze,
-    guidance,
-    predict_clean,
     projection,
     share,
     timestep_of,
@@ -50,7 +47,6 @@ from persres_lite.check.residuals import (
 )
 
 __all__ = [
-    "add_noise",
     "alignment",
     "as_picture",
     "attention_map",
@@ -64,7 +60,6 @@ __all__ = [
     "factor_gradients",
     "fold",
     "freeze",
-    "guidance",
     "iou",
     "loss",
     "losses_by_noise_level",
@@ -72,7 +67,6 @@ __all__ = [
     "otsu",
     "parameter_count",
     "pointing",
-    "predict_clean",
     "projection",
     "quantile_mask",
     "rank_of",

@@ -21,35 +21,6 @@ def share(answer: float, part: int, whole: int) -> str:
 
 
 @exercise
-def add_noise(answer: Callable) -> str:
-    """``answer(clean, noise, alpha_bar)``: sqrt(a) z + sqrt(1 - a) noise, where a is a number in (0, 1)."""
-    clean, noise = random(2, 4, 3, 3), random(2, 4, 3, 3, seed=1)
-    for a in (0.9, 0.3):
-        wrong = {
-            "the square roots are missing": a * clean + (1 - a) * noise,
-            "the two factors are exchanged": (1 - a) ** 0.5 * clean + a**0.5 * noise,
-            "the factor of the noise is sqrt(1 - a), not 1 - sqrt(a)": a**0.5 * clean + (1 - a**0.5) * noise,
-        }
-        right = a**0.5 * clean + (1 - a) ** 0.5 * noise
-        same(call(answer, clean, noise, a), right, "the noised latent", mistakes=wrong)
-    return "signal and noise share the variance: a and 1 - a add up to one."
-
-
-@exercise
-def predict_clean(answer: Callable) -> str:
-    """``answer(noised, predicted_noise, alpha_bar)``: the clean latent that the predicted noise implies."""
-    clean, noise = random(2, 4, 3, 3), random(2, 4, 3, 3, seed=1)
-    for a in (0.8, 0.2):
-        noised = a**0.5 * clean + (1 - a) ** 0.5 * noise
-        wrong = {
-            "divide by sqrt(a) at the end": noised - (1 - a) ** 0.5 * noise,
-            "the predicted noise has the factor sqrt(1 - a)": (noised - noise) / a**0.5,
-        }
-        same(call(answer, noised, noise, a), clean, "the clean latent", mistakes=wrong, atol=1e-4)
-    return "it is the noising formula, solved for the clean latent."
-
-
-@exercise
 def ddim_step(answer: Callable) -> str:
     """``answer(noised, predicted_noise, alpha_bar, alpha_bar_next)``: one deterministic DDIM step (eta = 0)."""
     noised, noise = random(1, 4, 3, 3), random(1, 4, 3, 3, seed=1)
@@ -76,21 +47,6 @@ def v_target(answer: Callable) -> str:
         }
         same(call(answer, clean, noise, a), a**0.5 * noise - (1 - a) ** 0.5 * clean, "v", mistakes=wrong)
     return "v turns from the noise (hardly any noise added) to minus the clean latent (nothing but noise)."
-
-
-@exercise
-def guidance(answer: Callable) -> str:
-    """``answer(unconditional, conditional, scale)``: classifier-free guidance."""
-    empty, prompt = random(2, 4, 3, 3), random(2, 4, 3, 3, seed=1)
-    for scale in (7.5, 1.0, 0.0):
-        wrong = {
-            "the start is the unconditional prediction, not the conditional one": prompt + scale * (prompt - empty),
-            "the difference is conditional minus unconditional": empty + scale * (empty - prompt),
-            "the unconditional prediction is missing": scale * (prompt - empty),
-        }
-        right = empty + scale * (prompt - empty)
-        same(call(answer, empty, prompt, scale), right, "the guided prediction", mistakes=wrong)
-    return "scale 0 is the empty prompt, 1 is the prompt alone, and more goes beyond it."
 
 
 @exercise
