@@ -98,7 +98,8 @@ def _table(rows: dict[str, dict], modes: tuple[str, ...]) -> list[str]:
 
 def _save(name: str, rows: dict[str, dict], modes: tuple[str, ...], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"Made by `python -m persres_lite.maintain.toybox_concepts {name}`.", "", *_table(rows, modes), ""]
+    what = name.removeprefix("toybox-")
+    lines = [f"Made by `python -m persres_lite.maintain.toybox_concepts {what}`.", "", *_table(rows, modes), ""]
     (folder / f"{name}.md").write_text("\n".join(lines))
     (folder / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
     print("\n".join(lines))
