@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,6 +15,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import nn
 
+from persres_lite.maintain import toybox_concepts
 from persres_lite.paths import data_dir
 from persres_lite.toybox import concepts, dataset, pretrain, trainer, world
 from persres_lite.toybox.judge import READINGS, labels_of
@@ -160,7 +162,9 @@ def test_interrupted_training_goes_on_from_its_checkpoint(tmp_path, monkeypatch)
             seen.append(number)
             return {"loss": layer(torch.randn(4, 3)).square().mean()}
 
-        trainer.train("toy", layer, step, minutes=minutes, lr=0.1, folder=tmp_path, ema=0.9, save_every=0)
+        trainer.train(
+            "toy", layer, step, minutes=minutes, lr=0.1, pictures=4, folder=tmp_path, ema=0.9, save_every=0
+        )
         return layer.weight.detach()
 
     clock = iter(range(100_000))
@@ -172,6 +176,49 @@ def test_interrupted_training_goes_on_from_its_checkpoint(tmp_path, monkeypatch)
     (tmp_path / "toy.pt").unlink()
     seen.clear()
     assert torch.equal(run(0.5), resumed) and seen == list(range(30))
+
+
+def learn_a_line(folder):
+    """A few steps of a layer, toward 1 in one process and 3 in the other, one of them slow; then both show theirs."""
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 1)
+    rank, _ = trainer.rank_and_size()
+    steps = []
+
+    def step(number):
+        steps.append(number)
+        time.sleep(0.02 * rank)
+        return {"loss": (layer(torch.randn(4, 3)) - (1, 3)[rank]).square().mean()}
+
+    trainer.train("line", layer, step, minutes=0.02, lr=0.1, pictures=4, folder=folder)
+    torch.save({**layer.state_dict(), "steps": len(steps)}, folder / f"{rank}.pt")
+
+
+def test_processes_side_by_side_learn_as_one(tmp_path):
+    trainer.side_by_side(learn_a_line, 2, tmp_path)
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    torch.manual_seed(0)
+    assert not torch.equal(one["weight"], nn.Linear(3, 1).weight)
+    assert torch.equal(one["weight"], two["weight"]) and torch.equal(one["bias"], two["bias"])
+    kept = torch.load(tmp_path / "line.pt", weights_only=True)
+    assert one["steps"] == two["steps"] == kept["step"] > 2 and kept["pictures"] == 8 * kept["step"]
+
+
+def test_the_recipe_is_chosen_by_its_rule():
+    def recipe(identity, place):
+        return {"LAG": {"identity": identity, "place": place}}
+
+    rows = {
+        "200 steps, rate 0.01, rank 0.25": recipe(0.90, 0.80),  # nearest, but the place is lost
+        "200 steps, rate 0.003, rank 0.25": recipe(0.704, 0.95),
+        "100 steps, rate 0.01, rank 0.25": recipe(0.701, 1.0),
+        "100 steps, rate 0.01, rank 0.05": recipe(0.699, 0.9),
+        "100 steps, rate 0.003, rank 0.05": recipe(0.5, 1.0),
+    }
+    assert toybox_concepts.best(rows) == "100 steps, rate 0.01, rank 0.05"
+    assert toybox_concepts.best({name: rows[name] for name in list(rows)[:1]}) == list(rows)[0]
+    mean = toybox_concepts.mean_of([{"seconds": 1.0, **recipe(0.2, 1)}, {"seconds": 2.0, "LAG": {"place": 0}}], ("LAG",))
+    assert mean == {"seconds": 1.5, "LAG": {"identity": 0.2, "place": 0.5}}
 
 
 def test_bare_diffusers_opens_the_shipped_model():
@@ -205,7 +252,7 @@ def test_pretraining_goes_from_nothing_to_a_folder(tmp_path, monkeypatch):
     options = [word for name in stages for word in ("--stage", name, f"--{name}-minutes", "0.001")]
     with pytest.raises(FileNotFoundError, match="Stage vae has left nothing"):
         pretrain.main([*where, "--stage", "unet"])
-    pretrain.main([*where, *options])
+    pretrain.main([*where, *options, "--threads", "1"])
     first = load_file(tmp_path / "data" / "toybox-sd" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.isfinite(weight).all() for weight in first.values())
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "data" / "toybox-sd")

@@ -7,7 +7,10 @@
 ``ranks``
     The same scores over the rank, for one varied and one biased concept.
 ``search``
-    Steps, rate and rank on concepts that are in no table: what the registry's recipe was taken from.
+    Steps, rate and rank, as means over four concepts that are in no other table: what the registry's recipe was taken
+    from. The rule was fixed before the first run: of the recipes with which LAG shows the place asked for in at least
+    0.9 of the pictures, the one with which LAG comes nearest to the references; in a tie, to two digits, fewer steps,
+    then the lower rank.
 
 Each writes ``data/results/<name>.json`` and ``.md``.
 """
@@ -16,8 +19,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -74,15 +79,58 @@ def run(base, judge: Judge, concept: Concept, biased: str | None, modes=("class"
     start = time.perf_counter()
     residuals = personalize(base, concept, progress=False, **recipe)
     seconds = time.perf_counter() - start
+    return {"seconds": round(seconds, 1), **compare(base, judge, concept, residuals, biased, modes)}
+
+
+def compare(base, judge: Judge, concept: Concept, residuals, biased: str | None, modes: tuple[str, ...]) -> dict:
+    """The scores of each mode, in places where the references do not stand, from the same noise."""
     places = unseen_places(concept.images, judge)
     named = [f"a photo of a {concept} {place}" for place in places]
     original = sample(base, [f"a photo of a {concept.macro_class} {place}" for place in places], nullcontext())
     contexts = {"residual": lambda: residuals.attached(base), "LAG": lambda: localized(base, residuals, concept)}
-    row = {"seconds": round(seconds, 1), "parameters": residuals.num_parameters(), "places": places}
+    row: dict = {"parameters": residuals.num_parameters(), "places": places}
     for mode in modes:
         images = original if mode == "class" else sample(base, named, contexts[mode]())
         row[mode] = score(judge, images, original, concept.images, places, biased)
     return row
+
+
+def search(base, judge: Judge, modes: tuple[str, ...]) -> dict[str, dict]:
+    """The mean scores of every recipe of the grid over the search concepts, by "STEPS steps, rate RATE, rank RANK"."""
+    found: dict[str, list[dict]] = {}
+    cells = list(product(shipped.SEARCH.items(), (0.05, 0.25), (3e-3, 1e-2)))
+    for (name, (toy, biased)), rank, lr in tqdm(cells, desc="search"):
+        images = [Image.fromarray(picture.image) for picture in shipped.photograph(name, toy, biased)]
+        concept = Concept(name, toy.kind, images=images)
+        seconds = 0.0
+        with tempfile.TemporaryDirectory() as folder:
+            for steps in (100, 200):  # the second goes on from the first
+                recipe = {"steps": steps, "lr": lr, "rank": rank, "checkpoint": f"{folder}/state"}
+                row = run(base, judge, concept, biased, modes, **recipe)
+                seconds += row["seconds"]
+                label = f"{steps} steps, rate {lr:g}, rank {rank:g}"
+                found.setdefault(label, []).append({**row, "seconds": seconds, "concept": name})
+    return {label: {**mean_of(rows, modes), "concepts": rows} for label, rows in found.items()}
+
+
+def mean_of(rows: list[dict], modes: tuple[str, ...]) -> dict:
+    """The mean of each score over concepts, of those that have it."""
+    means: dict = {"seconds": round(sum(row["seconds"] for row in rows) / len(rows), 1)}
+    for mode in modes:
+        measures = dict.fromkeys(measure for row in rows for measure in row[mode])
+        values = {measure: [row[mode][measure] for row in rows if measure in row[mode]] for measure in measures}
+        means[mode] = {measure: sum(known) / len(known) for measure, known in values.items()}
+    return means
+
+
+def best(rows: dict[str, dict]) -> str:
+    """The recipe that the rule at the top of this file takes."""
+    fit = {label: row["LAG"] for label, row in rows.items() if row["LAG"]["place"] >= 0.9} or {
+        label: row["LAG"] for label, row in rows.items()
+    }
+    highest = max(round(scores["identity"], 2) for scores in fit.values())
+    tied = [label for label, scores in fit.items() if round(scores["identity"], 2) == highest]
+    return min(tied, key=lambda label: [float(word.split()[-1]) for word in (label.split(" steps")[0], label)])
 
 
 def _table(rows: dict[str, dict], modes: tuple[str, ...]) -> list[str]:
@@ -116,6 +164,7 @@ def main() -> None:
     if args.what == "concepts":
         for name, (_, biased) in tqdm(shipped.all_shipped().items(), desc="concepts"):
             rows[name] = run(base, judge, load_concept(args.data / "concepts" / name), biased)
+        rows["mean"] = mean_of(list(rows.values()), modes)
     elif args.what == "ranks":
         cells = [(name, rank) for name in ("plum-cat", "garden-snowman") for rank in (1, 0.05, 0.125, 0.25, 0.5, 1.0)]
         for name, rank in tqdm(cells, desc="ranks"):
@@ -123,18 +172,8 @@ def main() -> None:
             concept = load_concept(args.data / "concepts" / name)
             rows[f"{name}, rank {rank}"] = run(base, judge, concept, biased, rank=rank)
     else:
-        modes = ("class", "residual")
-        recipes = [
-            {"steps": steps, "lr": lr, "rank": rank}
-            for rank, lr in ((0.05, 1e-2), (0.25, 3e-3), (0.25, 1e-2), (0.5, 3e-3), (0.5, 1e-2))
-            for steps in (150, 300)
-        ]
-        for name, (toy, biased) in shipped.SEARCH.items():
-            images = [Image.fromarray(picture.image) for picture in shipped.photograph(name, toy, biased)]
-            concept = Concept(name, toy.kind, images=images)
-            for recipe in tqdm(recipes, desc=name):
-                label = f"{name}, {recipe['steps']} steps, rate {recipe['lr']:g}, rank {recipe['rank']:g}"
-                rows[label] = run(base, judge, concept, biased, modes, **recipe)
+        rows = search(base, judge, modes)
+        print("best by the rule:", best(rows))
     _save(f"toybox-{args.what}" if args.what != "concepts" else "concepts", rows, modes, args.data / "results")
 
 

@@ -2,7 +2,8 @@
 
 A fixed list of 256 prompts, each with its own seed, 25 steps, guidance 4, judged by `persres_lite.toybox.judge`, whose
 own accuracy on fresh renders is measured in the same run. Writes ``data/results/toybox.json`` and ``toybox.md``, and
-the first 64 pictures, unselected, as ``data/results/toybox-sheet.png``; puts the table into the model card.
+the first 64 pictures, unselected, as ``data/results/toybox-sheet.png``; puts the table into the model card. Beside them
+``data/results/toybox-world.png``: the first 32 scenes of the training set, drawn large.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from persres_lite.attention import record_attention
 from persres_lite.bases import entry, load_base
-from persres_lite.toybox.dataset import draw_scenes, draw_views, toy_by_index
+from persres_lite.toybox.dataset import draw_scenes, draw_views, views_by_index
 from persres_lite.toybox.judge import READINGS, Judge, labels_of
 from persres_lite.toybox.pretrain import between
 from persres_lite.toybox.render import draw
@@ -91,7 +94,39 @@ def score_pictures(judge: Judge, rows: list[dict], images: list[Image.Image]) ->
     return scores
 
 
-def score_judge(judge: Judge, count: int = 2000, toys: int = 600) -> dict[str, float]:
+@torch.no_grad()
+def score_clip(data: Path, pictures: list[Image.Image], labels: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Zero-shot accuracy of the CLIP-like pair: which of the prompts that name one value each lies nearest.
+
+    A color has a prompt with every class, and its features are their mean.
+    """
+    clip = CLIPModel.from_pretrained(data / "toybox-clip", dtype=torch.float32).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(data / "toybox-clip")
+    processor = CLIPImageProcessor.from_pretrained(data / "toybox-clip")
+    prompts = {
+        "class": [[f"a photo of {with_article(kind)}"] for kind in CLASSES],
+        "place": [[f"a photo {place}"] for place in PLACES],
+        "main": [[f"a photo of {with_article(color)} {kind}" for kind in CLASSES] for color in COLORS],
+    }
+    seen = [
+        clip.visual_projection(clip.vision_model(**processor(pictures[i : i + 100], return_tensors="pt")).pooler_output)
+        for i in range(0, len(pictures), 100)
+    ]
+    looks = F.normalize(torch.cat(seen), dim=-1)
+    scores = {}
+    for name, groups in prompts.items():
+        words = []
+        for group in groups:
+            ids = tokenizer(group, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            text = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
+            words.append(F.normalize(text, dim=-1).mean(0))
+        nearest = (looks @ F.normalize(torch.stack(words), dim=-1).T).argmax(1)
+        known = labels[name] >= 0
+        scores[f"CLIP pair, zero-shot: {name}"] = (nearest == labels[name])[known].float().mean().item()
+    return scores
+
+
+def score_judge(data: Path, judge: Judge, count: int = 2000, toys: int = 600) -> dict[str, float]:
     """The judge's accuracy on renders that nothing was trained on."""
     scenes = [scene_by_index(i, "judged") for i in range(count)]
     labels = labels_of(scenes)
@@ -104,19 +139,19 @@ def score_judge(judge: Judge, count: int = 2000, toys: int = 600) -> dict[str, f
     pairs = [i for i in range(count) if len(scenes[i].toys) == 2]
     scores["both of a pair"] = float(np.mean([read[i]["pair"] == {t.kind for t in scenes[i].toys} for i in pairs]))
     truth = torch.stack([torch.from_numpy(draw(scene).masks.max(0)) for scene in scenes[:300]]).float() / 255
-    found = torch.nn.functional.interpolate(judge.where(pictures[:300])[:, None], size=64, mode="bilinear")[:, 0]
+    found = F.interpolate(judge.where(pictures[:300])[:, None], size=64, mode="bilinear")[:, 0]
     overlap = ((found > 0.5) & (truth > 0.5)).sum((1, 2)) / ((found > 0.5) | (truth > 0.5)).sum((1, 2))
     scores["mask IoU"] = overlap.mean().item()
     views = draw_views(0, toys, "judged-views")
     seen = [judge.identity([Image.fromarray(v) for v in views[:, k]]) for k in range(2)]
-    kinds = [toy_by_index(i, "judged-views")[0].kind for i in range(toys)]
+    kinds = [views_by_index(i, "judged-views")[0].toys[0].kind for i in range(toys)]
     rng, right = random.Random(0), []
     for i in range(toys):
         others = rng.sample([j for j in range(toys) if j != i and kinds[j] == kinds[i]], 19)
         candidates = seen[1][[i, *others]]
         right.append((candidates @ seen[0][i]).argmax().item() == 0)
     scores["identity among 20"] = float(np.mean(right))
-    return scores
+    return scores | score_clip(data, pictures, labels)
 
 
 @torch.no_grad()
@@ -141,7 +176,7 @@ def score_pointing(base, count: int = 256) -> float:
         with record_attention(base, prompt, [word]) as record:
             base.unet(noisy, t, context)
         where = record.map(word)
-        where = torch.nn.functional.interpolate(where[None, None].float(), size=64, mode="bilinear")[0, 0]
+        where = F.interpolate(where[None, None].float(), size=64, mode="bilinear")[0, 0]
         inside.append(picture.masks[0].ravel()[where.argmax().item()] > 127)
     return float(np.mean(inside))
 
@@ -173,10 +208,12 @@ def main() -> None:
     rows = prompts()
     images = sample(base, rows)
     sheet(images[:64]).save(results / "toybox-sheet.png", optimize=True)
+    world = [Image.fromarray(draw(scene_by_index(i), 112, supersample=4).image) for i in range(32)]
+    sheet(world).save(results / "toybox-world.png", optimize=True)
     scores = score_pictures(judge, rows, images)
     scores["pointing"] = (score_pointing(base), 256)
     scores["autoencoder PSNR, dB"] = (score_autoencoder(base), 500)
-    judged = score_judge(judge)
+    judged = score_judge(args.data, judge)
     table = ["| what the prompt asks for | pictures | shown | goal |", "|---|---|---|---|"]
     table += [f"| {name} | {scores[name][1]} | {scores[name][0]:.2f} | {goal:.2f} |" for name, goal in GOALS.items()]
     table += ["", "| the judge, on fresh renders | accuracy | goal |", "|---|---|---|"]

@@ -1,7 +1,7 @@
 """The pretraining pictures: drawn once, in parallel, and cached on disk in shards.
 
 A shard is one ``.npy`` file of a thousand rows, written whole, so an interrupted run goes on where it stopped.
-Scenes are not stored: they follow from the index alone (`world.scene_by_index`, `toy_by_index`).
+Scenes are not stored: they follow from the index alone (`world.scene_by_index`, `views_by_index`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .render import draw
-from .world import Toy, random_toy, random_view, scene_by_index
+from .world import Scene, random_toy, random_view, scene_by_index
 
 SHARD = 1000
 SIZE = 64
@@ -36,21 +36,19 @@ def draw_scenes(start: int, stop: int, split: str = "train") -> np.ndarray:
     return out
 
 
-def toy_by_index(index: int, split: str = "views") -> tuple[Toy, random.Random]:
-    """Toy number `index` of a split, and the generator that its views are drawn from."""
+def views_by_index(index: int, split: str = "views") -> tuple[Scene, Scene]:
+    """Number `index` of a split: one toy twice, in places, poses and lights of their own."""
     rng = random.Random(f"toybox-{split}-{index}")
-    return random_toy(rng), rng
+    toy = random_toy(rng)
+    return random_view(rng, (toy,)), random_view(rng, (toy,))
 
 
 def draw_views(start: int, stop: int, split: str = "views") -> np.ndarray:
-    """Two views each of toys `start` to `stop`, in places, poses and lights of their own: (n, 2, SIZE, SIZE, 3)
-    uint8.
-    """
+    """Both views of toys `start` to `stop`: (n, 2, SIZE, SIZE, 3) uint8."""
     out = np.zeros((stop - start, 2, SIZE, SIZE, 3), np.uint8)
     for row, index in enumerate(range(start, stop)):
-        toy, rng = toy_by_index(index, split)
-        for view in range(2):
-            out[row, view] = draw(random_view(rng, (toy,)), SIZE).image
+        for view, scene in enumerate(views_by_index(index, split)):
+            out[row, view] = draw(scene, SIZE).image
     return out
 
 

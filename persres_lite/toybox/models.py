@@ -87,7 +87,7 @@ def make_identity_encoder() -> ResNetModel:
             layer_type="basic",
             hidden_act="relu",
         )
-    )
+    ).to(memory_format=torch.channels_last)
 
 
 def make_autoencoder() -> AutoencoderTiny:
@@ -119,7 +119,7 @@ def make_unet() -> UNet2DConditionModel:
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=(2, 4),  # number of heads a level, of width 32: diffusers #2011 on the name
         norm_num_groups=16,
-    ).to(memory_format=torch.channels_last)
+    )
 
 
 def make_scheduler() -> DDIMScheduler:

@@ -3,10 +3,11 @@
 Stages, each with a fixed budget of minutes and a checkpoint that it goes on from after a kill:
 
 ``clip``        the text encoder, contrastively with an image encoder; the pair is also the CLIP-like judge
+``vision``      its image half for longer, toward the text half, which stays as it is
 ``judge``       the identity encoder and its readings of class, colors, pattern and place
 ``vae``         the autoencoder
 ``decoder``     its second half for longer, on the latents of the first
-``unet``        the denoiser, on latents made once, with the frozen text encoder
+``unet``        the denoiser, on latents made once, with the frozen text encoder, one process a core
 
 The text encoder comes first and stays frozen because that is what Stable Diffusion does, and because learned
 together with the U-Net it had not learned colors when the other way had.
@@ -20,8 +21,8 @@ import json
 import math
 import os
 import random
+import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,13 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, ResNetModel
 
-from .dataset import draw_scenes, draw_views, load_drawn, toy_by_index
+from .dataset import draw_scenes, draw_views, load_drawn, views_by_index
 from .judge import READINGS, Readings, labels_of
 from .models import make_autoencoder, make_clip, make_identity_encoder, make_scheduler, make_tokenizer, make_unet
-from .trainer import begin_from, load_trained, train
+from .trainer import begin_from, faster_precision, load_trained, rank_and_size, side_by_side, train
 from .world import CLASSES, caption, scene_by_index
 
-MINUTES = {"clip": 20.0, "judge": 12.0, "vae": 30.0, "decoder": 30.0, "unet": 240.0}
+MINUTES = {"clip": 20.0, "vision": 20.0, "judge": 20.0, "vae": 30.0, "decoder": 30.0, "unet": 120.0}
 PICTURES = 60_000
 VIEWS = 10_000  # toys seen twice, for the identity encoder
 EMPTY = 0.1  # share of captions left empty, for classifier-free guidance
@@ -103,25 +104,38 @@ def trained(name: str, module: nn.Module, folder: Path) -> Any:
     return module.requires_grad_(False)
 
 
-def train_clip(folder: Path, pictures: np.ndarray, minutes: float) -> None:
-    """The contrastive pair (Radford et al., 2021). Equal captions in a batch count as equally right."""
+def train_clip(folder: Path, pictures: np.ndarray, minutes: float, name: str = "clip") -> None:
+    """The contrastive pair (Radford et al., 2021). Equal captions in a batch count as equally right.
+
+    Stage ``vision`` goes on with the image half alone (Zhai et al., 2022): the U-Net has learned to listen to the text
+    half as it is.
+    """
     torch.manual_seed(0)
     both, tokenizer = clip_parts(), make_tokenizer()
     clip: Any = both["clip"]
+    clip.set_attn_implementation("eager")  # a third faster to train than fused attention at this size
     attributes = both["attributes"]
+    if name == "vision":
+        load_trained("clip", both, folder)
+        for half in (clip.text_model, clip.text_projection):
+            half.requires_grad_(False)
     scenes = [scene_by_index(i) for i in range(len(pictures))]
     labels = labels_of(scenes)
-    rng, batch = random.Random(0), 128
+    batch = 128
 
     def step(number: int) -> dict[str, torch.Tensor]:
+        rng = random.Random(torch.initial_seed())
         chosen = torch.randint(0, len(pictures), (batch,))
         images = to_float(pictures[chosen, ..., :3])
         images = images.roll((rng.randint(-3, 3), rng.randint(-3, 3)), (2, 3))
         captions = [short_caption(scenes[i], rng) for i in chosen]
         ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        seen = clip.vision_model(pixel_values=images).pooler_output
+        with faster_precision():
+            seen = clip.vision_model(pixel_values=images).pooler_output
+            read = clip.text_model(input_ids=ids).pooler_output
+        seen = seen.float()
         a = F.normalize(clip.visual_projection(seen), dim=-1)
-        b = F.normalize(clip.text_projection(clip.text_model(input_ids=ids).pooler_output), dim=-1)
+        b = F.normalize(clip.text_projection(read.float()), dim=-1)
         logits = a @ b.T * clip.logit_scale.exp().clamp(max=60)
         names = {text: i for i, text in enumerate(captions)}
         key = torch.tensor([names[text] for text in captions])
@@ -138,7 +152,7 @@ def train_clip(folder: Path, pictures: np.ndarray, minutes: float) -> None:
         ]
         return {"contrast": contrast, "attributes": 0.3 * torch.stack(helped).sum()}
 
-    train("clip", both, step, minutes=minutes, lr=1e-3, weight_decay=0.05, folder=folder)
+    train(name, both, step, minutes=minutes, lr=1e-3, weight_decay=0.05, pictures=batch, folder=folder)
 
 
 def train_judge(folder: Path, pictures: np.ndarray, minutes: float) -> None:
@@ -150,32 +164,51 @@ def train_judge(folder: Path, pictures: np.ndarray, minutes: float) -> None:
     labels = labels_of(scenes)
     masks = torch.from_numpy(pictures[..., 3:].max(-1)).float().div(255)
     views = load_drawn(draw_views, VIEWS, folder / "pictures", "views")
-    kinds = np.array([CLASSES.index(toy_by_index(i)[0].kind) for i in range(VIEWS)])
+    viewed = [scene for i in range(VIEWS) for scene in views_by_index(i)]
+    view_labels = labels_of(viewed)
+    kinds = view_labels["class"][::2].numpy()
     by_kind = [np.flatnonzero(kinds == kind) for kind in range(len(CLASSES))]
-    batch = 48
+    batch, toys = 96, 48
 
     def step(number: int) -> dict[str, torch.Tensor]:
-        chosen = torch.randint(0, len(pictures), (64,))
+        chosen = torch.randint(0, len(pictures), (batch,))
         kind = number % len(by_kind)  # telling toys of one class apart is the task, so a batch holds one class
-        pair = np.random.default_rng(number).choice(by_kind[kind], batch, replace=False)
+        pair = np.random.default_rng(torch.initial_seed()).choice(by_kind[kind], toys, replace=False)
+        both_views = torch.from_numpy(np.stack([2 * pair, 2 * pair + 1], 1).ravel())
         images = torch.cat([to_float(pictures[chosen, ..., :3]), to_float(views[pair].reshape(-1, 64, 64, 3))])
         images = images * (1 + 0.1 * torch.randn(len(images), 1, 1, 1)) + 0.05 * torch.randn(len(images), 1, 1, 1)
-        hidden = encoder(images, output_hidden_states=True).hidden_states
-        named = readings([h[:64] for h in hidden])
-        read = [F.cross_entropy(named[name], labels[name][chosen], ignore_index=-1) for name in READINGS]
+        with faster_precision():
+            images = images.contiguous(memory_format=torch.channels_last)
+            hidden = [h.float() for h in encoder(images, output_hidden_states=True).hidden_states]
+        named = readings(hidden)
+        # The views are of one class, which they would teach by rote: it is read from the mixed pictures alone.
+        answers = {name: torch.cat([labels[name][chosen], view_labels[name][both_views]]) for name in READINGS}
+        answers["class"][batch:] = -1
+        read = [F.cross_entropy(named[name], answers[name], ignore_index=-1) for name in READINGS]
+        present = F.binary_cross_entropy_with_logits(named["present"][:batch], labels["present"][chosen])
+        covered = F.avg_pool2d(masks[chosen][:, None], 4)[:, 0]
         losses = {
             "readings": torch.stack(read).sum(),
-            "present": F.binary_cross_entropy_with_logits(named["present"], labels["present"][chosen]) * 5,
-            "mask": F.binary_cross_entropy_with_logits(named["mask"], F.avg_pool2d(masks[chosen][:, None], 4)[:, 0])
-            * 2,
+            "present": present * 5,
+            "mask": F.binary_cross_entropy_with_logits(named["mask"][:batch], covered) * 2,
         }
-        seen = F.normalize(hidden[-1][64:].mean((2, 3)), dim=-1)
+        seen = F.normalize(hidden[-1][batch:].mean((2, 3)), dim=-1)
         similarity = seen[0::2] @ seen[1::2].T / 0.07
-        target = torch.arange(batch)
+        target = torch.arange(toys)
         losses["identity"] = (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
         return losses
 
-    train("judge", both, step, minutes=minutes, lr=1.5e-3, weight_decay=0.05, ema=0.998, folder=folder)
+    train(
+        "judge",
+        both,
+        step,
+        minutes=minutes,
+        lr=1.5e-3,
+        weight_decay=0.05,
+        ema=0.998,
+        pictures=batch + 2 * toys,
+        folder=folder,
+    )
 
 
 def train_vae(folder: Path, pictures: np.ndarray, minutes: float) -> None:
@@ -189,12 +222,13 @@ def train_vae(folder: Path, pictures: np.ndarray, minutes: float) -> None:
     def step(number: int) -> dict[str, torch.Tensor]:
         chosen = torch.randint(0, len(pictures), (batch,))
         x = to_float(pictures[chosen, ..., :3]).contiguous(memory_format=torch.channels_last)
-        z = vae.encode(x).latents
-        y = vae.decode(z + 0.05 * torch.randn_like(z)).sample
+        with faster_precision():
+            z = vae.encode(x).latents.float()
+            y = vae.decode(z + 0.05 * torch.randn_like(z)).sample.float()
         moments = z.mean((0, 2, 3)).square().mean() + z.std((0, 2, 3)).log().square().mean()
         return {"l1": (y - x).abs().mean(), "mse": F.mse_loss(y, x) * 2, "moments": 0.02 * moments}
 
-    train("vae", vae, step, minutes=minutes, lr=2e-3, weight_decay=1e-4, ema=0.998, folder=folder)
+    train("vae", vae, step, minutes=minutes, lr=2e-3, weight_decay=1e-4, ema=0.998, pictures=batch, folder=folder)
 
 
 @torch.no_grad()
@@ -225,29 +259,57 @@ def train_decoder(folder: Path, pictures: np.ndarray, minutes: float) -> None:
         chosen = torch.randint(0, len(pictures), (batch,))
         x = to_float(pictures[chosen, ..., :3]).contiguous(memory_format=torch.channels_last)
         z = latents[chosen].contiguous(memory_format=torch.channels_last)
-        y = vae.decode(z + 0.05 * torch.randn_like(z)).sample
+        with faster_precision():
+            y = vae.decode(z + 0.05 * torch.randn_like(z)).sample.float()
         return {"l1": (y - x).abs().mean(), "mse": F.mse_loss(y, x) * 2}
 
-    train("decoder", vae.decoder, step, minutes=minutes, lr=2e-3, weight_decay=1e-4, ema=0.999, folder=folder)
+    train(
+        "decoder",
+        vae.decoder,
+        step,
+        minutes=minutes,
+        lr=2e-3,
+        weight_decay=1e-4,
+        ema=0.999,
+        pictures=batch,
+        folder=folder,
+    )
 
 
-def train_unet(
-    folder: Path, pictures: np.ndarray, minutes: float, on_publish: Callable[[nn.Module], None]
-) -> nn.Module:
-    """The denoiser, on v prediction with timesteps spread evenly over each batch."""
+class PlainAttention:
+    """Attention of the U-Net by its formula: in bfloat16 on a CPU the gradient of the fused kernel alone takes a fourth
+    of a training step.
+    """
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+
+        def heads(x):
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, tokens, width)
+
+        q, k, v = heads(attn.to_q(hidden_states)), heads(attn.to_k(source)), heads(attn.to_v(source))
+        probabilities = (attn.scale * q @ k.transpose(-1, -2)).softmax(-1).to(v.dtype)
+        return attn.to_out[0]((probabilities @ v).transpose(1, 2).flatten(2))
+
+
+def train_unet(folder: Path, data: Path, minutes: float) -> None:
+    """The denoiser, on v prediction with timesteps spread evenly over each batch; writes the pipeline as it goes."""
+    pictures = load_drawn(draw_scenes, PICTURES, folder / "pictures", "train")
     latents = latents_of(pictures, folder)
     tokenizer, text_encoder = make_tokenizer(), text_encoder_of(trained("clip", clip_parts(), folder)["clip"])
     torch.manual_seed(3)
     unet = make_unet()
+    unet.set_attn_processor(PlainAttention())
     alphas = make_scheduler().alphas_cumprod
     scenes = [scene_by_index(i) for i in range(len(pictures))]
     covered = F.avg_pool2d(torch.from_numpy(pictures[..., 3:].max(-1)).float()[:, None] / 255, 4)
     weights = 1 + (TOY_WEIGHT - 1) * covered
     weights = weights / weights.mean()
+    del pictures
     batch = 16
 
     def step(number: int) -> dict[str, torch.Tensor]:
-        rng = random.Random(number)
+        rng = random.Random(torch.initial_seed())
         chosen = torch.randint(0, len(latents), (batch,))
         z = latents[chosen]
         captions = ["" if rng.random() < EMPTY else caption(scenes[i], rng) for i in chosen]
@@ -258,8 +320,13 @@ def train_unet(
         target = a.sqrt() * noise - (1 - a).sqrt() * z
         with torch.no_grad():
             context = encode_text(tokenizer, text_encoder, captions)
-        predicted = unet(noisy.contiguous(memory_format=torch.channels_last), t, context).sample
+        with faster_precision():
+            predicted = unet(noisy, t, context).sample.float()
         return {"loss": (weights[chosen] * (predicted - target).square()).mean()}
+
+    def publish() -> None:
+        if rank_and_size()[0] == 0:
+            save_pipeline(data, folder, unet)
 
     train(
         "unet",
@@ -269,10 +336,11 @@ def train_unet(
         lr=1e-3,
         weight_decay=1e-3,
         ema=0.999,
+        pictures=batch,
         folder=folder,
-        on_publish=lambda: on_publish(unet),
+        on_publish=publish,
     )
-    return unet
+    publish()
 
 
 def text_encoder_of(clip) -> CLIPTextModel:
@@ -329,14 +397,17 @@ def save_pipeline(data: Path, folder: Path, unet: Any) -> None:
 
 def save_judges(data: Path, folder: Path) -> None:
     """Write the judges, ``toybox-clip`` and ``toybox-dino``, as ordinary transformers folders in half precision."""
-    clip = trained("clip", clip_parts(), folder)["clip"]
+    both = clip_parts()
+    trained("clip", both, folder)
+    load_trained("vision", both, folder)
+    clip: Any = both["clip"]
     parts = trained("judge", judge_parts(), folder)
     size = {"height": 64, "width": 64}
     processor = CLIPImageProcessor(do_center_crop=False, size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     for name, model in (("toybox-clip", clip), ("toybox-dino", parts["encoder"])):
         new = data / f"{name}.new"
         shutil.rmtree(new, ignore_errors=True)
-        model.half().save_pretrained(new, safe_serialization=True)
+        model.half().to(memory_format=torch.contiguous_format).save_pretrained(new, safe_serialization=True)
         processor.save_pretrained(new)
         if model is clip:
             make_tokenizer().save_pretrained(new)
@@ -370,17 +441,24 @@ def between(text: str, name: str, lines: list[str]) -> str:
     return "\n".join([before + begin, *lines, end + rest.split(end)[1]])
 
 
-def write_card(data: Path, folder: Path) -> None:
-    """Put into the model card how long each stage was trained, as its checkpoint says."""
+def write_card(data: Path, folder: Path, further: bool) -> None:
+    """Put into the model card how long each stage was trained, as its checkpoint says; a run that goes `further` adds
+    its rows to those of the runs before.
+    """
     card = data / "toybox-sd" / "README.md"
     if not card.exists():
         return
-    batches = {"clip": 128, "judge": 64 + 96, "vae": 16, "decoder": 16, "unet": 16}
     lines = ["| stage | minutes | steps | pictures seen |", "|---|---|---|---|"]
-    for name, batch in batches.items():
+    if further:
+        stage = re.compile(rf"\| ({'|'.join(MINUTES)})\b")
+        lines += [line for line in card.read_text().splitlines() if stage.match(line)]
+    for name in MINUTES:
         if (folder / f"{name}.pt").exists():
             state = torch.load(folder / f"{name}.pt", weights_only=True)
-            lines.append(f"| {name} | {state['seconds'] / 60:.0f} | {state['step']} | {state['step'] * batch:,} |")
+            if state["step"]:
+                minutes = f"{state['seconds'] / 60:.0f}"
+                label = f"{name}, further" if further else name
+                lines.append(f"| {label} | {minutes} | {state['step']:,} | {state['pictures']:,} |")
     card.write_text(between(card.read_text(), "training", lines))
 
 
@@ -390,7 +468,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="where the finished models go")
     parser.add_argument("--stage", choices=list(MINUTES), action="append", help="only this one (may be repeated)")
     parser.add_argument("--further", action="store_true", help="begin from the shipped weights, not from nothing")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="and processes of the U-Net's stage")
     for name, budget in MINUTES.items():
         parser.add_argument(f"--{name}-minutes", type=float, default=budget, help=f"budget, {budget:g} by default")
     args = parser.parse_args(arguments)
@@ -403,17 +481,21 @@ def main(arguments: list[str] | None = None) -> None:
 
     if "clip" in wanted:
         train_clip(folder, pictures, minutes["clip"])
+    if "vision" in wanted:
+        train_clip(folder, pictures, minutes["vision"], "vision")
     if "judge" in wanted:
         train_judge(folder, pictures, minutes["judge"])
-        save_judges(args.data, folder)
     if "vae" in wanted:
         train_vae(folder, pictures, minutes["vae"])
     if "decoder" in wanted:
         train_decoder(folder, pictures, minutes["decoder"])
+    if {"vision", "judge"} & set(wanted):
+        save_judges(args.data, folder)
     if "unet" in wanted:
-        unet = train_unet(folder, pictures, minutes["unet"], lambda unet: save_pipeline(args.data, folder, unet))
-        save_pipeline(args.data, folder, unet)
-        write_card(args.data, folder)
+        latents_of(pictures, folder)
+        del pictures  # every process opens its own
+        side_by_side(train_unet, args.threads, folder, args.data, minutes["unet"])
+        write_card(args.data, folder, args.further)
 
 
 if __name__ == "__main__":
