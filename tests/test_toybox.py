@@ -217,7 +217,8 @@ def test_the_recipe_is_chosen_by_its_rule():
     }
     assert toybox_concepts.best(rows) == "100 steps, rate 0.01, rank 0.05"
     assert toybox_concepts.best({name: rows[name] for name in list(rows)[:1]}) == list(rows)[0]
-    mean = toybox_concepts.mean_of([{"seconds": 1.0, **recipe(0.2, 1)}, {"seconds": 2.0, "LAG": {"place": 0}}], ("LAG",))
+    scored = [{"seconds": 1.0, **recipe(0.2, 1)}, {"seconds": 2.0, "LAG": {"place": 0}}]
+    mean = toybox_concepts.mean_of(scored, ("LAG",))
     assert mean == {"seconds": 1.5, "LAG": {"identity": 0.2, "place": 0.5}}
 
 

@@ -37,17 +37,19 @@ def make_tokenizer() -> CLIPTokenizer:
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    # Given first and in order, every letter, alone and at the end of a word, has the same number in every process: left
+    # to itself the trainer numbers them as its hash table happens to hand them out.
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=100_000,
         end_of_word_suffix="</w>",
-        initial_alphabet=list(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[*letters, *(f"{letter}</w>" for letter in letters)],
         show_progress=False,
     )
     bpe.train_from_iterator([[word] for word in words], trainer)
     state = json.loads(bpe.to_str())["model"]
-    pieces = sorted(state["vocab"], key=state["vocab"].get)
-    pieces += [f"{piece}</w>" for piece in pre_tokenizers.ByteLevel.alphabet() if f"{piece}</w>" not in state["vocab"]]
-    vocab = {piece: index for index, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    pieces = [*sorted(state["vocab"], key=state["vocab"].get), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
     return CLIPTokenizer(vocab=vocab, merges=[tuple(pair) for pair in state["merges"]], model_max_length=MAX_LENGTH)
 
 
