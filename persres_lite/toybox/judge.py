@@ -68,7 +68,7 @@ class Readings(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width = config.embedding_size + sum(config.hidden_sizes)
+        self.width = width = config.embedding_size + sum(config.hidden_sizes)
         self.linear = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in READINGS.items()})
         self.linear["present"] = nn.Linear(width, len(CLASSES))
         self.where = nn.Conv2d(width, 1, 1)

@@ -2,15 +2,16 @@
 
 Stages, each with a fixed budget of minutes and a checkpoint that it goes on from after a kill:
 
-``clip``        the text encoder, contrastively with an image encoder; the pair is also the CLIP-like judge
-``vision``      its image half for longer, toward the text half, which stays as it is
 ``judge``       the identity encoder and its readings of class, colors, pattern and place
+``text``        the text encoder, contrastively with what that encoder sees
+``vision``      an image encoder toward the text encoder: together they are the CLIP-like judge
 ``vae``         the autoencoder
 ``decoder``     its second half for longer, on the latents of the first
 ``unet``        the denoiser, on latents made once, with the frozen text encoder, one process a core
 
-The text encoder comes first and stays frozen because that is what Stable Diffusion does, and because learned
-together with the U-Net it had not learned colors when the other way had.
+The text encoder comes before the U-Net and stays frozen because that is what Stable Diffusion does, and because learned
+together with the U-Net it had not learned colors when the other way had. It learns from the identity encoder, not from
+an image encoder that begins as it does, because what it can learn is bounded by what the other half sees.
 """
 
 from __future__ import annotations
@@ -41,11 +42,12 @@ from .models import make_autoencoder, make_clip, make_identity_encoder, make_sch
 from .trainer import begin_from, faster_precision, load_trained, rank_and_size, side_by_side, train
 from .world import CLASSES, caption, scene_by_index
 
-MINUTES = {"clip": 20.0, "vision": 20.0, "judge": 20.0, "vae": 30.0, "decoder": 30.0, "unet": 120.0}
+MINUTES = {"judge": 20.0, "text": 8.0, "vision": 20.0, "vae": 30.0, "decoder": 30.0, "unet": 180.0}
 PICTURES = 60_000
 VIEWS = 10_000  # toys seen twice, for the identity encoder
 EMPTY = 0.1  # share of captions left empty, for classifier-free guidance
 TOY_WEIGHT = 3.0  # of a latent covered by a toy in the U-Net's loss; the best prediction stays the same
+ALIGNMENT = 0.3  # of the U-Net's second task, see `train_unet`
 
 
 def to_float(pictures: np.ndarray) -> torch.Tensor:
@@ -81,18 +83,30 @@ def short_caption(scene, rng: random.Random) -> str:
 
 
 def clip_parts() -> nn.ModuleDict:
-    """The contrastive pair, and a layer that helps its image half to learn and is thrown away."""
+    """The contrastive pair, and two layers that help it to learn and are thrown away: one that takes the identity
+    encoder's summary to where text features are, and one that names attributes.
+    """
     clip = make_clip(make_tokenizer())
     with torch.no_grad():
         clip.logit_scale.fill_(math.log(14))
+    width = 2 * Readings(make_identity_encoder().config).width
+    looks = nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, clip.config.projection_dim))
     attributes = nn.Linear(clip.config.vision_config.hidden_size, sum(len(v) for v in READINGS.values()))
-    return nn.ModuleDict({"clip": clip, "attributes": attributes})
+    return nn.ModuleDict({"clip": clip, "looks": looks, "attributes": attributes})
 
 
 def judge_parts() -> nn.ModuleDict:
     """The identity encoder and its readings."""
     encoder = make_identity_encoder()
     return nn.ModuleDict({"encoder": encoder, "readings": Readings(encoder.config)})
+
+
+def unet_parts() -> nn.ModuleDict:
+    """The denoiser, and a head on its middle that tells what the identity encoder would see; it is thrown away."""
+    unet, (_, fine, coarse, _) = make_unet(), make_identity_encoder().config.hidden_sizes
+    middle = unet.config.block_out_channels[-1]
+    head = nn.Sequential(nn.Conv2d(middle, 256, 1), nn.SiLU(), nn.Conv2d(256, fine + coarse, 1))
+    return nn.ModuleDict({"unet": unet, "head": head})
 
 
 def trained(name: str, module: nn.Module, folder: Path) -> Any:
@@ -102,57 +116,6 @@ def trained(name: str, module: nn.Module, folder: Path) -> Any:
             f"Stage {name} has left nothing in {folder}: run `make pretrain`, or --stage {name} first."
         )
     return module.requires_grad_(False)
-
-
-def train_clip(folder: Path, pictures: np.ndarray, minutes: float, name: str = "clip") -> None:
-    """The contrastive pair (Radford et al., 2021). Equal captions in a batch count as equally right.
-
-    Stage ``vision`` goes on with the image half alone (Zhai et al., 2022): the U-Net has learned to listen to the text
-    half as it is.
-    """
-    torch.manual_seed(0)
-    both, tokenizer = clip_parts(), make_tokenizer()
-    clip: Any = both["clip"]
-    clip.set_attn_implementation("eager")  # a third faster to train than fused attention at this size
-    attributes = both["attributes"]
-    if name == "vision":
-        load_trained("clip", both, folder)
-        for half in (clip.text_model, clip.text_projection):
-            half.requires_grad_(False)
-    scenes = [scene_by_index(i) for i in range(len(pictures))]
-    labels = labels_of(scenes)
-    batch = 128
-
-    def step(number: int) -> dict[str, torch.Tensor]:
-        rng = random.Random(torch.initial_seed())
-        chosen = torch.randint(0, len(pictures), (batch,))
-        images = to_float(pictures[chosen, ..., :3])
-        images = images.roll((rng.randint(-3, 3), rng.randint(-3, 3)), (2, 3))
-        captions = [short_caption(scenes[i], rng) for i in chosen]
-        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        with faster_precision():
-            seen = clip.vision_model(pixel_values=images).pooler_output
-            read = clip.text_model(input_ids=ids).pooler_output
-        seen = seen.float()
-        a = F.normalize(clip.visual_projection(seen), dim=-1)
-        b = F.normalize(clip.text_projection(read.float()), dim=-1)
-        logits = a @ b.T * clip.logit_scale.exp().clamp(max=60)
-        names = {text: i for i, text in enumerate(captions)}
-        key = torch.tensor([names[text] for text in captions])
-        same = (key[:, None] == key[None]).float()
-        target = same / same.sum(1, keepdim=True)
-        contrast = (
-            -((target * logits.log_softmax(1)).sum(1).mean() + (target * logits.T.log_softmax(1)).sum(1).mean()) / 2
-        )
-        # Naming the attributes directly is a help for the image encoder alone.
-        parts = attributes(seen).split([len(v) for v in READINGS.values()], dim=1)
-        helped = [
-            F.cross_entropy(part, labels[name][chosen], ignore_index=-1)
-            for name, part in zip(READINGS, parts, strict=True)
-        ]
-        return {"contrast": contrast, "attributes": 0.3 * torch.stack(helped).sum()}
-
-    train(name, both, step, minutes=minutes, lr=1e-3, weight_decay=0.05, pictures=batch, folder=folder)
 
 
 def train_judge(folder: Path, pictures: np.ndarray, minutes: float) -> None:
@@ -209,6 +172,119 @@ def train_judge(folder: Path, pictures: np.ndarray, minutes: float) -> None:
         pictures=batch + 2 * toys,
         folder=folder,
     )
+
+
+@torch.no_grad()
+def seen_by_judge(pictures: np.ndarray, folder: Path) -> dict[str, np.ndarray]:
+    """What the identity encoder makes of every picture: computed once, each channel with mean 0 and deviation 1, kept
+    on disk in half precision and opened without being read.
+
+    Returns
+    -------
+    "summary" (n, 2 x 592): all its maps, averaged over the left half of the picture and over the right one.
+    "fine" (n, 96, 8, 8) and "coarse" (n, 160, 4, 4): the maps after its second and its third stage.
+    """
+    paths = {name: folder / f"judged-{name}.npy" for name in ("summary", "fine", "coarse")}
+    if not all(path.exists() for path in paths.values()):
+        encoder = trained("judge", judge_parts(), folder)["encoder"]
+
+        def look(images: np.ndarray) -> dict[str, torch.Tensor]:
+            x = to_float(images).contiguous(memory_format=torch.channels_last)
+            hidden = encoder(x, output_hidden_states=True).hidden_states
+            halves = [half.mean((2, 3)) for side in (0, 1) for half in (h.chunk(2, 3)[side] for h in hidden)]
+            return {"summary": torch.cat(halves, 1), "fine": hidden[2], "coarse": hidden[3]}
+
+        def by_channel(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            dims = [0, *range(2, x.dim())]
+            return x.mean(dims, keepdim=True), x.std(dims, keepdim=True) + 1e-6
+
+        scales = {name: by_channel(x) for name, x in look(pictures[:2000, ..., :3]).items()}
+        kept: dict[str, list[np.ndarray]] = {name: [] for name in paths}
+        for start in tqdm(range(0, len(pictures), 200), desc="judging"):
+            for name, x in look(pictures[start : start + 200, ..., :3]).items():
+                mean, deviation = scales[name]
+                kept[name].append(((x - mean) / deviation).half().contiguous().numpy())
+        for name, path in paths.items():
+            with open(path.with_suffix(".part"), "wb") as file:
+                np.save(file, np.concatenate(kept[name]))
+            os.replace(path.with_suffix(".part"), path)
+    return {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
+
+
+def contrast(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, captions: list[str]) -> torch.Tensor:
+    """The contrastive loss (Radford et al., 2021) of matching rows; equal captions count as equally right."""
+    logits = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T * scale.exp().clamp(max=60)
+    names = {text: i for i, text in enumerate(captions)}
+    key = torch.tensor([names[text] for text in captions])
+    same = (key[:, None] == key[None]).float()
+    target = same / same.sum(1, keepdim=True)
+    return -((target * logits.log_softmax(1)).sum(1).mean() + (target * logits.T.log_softmax(1)).sum(1).mean()) / 2
+
+
+def only_learning(module: nn.Module, *parts: nn.Module) -> None:
+    """Let these parts of a module learn, and no other."""
+    module.requires_grad_(False)
+    for part in parts:
+        part.requires_grad_(True)
+
+
+def train_text(folder: Path, pictures: np.ndarray, minutes: float) -> None:
+    """The text encoder, contrastively with the identity encoder's summary of the picture."""
+    torch.manual_seed(0)
+    parts, tokenizer = clip_parts(), make_tokenizer()
+    clip: Any = parts["clip"]
+    only_learning(parts, clip.text_model, clip.text_projection, parts["looks"])
+    clip.logit_scale.requires_grad_(True)
+    scenes = [scene_by_index(i) for i in range(len(pictures))]
+    summary = torch.from_numpy(seen_by_judge(pictures, folder)["summary"][:])
+    batch = 256
+
+    def step(number: int) -> dict[str, torch.Tensor]:
+        rng = random.Random(torch.initial_seed())
+        chosen = torch.randint(0, len(pictures), (batch,))
+        captions = [short_caption(scenes[i], rng) for i in chosen]
+        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        looks = parts["looks"](F.dropout(summary[chosen].float(), 0.1))
+        words = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
+        return {"contrast": contrast(looks, words, clip.logit_scale, captions)}
+
+    train("text", parts, step, minutes=minutes, lr=1e-3, weight_decay=0.05, pictures=batch, folder=folder)
+
+
+def train_vision(folder: Path, pictures: np.ndarray, minutes: float) -> None:
+    """The image half of the CLIP-like judge, toward the finished text half (Zhai et al., 2022)."""
+    torch.manual_seed(5)
+    parts, tokenizer = clip_parts(), make_tokenizer()
+    load_trained("text", parts, folder)
+    clip: Any = parts["clip"]
+    clip.set_attn_implementation("eager")  # faster to train than fused attention at this size
+    attributes = parts["attributes"]
+    only_learning(parts, clip.vision_model, clip.visual_projection, attributes)
+    scenes = [scene_by_index(i) for i in range(len(pictures))]
+    labels = labels_of(scenes)
+    batch = 128
+
+    def step(number: int) -> dict[str, torch.Tensor]:
+        rng = random.Random(torch.initial_seed())
+        chosen = torch.randint(0, len(pictures), (batch,))
+        images = to_float(pictures[chosen, ..., :3]).roll((rng.randint(-3, 3), rng.randint(-3, 3)), (2, 3))
+        captions = [short_caption(scenes[i], rng) for i in chosen]
+        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        with faster_precision():
+            seen = clip.vision_model(pixel_values=images).pooler_output.float()
+        words = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
+        # Naming the attributes directly is a help for the image encoder alone.
+        named = attributes(seen).split([len(v) for v in READINGS.values()], dim=1)
+        helped = [
+            F.cross_entropy(part, labels[name][chosen], ignore_index=-1)
+            for name, part in zip(READINGS, named, strict=True)
+        ]
+        return {
+            "contrast": contrast(clip.visual_projection(seen), words, clip.logit_scale, captions),
+            "attributes": 0.3 * torch.stack(helped).sum(),
+        }
+
+    train("vision", parts, step, minutes=minutes, lr=1e-3, weight_decay=0.05, pictures=batch, folder=folder)
 
 
 def train_vae(folder: Path, pictures: np.ndarray, minutes: float) -> None:
@@ -293,13 +369,22 @@ class PlainAttention:
 
 
 def train_unet(folder: Path, data: Path, minutes: float) -> None:
-    """The denoiser, on v prediction with timesteps spread evenly over each batch; writes the pipeline as it goes."""
+    """The denoiser, on v prediction with timesteps spread evenly over each batch; writes the pipeline as it goes.
+
+    Its second task (representation alignment, Yu et al., 2025): from the middle of the network, tell the maps that the
+    identity encoder would have made of the clean picture. It calls for the shape of the toy, which is a small part of
+    the first loss.
+    """
     pictures = load_drawn(draw_scenes, PICTURES, folder / "pictures", "train")
     latents = latents_of(pictures, folder)
-    tokenizer, text_encoder = make_tokenizer(), text_encoder_of(trained("clip", clip_parts(), folder)["clip"])
+    judged = seen_by_judge(pictures, folder)
+    tokenizer, text_encoder = make_tokenizer(), text_encoder_of(trained("text", clip_parts(), folder)["clip"])
     torch.manual_seed(3)
-    unet = make_unet()
+    parts = unet_parts()
+    unet: Any = parts["unet"]
     unet.set_attn_processor(PlainAttention())
+    middle: list[torch.Tensor] = []
+    unet.mid_block.register_forward_hook(lambda module, inputs, output: middle.append(output))
     alphas = make_scheduler().alphas_cumprod
     scenes = [scene_by_index(i) for i in range(len(pictures))]
     covered = F.avg_pool2d(torch.from_numpy(pictures[..., 3:].max(-1)).float()[:, None] / 255, 4)
@@ -322,7 +407,13 @@ def train_unet(folder: Path, data: Path, minutes: float) -> None:
             context = encode_text(tokenizer, text_encoder, captions)
         with faster_precision():
             predicted = unet(noisy, t, context).sample.float()
-        return {"loss": (weights[chosen] * (predicted - target).square()).mean()}
+            told = parts["head"](middle.pop()).float()
+        fine, coarse = (torch.from_numpy(judged[name][chosen.numpy()]).float() for name in ("fine", "coarse"))
+        fine_told, coarse_told = told.split([fine.shape[1], coarse.shape[1]], 1)
+        weight = weights[chosen]
+        missed = (F.avg_pool2d(weight, 2) * (fine_told - fine).square()).mean()
+        missed = missed + (F.avg_pool2d(weight, 4) * (F.avg_pool2d(coarse_told, 2) - coarse).square()).mean()
+        return {"loss": (weight * (predicted - target).square()).mean(), "alignment": ALIGNMENT / 2 * missed}
 
     def publish() -> None:
         if rank_and_size()[0] == 0:
@@ -330,7 +421,7 @@ def train_unet(folder: Path, data: Path, minutes: float) -> None:
 
     train(
         "unet",
-        unet,
+        parts,
         step,
         minutes=minutes,
         lr=1e-3,
@@ -369,7 +460,7 @@ def save_pipeline(data: Path, folder: Path, unet: Any) -> None:
     small.
     """
     target = data / "toybox-sd"
-    tokenizer, text_encoder = make_tokenizer(), text_encoder_of(trained("clip", clip_parts(), folder)["clip"])
+    tokenizer, text_encoder = make_tokenizer(), text_encoder_of(trained("text", clip_parts(), folder)["clip"])
     vae = make_autoencoder()
     trained("vae", vae, folder).decoder.requires_grad_(True)  # what learns is what has averages
     load_trained("decoder", vae.decoder, folder)
@@ -397,10 +488,7 @@ def save_pipeline(data: Path, folder: Path, unet: Any) -> None:
 
 def save_judges(data: Path, folder: Path) -> None:
     """Write the judges, ``toybox-clip`` and ``toybox-dino``, as ordinary transformers folders in half precision."""
-    both = clip_parts()
-    trained("clip", both, folder)
-    load_trained("vision", both, folder)
-    clip: Any = both["clip"]
+    clip = trained("vision", clip_parts(), folder)["clip"]
     parts = trained("judge", judge_parts(), folder)
     size = {"height": 64, "width": 64}
     processor = CLIPImageProcessor(do_center_crop=False, size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
@@ -421,14 +509,15 @@ def adopt(data: Path, folder: Path) -> None:
 
     Their latents stay the same, so that the U-Net may be trained further without the other stages.
     """
-    parts = {"clip": clip_parts(), "judge": judge_parts(), "vae": make_autoencoder(), "unet": make_unet()}
+    parts: dict[str, Any] = {"judge": judge_parts(), "text": clip_parts(), "vae": make_autoencoder()}
+    parts |= {"vision": parts["text"], "unet": unet_parts()}
     shipped = StableDiffusionPipeline.from_pretrained(data / "toybox-sd", dtype=torch.float32)
-    parts["clip"]["clip"].load_state_dict(CLIPModel.from_pretrained(data / "toybox-clip").state_dict())
-    parts["clip"]["clip"].text_model.load_state_dict(shipped.text_encoder.state_dict())  # in single precision
+    parts["text"]["clip"].load_state_dict(CLIPModel.from_pretrained(data / "toybox-clip").state_dict())
+    parts["text"]["clip"].text_model.load_state_dict(shipped.text_encoder.state_dict())  # in single precision
     parts["judge"]["encoder"].load_state_dict(ResNetModel.from_pretrained(data / "toybox-dino").state_dict())
     parts["judge"]["readings"].load_state_dict(load_file(data / "toybox-dino" / "readings.safetensors"))
     parts["vae"].load_state_dict(shipped.vae.state_dict())
-    parts["unet"].load_state_dict(shipped.unet.state_dict())
+    parts["unet"]["unet"].load_state_dict(shipped.unet.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
     for name, module in parts.items():
         begin_from(name, module, folder)
@@ -479,12 +568,12 @@ def main(arguments: list[str] | None = None) -> None:
     if args.further:
         adopt(args.data, folder)
 
-    if "clip" in wanted:
-        train_clip(folder, pictures, minutes["clip"])
-    if "vision" in wanted:
-        train_clip(folder, pictures, minutes["vision"], "vision")
     if "judge" in wanted:
         train_judge(folder, pictures, minutes["judge"])
+    if "text" in wanted:
+        train_text(folder, pictures, minutes["text"])
+    if "vision" in wanted:
+        train_vision(folder, pictures, minutes["vision"])
     if "vae" in wanted:
         train_vae(folder, pictures, minutes["vae"])
     if "decoder" in wanted:
@@ -492,7 +581,7 @@ def main(arguments: list[str] | None = None) -> None:
     if {"vision", "judge"} & set(wanted):
         save_judges(args.data, folder)
     if "unet" in wanted:
-        latents_of(pictures, folder)
+        latents_of(pictures, folder), seen_by_judge(pictures, folder)  # made once, before the processes part
         del pictures  # every process opens its own
         side_by_side(train_unet, args.threads, folder, args.data, minutes["unet"])
         write_card(args.data, folder, args.further)
