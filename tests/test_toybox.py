@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from transformers import CLIPTokenizer
 
 from persres_lite.maintain import toybox_concepts
 from persres_lite.paths import data_dir
 from persres_lite.toybox import concepts, dataset, pretrain, trainer, world
-from persres_lite.toybox.judge import READINGS, labels_of
+from persres_lite.toybox.judge import READINGS, Judge, labels_of
 from persres_lite.toybox.models import MAX_LENGTH, make_tokenizer
 from persres_lite.toybox.render import draw
 
@@ -50,8 +52,6 @@ def test_concepts_are_reserved_and_no_two_share_a_class():
 
 
 def test_shipped_concepts_are_what_the_code_draws():
-    from PIL import Image
-
     folder = data_dir() / "concepts" / "plum-cat"
     drawn = concepts.photograph("plum-cat", *concepts.all_shipped()["plum-cat"])
     for index, picture in enumerate(drawn):
@@ -147,6 +147,15 @@ def test_tokenizer_has_one_piece_for_each_word_and_ends_last():
         len(tokenizer("moonbase").input_ids) > 3 and tokenizer.unk_token_id not in tokenizer("moonbase").input_ids[1:-1]
     )
     assert not set(world.RARE_TOKENS) & set(world.vocabulary())
+
+
+@pytest.mark.parametrize("folder", ["toybox-sd/tokenizer", "toybox-clip"])
+def test_shipped_tokenizers_number_words_as_this_process_does(folder):
+    # Numbers that differ from one process to the next would mix up the words of every stage after the first.
+    shipped, made = CLIPTokenizer.from_pretrained(data_dir() / folder), make_tokenizer()
+    assert shipped.get_vocab() == made.get_vocab()
+    text = " ".join([*world.vocabulary(), *world.RARE_TOKENS])
+    assert shipped(text).input_ids == made(text).input_ids
 
 
 def test_interrupted_training_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
@@ -247,14 +256,15 @@ def test_shipped_files_are_small_and_hold_no_pickles():
 def test_pretraining_goes_from_nothing_to_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "SHARD", 32)
     monkeypatch.setattr(pretrain, "PICTURES", 64)
+    monkeypatch.setattr(pretrain, "VIEWS", 64)
     monkeypatch.setattr(dataset, "ProcessPoolExecutor", lambda workers: ThreadPoolExecutor(1))
-    stages = ("clip", "vae", "decoder", "unet")
     where = ["--folder", str(tmp_path / "runs"), "--data", str(tmp_path / "data")]
-    options = [word for name in stages for word in ("--stage", name, f"--{name}-minutes", "0.001")]
+    options = [word for name in pretrain.MINUTES for word in ("--stage", name, f"--{name}-minutes", "0.001")]
     with pytest.raises(FileNotFoundError, match="Stage vae has left nothing"):
         pretrain.main([*where, "--stage", "unet"])
     pretrain.main([*where, *options, "--threads", "1"])
     first = load_file(tmp_path / "data" / "toybox-sd" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.isfinite(weight).all() for weight in first.values())
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "data" / "toybox-sd")
+    assert Judge(tmp_path / "data").identity([Image.new("RGB", (64, 64))]).shape == (1, 256)
     assert pipeline.vae_scale_factor == 4 and pipeline.scheduler.config.prediction_type == "v_prediction"

@@ -131,7 +131,7 @@ def train_judge(folder: Path, pictures: np.ndarray, minutes: float) -> None:
     view_labels = labels_of(viewed)
     kinds = view_labels["class"][::2].numpy()
     by_kind = [np.flatnonzero(kinds == kind) for kind in range(len(CLASSES))]
-    batch, toys = 96, 48
+    batch, toys = 96, min(48, *(len(some) for some in by_kind))
 
     def step(number: int) -> dict[str, torch.Tensor]:
         chosen = torch.randint(0, len(pictures), (batch,))
@@ -236,7 +236,7 @@ def train_text(folder: Path, pictures: np.ndarray, minutes: float) -> None:
     only_learning(parts, clip.text_model, clip.text_projection, parts["looks"])
     clip.logit_scale.requires_grad_(True)
     scenes = [scene_by_index(i) for i in range(len(pictures))]
-    summary = torch.from_numpy(seen_by_judge(pictures, folder)["summary"][:])
+    summary = torch.from_numpy(np.array(seen_by_judge(pictures, folder)["summary"]))
     batch = 256
 
     def step(number: int) -> dict[str, torch.Tensor]:
