@@ -215,7 +215,7 @@ def test_processes_side_by_side_learn_as_one(tmp_path):
 
 def test_the_recipe_is_chosen_by_its_rule():
     def recipe(identity, place):
-        return {"LAG": {"identity": identity, "place": place}}
+        return {"class": {}, "residual": {}, "LAG": {"identity": identity, "place": place}}
 
     rows = {
         "200 steps, rate 0.01, rank 0.25": recipe(0.90, 0.80),  # nearest, but the place is lost
@@ -226,9 +226,8 @@ def test_the_recipe_is_chosen_by_its_rule():
     }
     assert toybox_concepts.best(rows) == "100 steps, rate 0.01, rank 0.05"
     assert toybox_concepts.best({name: rows[name] for name in list(rows)[:1]}) == list(rows)[0]
-    scored = [{"seconds": 1.0, **recipe(0.2, 1)}, {"seconds": 2.0, "LAG": {"place": 0}}]
-    mean = toybox_concepts.mean_of(scored, ("LAG",))
-    assert mean == {"seconds": 1.5, "LAG": {"identity": 0.2, "place": 0.5}}
+    scored = [{"seconds": 1.0, **recipe(0.2, 1)}, {"seconds": 2.0, "class": {}, "residual": {}, "LAG": {"place": 0}}]
+    assert toybox_concepts.mean_of(scored) == {"seconds": 1.5, **recipe(0.2, 0.5)}
 
 
 def test_bare_diffusers_opens_the_shipped_model():

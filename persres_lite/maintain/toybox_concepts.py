@@ -12,7 +12,8 @@
     0.9 of the pictures, the one with which LAG comes nearest to the references; in a tie, to two digits, fewer steps,
     then the lower rank.
 
-Each writes ``data/results/<name>.json`` and ``.md``.
+Each writes ``data/results/<name>.json`` and ``.md``. ``ranks`` and ``search`` run one training a core, side by side, so
+their seconds are longer than those of ``concepts``.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ import argparse
 import json
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -39,6 +43,7 @@ from persres_lite.toybox.world import PLACES
 
 SEEDS = (0, 1)  # of the pictures, for each place
 UNSEEN = 4  # places
+MODES = ("class", "residual", "LAG")
 
 
 def unseen_places(images: list[Image.Image], judge: Judge) -> list[str]:
@@ -74,49 +79,73 @@ def score(judge: Judge, images, original, references, places: list[str], biased:
     return scores
 
 
-def run(base, judge: Judge, concept: Concept, biased: str | None, modes=("class", "residual", "LAG"), **recipe) -> dict:
-    """Learn one concept and score it; `recipe` goes to `personalize`."""
+def run(base, judge: Judge, concept: Concept, biased: str | None, **recipe) -> dict:
+    """Learn one concept and score it, in places where its references do not stand; `recipe` goes to `personalize`."""
     start = time.perf_counter()
     residuals = personalize(base, concept, progress=False, **recipe)
     seconds = time.perf_counter() - start
-    return {"seconds": round(seconds, 1), **compare(base, judge, concept, residuals, biased, modes)}
-
-
-def compare(base, judge: Judge, concept: Concept, residuals, biased: str | None, modes: tuple[str, ...]) -> dict:
-    """The scores of each mode, in places where the references do not stand, from the same noise."""
     places = unseen_places(concept.images, judge)
     named = [f"a photo of a {concept} {place}" for place in places]
     original = sample(base, [f"a photo of a {concept.macro_class} {place}" for place in places], nullcontext())
-    contexts = {"residual": lambda: residuals.attached(base), "LAG": lambda: localized(base, residuals, concept)}
-    row: dict = {"parameters": residuals.num_parameters(), "places": places}
-    for mode in modes:
-        images = original if mode == "class" else sample(base, named, contexts[mode]())
-        row[mode] = score(judge, images, original, concept.images, places, biased)
-    return row
+    pictures = {
+        "class": original,
+        "residual": sample(base, named, residuals.attached(base)),
+        "LAG": sample(base, named, localized(base, residuals, concept)),
+    }
+    row: dict = {"seconds": round(seconds, 1), "parameters": residuals.num_parameters(), "places": places}
+    return row | {
+        mode: score(judge, images, original, concept.images, places, biased) for mode, images in pictures.items()
+    }
 
 
-def search(base, judge: Judge, modes: tuple[str, ...]) -> dict[str, dict]:
+def run_alone(cell: tuple[Concept, str | None, dict], data: Path) -> list[dict]:
+    """`run` in a process of its own, on one core; with several numbers of steps, each goes on from the one before."""
+    torch.set_num_threads(1)
+    concept, biased, recipe = cell
+    base, judge = load_base("toybox"), Judge(data)
+    steps = recipe.pop("steps", (None,))
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [run(base, judge, concept, biased, steps=n, checkpoint=f"{folder}/state", **recipe) for n in steps]
+    return [
+        {**row, "seconds": round(sum(r["seconds"] for r in rows[: number + 1]), 1)} for number, row in enumerate(rows)
+    ]
+
+
+def run_all(cells: list[tuple[Concept, str | None, dict]], data: Path) -> list[list[dict]]:
+    """`run_alone` for every cell, one a core."""
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        return list(tqdm(pool.map(partial(run_alone, data=data), cells), total=len(cells), desc="trainings"))
+
+
+def ranks(data: Path) -> dict[str, dict]:
+    """The scores over the rank, by "CONCEPT, rank RANK"."""
+    found = list(product(("plum-cat", "garden-snowman"), (1, 0.05, 0.125, 0.25, 0.5, 1.0)))
+    cells = [
+        (load_concept(data / "concepts" / name), shipped.all_shipped()[name][1], {"rank": rank}) for name, rank in found
+    ]
+    return {f"{name}, rank {rank}": rows[0] for (name, rank), rows in zip(found, run_all(cells, data), strict=True)}
+
+
+def search(data: Path) -> dict[str, dict]:
     """The mean scores of every recipe of the grid over the search concepts, by "STEPS steps, rate RATE, rank RANK"."""
-    found: dict[str, list[dict]] = {}
-    cells = list(product(shipped.SEARCH.items(), (0.05, 0.25), (3e-3, 1e-2)))
-    for (name, (toy, biased)), rank, lr in tqdm(cells, desc="search"):
+    cells: list[tuple[Concept, str | None, dict]] = []
+    for name, (toy, biased) in shipped.SEARCH.items():
         images = [Image.fromarray(picture.image) for picture in shipped.photograph(name, toy, biased)]
-        concept = Concept(name, toy.kind, images=images)
-        seconds = 0.0
-        with tempfile.TemporaryDirectory() as folder:
-            for steps in (100, 200):  # the second goes on from the first
-                recipe = {"steps": steps, "lr": lr, "rank": rank, "checkpoint": f"{folder}/state"}
-                row = run(base, judge, concept, biased, modes, **recipe)
-                seconds += row["seconds"]
-                label = f"{steps} steps, rate {lr:g}, rank {rank:g}"
-                found.setdefault(label, []).append({**row, "seconds": seconds, "concept": name})
-    return {label: {**mean_of(rows, modes), "concepts": rows} for label, rows in found.items()}
+        for rank, lr in product((0.05, 0.25), (3e-3, 1e-2)):
+            recipe: dict = {"steps": (100, 200), "lr": lr, "rank": rank}
+            cells.append((Concept(name, toy.kind, images=images), biased, recipe))
+    found: dict[str, list[dict]] = {}
+    for (concept, _, recipe), rows in zip(cells, run_all(cells, data), strict=True):
+        for steps, row in zip(recipe["steps"], rows, strict=True):
+            label = f"{steps} steps, rate {recipe['lr']:g}, rank {recipe['rank']:g}"
+            found.setdefault(label, []).append({**row, "concept": concept.name})
+    return {label: {**mean_of(rows), "concepts": rows} for label, rows in found.items()}
 
 
-def mean_of(rows: list[dict], modes: tuple[str, ...]) -> dict:
+def mean_of(rows: list[dict]) -> dict:
     """The mean of each score over concepts, of those that have it."""
     means: dict = {"seconds": round(sum(row["seconds"] for row in rows) / len(rows), 1)}
-    for mode in modes:
+    for mode in MODES:
         measures = dict.fromkeys(measure for row in rows for measure in row[mode])
         values = {measure: [row[mode][measure] for row in rows if measure in row[mode]] for measure in measures}
         means[mode] = {measure: sum(known) / len(known) for measure, known in values.items()}
@@ -133,21 +162,22 @@ def best(rows: dict[str, dict]) -> str:
     return min(tied, key=lambda label: [float(word.split()[-1]) for word in (label.split(" steps")[0], label)])
 
 
-def _table(rows: dict[str, dict], modes: tuple[str, ...]) -> list[str]:
-    measures = list(dict.fromkeys(m for row in rows.values() for mode in modes for m in row[mode]))
-    head = [f"{measure}: {mode}" for measure in measures for mode in modes]
+def _table(rows: dict[str, dict]) -> list[str]:
+    measures = list(dict.fromkeys(m for row in rows.values() for mode in MODES for m in row[mode]))
+    head = [f"{measure}: {mode}" for measure in measures for mode in MODES]
     lines = ["| | " + " | ".join([*head, "seconds"]) + " |", "|---" * (len(head) + 2) + "|"]
     for name, row in rows.items():
-        cells = [row[mode].get(measure) for measure in measures for mode in modes]
+        cells = [row[mode].get(measure) for measure in measures for mode in MODES]
         cells = ["" if cell is None else f"{cell:.2f}" for cell in cells]
         lines.append(f"| {name} | " + " | ".join([*cells, str(row["seconds"])]) + " |")
     return lines
 
 
-def _save(name: str, rows: dict[str, dict], modes: tuple[str, ...], folder: Path) -> None:
+def _save(what: str, rows: dict[str, dict], folder: Path, last: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    what = name.removeprefix("toybox-")
-    lines = [f"Made by `python -m persres_lite.maintain.toybox_concepts {what}`.", "", *_table(rows, modes), ""]
+    name = what if what == "concepts" else f"toybox-{what}"
+    command = f"Made by `python -m persres_lite.maintain.toybox_concepts {what}`."
+    lines = [command, "", *_table(rows), "", *([last, ""] if last else [])]
     (folder / f"{name}.md").write_text("\n".join(lines))
     (folder / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
     print("\n".join(lines))
@@ -158,23 +188,18 @@ def main() -> None:
     parser.add_argument("what", choices=["concepts", "ranks", "search"])
     parser.add_argument("--data", type=Path, default=Path("data"))
     args = parser.parse_args()
-    base, judge = load_base("toybox"), Judge(args.data)
-    rows: dict[str, dict] = {}
-    modes: tuple[str, ...] = ("class", "residual", "LAG")
+    rows, last = {}, ""
     if args.what == "concepts":
+        base, judge = load_base("toybox"), Judge(args.data)
         for name, (_, biased) in tqdm(shipped.all_shipped().items(), desc="concepts"):
             rows[name] = run(base, judge, load_concept(args.data / "concepts" / name), biased)
-        rows["mean"] = mean_of(list(rows.values()), modes)
+        rows["mean"] = mean_of(list(rows.values()))
     elif args.what == "ranks":
-        cells = [(name, rank) for name in ("plum-cat", "garden-snowman") for rank in (1, 0.05, 0.125, 0.25, 0.5, 1.0)]
-        for name, rank in tqdm(cells, desc="ranks"):
-            biased = shipped.all_shipped()[name][1]
-            concept = load_concept(args.data / "concepts" / name)
-            rows[f"{name}, rank {rank}"] = run(base, judge, concept, biased, rank=rank)
+        rows = ranks(args.data)
     else:
-        rows = search(base, judge, modes)
-        print("best by the rule:", best(rows))
-    _save(f"toybox-{args.what}" if args.what != "concepts" else "concepts", rows, modes, args.data / "results")
+        rows = search(args.data)
+        last = f"By the rule that stands at the top of the program: {best(rows)}."
+    _save(args.what, rows, args.data / "results", last)
 
 
 if __name__ == "__main__":

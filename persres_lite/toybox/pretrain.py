@@ -229,7 +229,9 @@ def only_learning(module: nn.Module, *parts: nn.Module) -> None:
 
 
 def train_text(folder: Path, pictures: np.ndarray, minutes: float) -> None:
-    """The text encoder, contrastively with the identity encoder's summary of the picture."""
+    """The text encoder, contrastively with the identity encoder's summary of the picture (locked-image tuning: Zhai et
+    al., 2022, arXiv 2111.07991).
+    """
     torch.manual_seed(0)
     parts, tokenizer = clip_parts(), make_tokenizer()
     clip: Any = parts["clip"]
@@ -252,7 +254,7 @@ def train_text(folder: Path, pictures: np.ndarray, minutes: float) -> None:
 
 
 def train_vision(folder: Path, pictures: np.ndarray, minutes: float) -> None:
-    """The image half of the CLIP-like judge, toward the finished text half (Zhai et al., 2022)."""
+    """The image half of the CLIP-like judge, toward the finished text half."""
     torch.manual_seed(5)
     parts, tokenizer = clip_parts(), make_tokenizer()
     load_trained("text", parts, folder)
@@ -371,9 +373,9 @@ class PlainAttention:
 def train_unet(folder: Path, data: Path, minutes: float) -> None:
     """The denoiser, on v prediction with timesteps spread evenly over each batch; writes the pipeline as it goes.
 
-    Its second task (representation alignment, Yu et al., 2025): from the middle of the network, tell the maps that the
-    identity encoder would have made of the clean picture. It calls for the shape of the toy, which is a small part of
-    the first loss.
+    Its second task (representation alignment: Yu et al., 2025, arXiv 2410.06940): from the middle of the network, tell
+    the maps that the identity encoder would have made of the clean picture. It calls for the shape of the toy, which is
+    a small part of the first loss.
     """
     pictures = load_drawn(draw_scenes, PICTURES, folder / "pictures", "train")
     latents = latents_of(pictures, folder)
