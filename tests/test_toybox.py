@@ -123,7 +123,8 @@ def test_labels_leave_open_what_a_picture_does_not_settle():
     labels = labels_of([world.Scene((toy,), "at night"), pair])
     assert labels["main"].tolist() == [READINGS["main"].index("red"), -1]
     assert labels["class"].tolist() == [world.CLASSES.index("cat"), -1]
-    assert labels["present"].sum(1).tolist() == [1, 2]
+    assert labels["left"].tolist() == [-1, world.CLASSES.index("cat")]
+    assert labels["right"].tolist() == [-1, world.CLASSES.index("mug")]
 
 
 def test_drawn_pictures_are_cached_and_completed(tmp_path, monkeypatch):

@@ -27,6 +27,8 @@ READINGS = {
     "pattern": PATTERNS,
     "place": PLACES,
     "style": STYLES,
+    "left": CLASSES,
+    "right": CLASSES,
 }
 
 
@@ -36,8 +38,7 @@ def labels_of(scenes: list[Scene]) -> dict[str, torch.Tensor]:
     Returns
     -------
     For each name in `READINGS` a (n,) tensor of indices, -1 where the scene does not settle it (attributes of one
-    toy where there are two, colors under a style that hides them); and "present", (n, classes), 1 for each class in
-    the picture.
+    toy where there are two, sides where there is one, colors under a style that hides them).
     """
     rows = []
     for scene in scenes:
@@ -51,36 +52,43 @@ def labels_of(scenes: list[Scene]) -> dict[str, torch.Tensor]:
                 "pattern": PATTERNS.index(toy.pattern) if single else -1,
                 "place": PLACES.index(scene.place),
                 "style": STYLES.index(scene.style),
+                "left": -1 if single else CLASSES.index(scene.toys[0].kind),
+                "right": -1 if single else CLASSES.index(scene.toys[1].kind),
             }
         )
-    labels = {name: torch.tensor([row[name] for row in rows]) for name in READINGS}
-    kinds = [{toy.kind for toy in scene.toys} for scene in scenes]
-    labels["present"] = torch.tensor([[float(kind in here) for kind in CLASSES] for here in kinds])
-    return labels
+    return {name: torch.tensor([row[name] for row in rows]) for name in READINGS}
+
+
+def summary_of(hidden: list[torch.Tensor]) -> torch.Tensor:
+    """(n, 2 x 592): the maps of all stages, averaged over the left half of the picture and over the right one."""
+    halves = zip(*(stage.chunk(2, 3) for stage in hidden), strict=True)
+    return torch.cat([stage.mean((2, 3)) for half in halves for stage in half], 1)
 
 
 class Readings(nn.Module):
     """Linear readings of the identity encoder's features.
 
-    Features are the maps after each stage, averaged over the picture for what the picture says as a whole, and
-    resized to 16 x 16 for where the toys are.
+    Features are the maps after each stage: averaged over each half of the picture for what is in it, and resized to
+    16 x 16 for where the toys are.
     """
 
     def __init__(self, config):
         super().__init__()
         self.width = width = config.embedding_size + sum(config.hidden_sizes)
-        self.linear = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in READINGS.items()})
-        self.linear["present"] = nn.Linear(width, len(CLASSES))
+        self.linear = nn.ModuleDict({name: nn.Linear(2 * width, len(values)) for name, values in READINGS.items()})
         self.where = nn.Conv2d(width, 1, 1)
-        self.scale = nn.BatchNorm1d(width, affine=False)
+        self.scale = nn.BatchNorm1d(2 * width, affine=False)
 
     def forward(self, hidden: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Logits by name, (n, values), and "mask", (n, 16, 16), from the encoder's hidden states."""
-        pooled = self.scale(torch.cat([h.mean((2, 3)) for h in hidden], 1))
-        out = {name: layer(pooled) for name, layer in self.linear.items()}
+        out = self.named(self.scale(summary_of(hidden)))
         maps = torch.cat([F.interpolate(h, size=(16, 16), mode="bilinear") for h in hidden], 1)
         out["mask"] = self.where(maps)[:, 0]
         return out
+
+    def named(self, summary: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Logits by name from summaries with mean 0 and deviation 1, (n, 2 x 592)."""
+        return {name: layer(summary) for name, layer in self.linear.items()}
 
 
 class Judge:
@@ -109,14 +117,12 @@ class Judge:
 
     @torch.no_grad()
     def read(self, images: list[Image.Image]) -> list[dict]:
-        """For each picture, the most likely value of every reading; under "pair" the two likeliest classes, as a
-        set.
-        """
+        """For each picture, the most likely value of every reading; under "pair" the classes of both sides, a set."""
         logits = self.readings(self._hidden(images))
         rows = []
         for i in range(len(images)):
             row = {name: values[logits[name][i].argmax()] for name, values in READINGS.items()}
-            row["pair"] = {CLASSES[k] for k in logits["present"][i].topk(2).indices}
+            row["pair"] = {row["left"], row["right"]}
             rows.append(row)
         return rows
 

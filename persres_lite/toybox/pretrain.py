@@ -2,7 +2,8 @@
 
 Stages, each with a fixed budget of minutes and a checkpoint that it goes on from after a kill:
 
-``judge``       the identity encoder and its readings of class, colors, pattern and place
+``judge``       the identity encoder, with readings of class, colors, pattern and place
+``readings``    those readings for longer, on the finished encoder
 ``text``        the text encoder, contrastively with what that encoder sees
 ``vision``      an image encoder toward the text encoder: together they are the CLIP-like judge
 ``vae``         the autoencoder
@@ -37,12 +38,12 @@ from tqdm.auto import tqdm
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, ResNetModel
 
 from .dataset import draw_scenes, draw_views, load_drawn, views_by_index
-from .judge import READINGS, Readings, labels_of
+from .judge import READINGS, Readings, labels_of, summary_of
 from .models import make_autoencoder, make_clip, make_identity_encoder, make_scheduler, make_tokenizer, make_unet
 from .trainer import begin_from, faster_precision, load_trained, rank_and_size, side_by_side, train
 from .world import CLASSES, caption, scene_by_index
 
-MINUTES = {"judge": 20.0, "text": 8.0, "vision": 20.0, "vae": 30.0, "decoder": 30.0, "unet": 180.0}
+MINUTES = {"judge": 20.0, "readings": 2.0, "text": 8.0, "vision": 20.0, "vae": 30.0, "decoder": 30.0, "unet": 180.0}
 PICTURES = 60_000
 VIEWS = 10_000  # toys seen twice, for the identity encoder
 EMPTY = 0.1  # share of captions left empty, for classifier-free guidance
@@ -118,6 +119,12 @@ def trained(name: str, module: nn.Module, folder: Path) -> Any:
     return module.requires_grad_(False)
 
 
+def misread(named: dict[str, torch.Tensor], answers: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Cross-entropy of the readings, summed over those that any picture of the batch settles."""
+    settled = [name for name in READINGS if (answers[name] >= 0).any()]
+    return torch.stack([F.cross_entropy(named[name], answers[name], ignore_index=-1) for name in settled]).sum()
+
+
 def train_judge(folder: Path, pictures: np.ndarray, minutes: float) -> None:
     """The identity encoder, contrastively on two views of each toy, and the linear readings of its features."""
     torch.manual_seed(1)
@@ -147,12 +154,9 @@ def train_judge(folder: Path, pictures: np.ndarray, minutes: float) -> None:
         # The views are of one class, which they would teach by rote: it is read from the mixed pictures alone.
         answers = {name: torch.cat([labels[name][chosen], view_labels[name][both_views]]) for name in READINGS}
         answers["class"][batch:] = -1
-        read = [F.cross_entropy(named[name], answers[name], ignore_index=-1) for name in READINGS]
-        present = F.binary_cross_entropy_with_logits(named["present"][:batch], labels["present"][chosen])
         covered = F.avg_pool2d(masks[chosen][:, None], 4)[:, 0]
         losses = {
-            "readings": torch.stack(read).sum(),
-            "present": present * 5,
+            "readings": misread(named, answers),
             "mask": F.binary_cross_entropy_with_logits(named["mask"][:batch], covered) * 2,
         }
         seen = F.normalize(hidden[-1][batch:].mean((2, 3)), dim=-1)
@@ -174,34 +178,33 @@ def train_judge(folder: Path, pictures: np.ndarray, minutes: float) -> None:
     )
 
 
+def look(encoder: Any, images: np.ndarray) -> dict[str, torch.Tensor]:
+    """What the identity encoder makes of pictures: "summary" (n, 2 x 592), and the maps after its second and its third
+    stage, "fine" (n, 96, 8, 8) and "coarse" (n, 160, 4, 4).
+    """
+    x = to_float(images).contiguous(memory_format=torch.channels_last)
+    hidden = encoder(x, output_hidden_states=True).hidden_states
+    return {"summary": summary_of(hidden), "fine": hidden[2], "coarse": hidden[3]}
+
+
+def by_channel(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of each channel."""
+    dims = [0, *range(2, x.dim())]
+    return x.mean(dims, keepdim=True), x.std(dims, keepdim=True) + 1e-6
+
+
 @torch.no_grad()
 def seen_by_judge(pictures: np.ndarray, folder: Path) -> dict[str, np.ndarray]:
-    """What the identity encoder makes of every picture: computed once, each channel with mean 0 and deviation 1, kept
-    on disk in half precision and opened without being read.
-
-    Returns
-    -------
-    "summary" (n, 2 x 592): all its maps, averaged over the left half of the picture and over the right one.
-    "fine" (n, 96, 8, 8) and "coarse" (n, 160, 4, 4): the maps after its second and its third stage.
+    """`look` at every picture: computed once, each channel with mean 0 and deviation 1 on the first 2,000, kept on disk
+    in half precision and opened without being read.
     """
     paths = {name: folder / f"judged-{name}.npy" for name in ("summary", "fine", "coarse")}
     if not all(path.exists() for path in paths.values()):
         encoder = trained("judge", judge_parts(), folder)["encoder"]
-
-        def look(images: np.ndarray) -> dict[str, torch.Tensor]:
-            x = to_float(images).contiguous(memory_format=torch.channels_last)
-            hidden = encoder(x, output_hidden_states=True).hidden_states
-            halves = [half.mean((2, 3)) for side in (0, 1) for half in (h.chunk(2, 3)[side] for h in hidden)]
-            return {"summary": torch.cat(halves, 1), "fine": hidden[2], "coarse": hidden[3]}
-
-        def by_channel(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            dims = [0, *range(2, x.dim())]
-            return x.mean(dims, keepdim=True), x.std(dims, keepdim=True) + 1e-6
-
-        scales = {name: by_channel(x) for name, x in look(pictures[:2000, ..., :3]).items()}
+        scales = {name: by_channel(x) for name, x in look(encoder, pictures[:2000, ..., :3]).items()}
         kept: dict[str, list[np.ndarray]] = {name: [] for name in paths}
         for start in tqdm(range(0, len(pictures), 200), desc="judging"):
-            for name, x in look(pictures[start : start + 200, ..., :3]).items():
+            for name, x in look(encoder, pictures[start : start + 200, ..., :3]).items():
                 mean, deviation = scales[name]
                 kept[name].append(((x - mean) / deviation).half().contiguous().numpy())
         for name, path in paths.items():
@@ -209,6 +212,28 @@ def seen_by_judge(pictures: np.ndarray, folder: Path) -> dict[str, np.ndarray]:
                 np.save(file, np.concatenate(kept[name]))
             os.replace(path.with_suffix(".part"), path)
     return {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
+
+
+def train_readings(folder: Path, pictures: np.ndarray, minutes: float) -> None:
+    """The readings alone, on what the finished encoder sees: a linear layer has soon learned all that it can."""
+    torch.manual_seed(6)
+    parts = trained("judge", judge_parts(), folder)
+    readings: Any = parts["readings"]
+    with torch.no_grad():
+        mean, deviation = by_channel(look(parts["encoder"], pictures[:2000, ..., :3])["summary"])
+    readings.scale.running_mean.copy_(mean[0])
+    readings.scale.running_var.copy_(deviation[0].square())
+    only_learning(parts, readings.linear)
+    labels = labels_of([scene_by_index(i) for i in range(len(pictures))])
+    summary = torch.from_numpy(np.array(seen_by_judge(pictures, folder)["summary"]))
+    batch = 512
+
+    def step(number: int) -> dict[str, torch.Tensor]:
+        chosen = torch.randint(0, len(pictures), (batch,))
+        named = readings.named(F.dropout(summary[chosen].float(), 0.1))
+        return {"readings": misread(named, {name: labels[name][chosen] for name in READINGS})}
+
+    train("readings", parts, step, minutes=minutes, lr=1e-3, weight_decay=0.05, pictures=batch, folder=folder)
 
 
 def contrast(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, captions: list[str]) -> torch.Tensor:
@@ -276,14 +301,11 @@ def train_vision(folder: Path, pictures: np.ndarray, minutes: float) -> None:
             seen = clip.vision_model(pixel_values=images).pooler_output.float()
         words = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
         # Naming the attributes directly is a help for the image encoder alone.
-        named = attributes(seen).split([len(v) for v in READINGS.values()], dim=1)
-        helped = [
-            F.cross_entropy(part, labels[name][chosen], ignore_index=-1)
-            for name, part in zip(READINGS, named, strict=True)
-        ]
+        parts_of = attributes(seen).split([len(v) for v in READINGS.values()], dim=1)
+        named = dict(zip(READINGS, parts_of, strict=True))
         return {
             "contrast": contrast(clip.visual_projection(seen), words, clip.logit_scale, captions),
-            "attributes": 0.3 * torch.stack(helped).sum(),
+            "attributes": 0.3 * misread(named, {name: labels[name][chosen] for name in READINGS}),
         }
 
     train("vision", parts, step, minutes=minutes, lr=1e-3, weight_decay=0.05, pictures=batch, folder=folder)
@@ -491,7 +513,7 @@ def save_pipeline(data: Path, folder: Path, unet: Any) -> None:
 def save_judges(data: Path, folder: Path) -> None:
     """Write the judges, ``toybox-clip`` and ``toybox-dino``, as ordinary transformers folders in half precision."""
     clip = trained("vision", clip_parts(), folder)["clip"]
-    parts = trained("judge", judge_parts(), folder)
+    parts = trained("readings", judge_parts(), folder)
     size = {"height": 64, "width": 64}
     processor = CLIPImageProcessor(do_center_crop=False, size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     for name, model in (("toybox-clip", clip), ("toybox-dino", parts["encoder"])):
@@ -512,7 +534,7 @@ def adopt(data: Path, folder: Path) -> None:
     Their latents stay the same, so that the U-Net may be trained further without the other stages.
     """
     parts: dict[str, Any] = {"judge": judge_parts(), "text": clip_parts(), "vae": make_autoencoder()}
-    parts |= {"vision": parts["text"], "unet": unet_parts()}
+    parts |= {"readings": parts["judge"], "vision": parts["text"], "unet": unet_parts()}
     shipped = StableDiffusionPipeline.from_pretrained(data / "toybox-sd", dtype=torch.float32)
     parts["text"]["clip"].load_state_dict(CLIPModel.from_pretrained(data / "toybox-clip").state_dict())
     parts["text"]["clip"].text_model.load_state_dict(shipped.text_encoder.state_dict())  # in single precision
@@ -572,6 +594,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     if "judge" in wanted:
         train_judge(folder, pictures, minutes["judge"])
+    if "readings" in wanted:
+        train_readings(folder, pictures, minutes["readings"])
     if "text" in wanted:
         train_text(folder, pictures, minutes["text"])
     if "vision" in wanted:
@@ -580,7 +604,7 @@ def main(arguments: list[str] | None = None) -> None:
         train_vae(folder, pictures, minutes["vae"])
     if "decoder" in wanted:
         train_decoder(folder, pictures, minutes["decoder"])
-    if {"vision", "judge"} & set(wanted):
+    if {"readings", "vision"} & set(wanted):
         save_judges(args.data, folder)
     if "unet" in wanted:
         latents_of(pictures, folder), seen_by_judge(pictures, folder)  # made once, before the processes part
