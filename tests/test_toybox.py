@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,6 +231,42 @@ def test_the_recipe_is_chosen_by_its_rule():
     assert toybox_concepts.best({name: rows[name] for name in list(rows)[:1]}) == list(rows)[0]
     scored = [{"seconds": 1.0, **recipe(0.2, 1)}, {"seconds": 2.0, "class": {}, "residual": {}, "LAG": {"place": 0}}]
     assert toybox_concepts.mean_of(scored) == {"seconds": 1.5, **recipe(0.2, 0.5)}
+
+
+def wait_long(folder):
+    (folder / f"{os.getpid()}.pid").touch()
+    time.sleep(120)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux which processes run")
+def test_processes_end_when_what_began_them_is_killed(tmp_path):
+    code = (
+        "import pathlib, tests.test_toybox as t\n"
+        f"if __name__ == '__main__': t.trainer.side_by_side(t.wait_long, 2, pathlib.Path({str(tmp_path)!r}))"
+    )
+    program = tmp_path / "program.py"
+    program.write_text(code)
+    root = Path(__file__).parents[1]
+    parent = subprocess.Popen([sys.executable, str(program)], env=os.environ | {"PYTHONPATH": str(root)})
+    until = time.time() + 90
+    while len(list(tmp_path.glob("*.pid"))) < 2 and time.time() < until:
+        time.sleep(0.2)
+    children = [int(path.stem) for path in tmp_path.glob("*.pid")]
+    assert len(children) == 2
+    parent.kill()
+    parent.wait()
+    until = time.time() + 20
+    while any(alive(child) for child in children) and time.time() < until:
+        time.sleep(0.2)
+    assert not any(alive(child) for child in children)
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has asked about does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_bare_diffusers_opens_the_shipped_model():

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +50,15 @@ def faster_precision() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=fast)
 
 
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone: killed, it cannot say so, and nobody else would stop what it began."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def _begin(rank: int, processes: int, meeting: str, work: Callable, arguments: tuple) -> None:
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
     work(*arguments)
