@@ -21,7 +21,7 @@ from transformers import CLIPTokenizer
 
 from persres_lite.maintain import toybox_concepts
 from persres_lite.paths import data_dir
-from persres_lite.toybox import concepts, dataset, pretrain, trainer, world
+from persres_lite.toybox import concepts, dataset, pretrain, train_judge, trainer, world
 from persres_lite.toybox.judge import READINGS, Judge, labels_of
 from persres_lite.toybox.models import MAX_LENGTH, make_tokenizer
 from persres_lite.toybox.render import draw
@@ -294,7 +294,7 @@ def test_shipped_files_are_small_and_hold_no_pickles():
 def test_pretraining_goes_from_nothing_to_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "SHARD", 32)
     monkeypatch.setattr(pretrain, "PICTURES", 64)
-    monkeypatch.setattr(pretrain, "VIEWS", 64)
+    monkeypatch.setattr(train_judge, "VIEWS", 64)
     monkeypatch.setattr(dataset, "ProcessPoolExecutor", lambda workers: ThreadPoolExecutor(1))
     where = ["--folder", str(tmp_path / "runs"), "--data", str(tmp_path / "data")]
     options = [word for name in pretrain.MINUTES for word in ("--stage", name, f"--{name}-minutes", "0.001")]

@@ -25,8 +25,8 @@ from persres_lite.attention import record_attention
 from persres_lite.bases import entry, load_base
 from persres_lite.toybox.dataset import draw_scenes, draw_views, views_by_index
 from persres_lite.toybox.judge import READINGS, Judge, labels_of
-from persres_lite.toybox.pretrain import between
 from persres_lite.toybox.render import draw
+from persres_lite.toybox.ship import between
 from persres_lite.toybox.world import CLASSES, COLORS, PATTERNS, PLACES, STYLES, scene_by_index, with_article
 
 GOALS = {

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from .render import draw
@@ -81,3 +82,8 @@ def load_drawn(make: Callable, count: int, folder: str | Path, split: str, worke
             work = pool.map(partial(_write_shard, make=make, folder=folder, split=split), missing)
             list(tqdm(work, total=len(missing), desc=f"drawing {split}", unit="k", smoothing=0))
     return np.concatenate([np.load(path) for path in paths])
+
+
+def to_float(pictures: np.ndarray) -> torch.Tensor:
+    """(n, 64, 64, 3) uint8 to (n, 3, 64, 64) in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1)

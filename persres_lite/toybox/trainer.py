@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -118,11 +119,27 @@ def load_trained(name: str, module: nn.Module, folder: Path) -> bool:
     return True
 
 
+def trained(name: str, module: nn.Module, folder: Path) -> Any:
+    """`module` as stage `name` has left it."""
+    if not load_trained(name, module, folder):
+        raise FileNotFoundError(
+            f"Stage {name} has left nothing in {folder}: run `make pretrain`, or --stage {name} first."
+        )
+    return module.requires_grad_(False)
+
+
 def begin_from(name: str, module: nn.Module, folder: Path) -> None:
     """Let stage `name`, if it has not begun, begin from what `module` holds."""
     path = folder / f"{name}.pt"
     if not path.exists():
         _write({"step": 0, "seconds": 0.0, "pictures": 0, "module": module.state_dict()}, path)
+
+
+def only_learning(module: nn.Module, *parts: nn.Module) -> None:
+    """Let these parts of a module learn, and no other."""
+    module.requires_grad_(False)
+    for part in parts:
+        part.requires_grad_(True)
 
 
 def _learning(module: nn.Module) -> list[nn.Parameter]:
