@@ -100,7 +100,7 @@ def write_card(data: Path, folder: Path, stages: list[str], further: bool) -> No
         return
     lines = ["| stage | minutes | steps | pictures seen |", "|---|---|---|---|"]
     if further:
-        stage = re.compile(rf"\| ({'|'.join(stages)})\b")
+        stage = re.compile(rf"\| ({'|'.join(stages)})(, further)? \|")
         lines += [line for line in card.read_text().splitlines() if stage.match(line)]
     for name in stages:
         if (folder / f"{name}.pt").exists():
