@@ -182,11 +182,33 @@ def score_pointing(base, count: int = 256) -> float:
 
 
 @torch.no_grad()
+def through_autoencoder(base, pictures: np.ndarray) -> np.ndarray:
+    """(n, 64, 64, 3) uint8, encoded and decoded."""
+    x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    decoded = torch.cat([base.vae.decode(base.vae.encode(part).latents).sample for part in x.split(50)])
+    return ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
 def score_autoencoder(base, count: int = 500) -> float:
     """PSNR in dB over fresh renders, of pixels in [0, 1]."""
-    x = torch.from_numpy(draw_scenes(0, count, "judged")[..., :3]).permute(0, 3, 1, 2).float() / 127.5 - 1
-    decoded = [base.vae.decode(base.vae.encode(part).latents).sample.clamp(-1, 1) for part in x.split(50)]
-    return float(-10 * ((torch.cat(decoded) - x) / 2).square().mean().log10())
+    pictures = draw_scenes(0, count, "judged")[..., :3]
+    error = (through_autoencoder(base, pictures).astype(float) - pictures) / 255
+    return float(-10 * np.log10(np.square(error).mean()))
+
+
+def score_patterns(base, judge: Judge, count: int = 1000) -> dict[str, float]:
+    """How often the judge reads a pattern on fresh renders that have one, as drawn and through the autoencoder: the
+    second bounds what the U-Net can reach.
+    """
+    scenes = [scene_by_index(i, "judged") for i in range(count)]
+    patterned = [i for i, s in enumerate(scenes) if len(s.toys) == 1 and s.toys[0].pattern != "plain"]
+    drawn = draw_scenes(0, count, "judged")[patterned][..., :3]
+    scores = {}
+    for name, pictures in (("as drawn", drawn), ("through the autoencoder", through_autoencoder(base, drawn))):
+        read = judge.read([Image.fromarray(picture) for picture in pictures])
+        right = [row["pattern"] == scenes[i].toys[0].pattern for row, i in zip(read, patterned, strict=True)]
+        scores[f"pattern where there is one, {name}"] = float(np.mean(right))
+    return scores
 
 
 def sheet(images: list[Image.Image], columns: int = 8) -> Image.Image:
@@ -213,7 +235,7 @@ def main() -> None:
     scores = score_pictures(judge, rows, images)
     scores["pointing"] = (score_pointing(base), 256)
     scores["autoencoder PSNR, dB"] = (score_autoencoder(base), 500)
-    judged = score_judge(args.data, judge)
+    judged = score_judge(args.data, judge) | score_patterns(base, judge)
     table = ["| what the prompt asks for | pictures | shown | goal |", "|---|---|---|---|"]
     table += [f"| {name} | {scores[name][1]} | {scores[name][0]:.2f} | {goal:.2f} |" for name, goal in GOALS.items()]
     table += ["", "| the judge, on fresh renders | accuracy | goal |", "|---|---|---|"]
