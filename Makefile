@@ -16,7 +16,7 @@ PINS := tests/constraints.txt
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
 
-demo: $(READY)  ## personalize Toybox on a shipped concept, write one picture, print the scores (2 minutes)
+demo: $(READY)  ## personalize Toybox on a shipped concept, write one picture, print the scores (1 minute)
 	$(BIN)/python -m persres_lite.maintain.demo $(ARGS)
 
 test: $(READY)  ## style, types, every test, and every notebook against its saved outputs
@@ -34,8 +34,9 @@ notebooks: $(READY)  ## run every notebook in place and save its outputs
 bench: $(READY)  ## time and memory of sampling and training, against the alternatives
 	$(BIN)/python -m persres_lite.maintain.bench $(ARGS)
 
-pretrain: $(READY)  ## make Toybox from nothing (hours; stops and resumes at any point)
+pretrain: $(READY)  ## make Toybox from nothing and score it (five hours; stops and resumes at any point)
 	$(BIN)/python -m persres_lite.toybox.pretrain $(ARGS)
+	$(BIN)/python -m persres_lite.maintain.toybox_scores
 
 setup: $(READY)  ## only the virtual environment
 

@@ -21,7 +21,7 @@ from transformers import CLIPTokenizer
 
 from persres_lite.maintain import toybox_concepts
 from persres_lite.paths import data_dir
-from persres_lite.toybox import concepts, dataset, pretrain, train_judge, trainer, world
+from persres_lite.toybox import concepts, dataset, pretrain, ship, train_judge, trainer, world
 from persres_lite.toybox.judge import READINGS, Judge, labels_of
 from persres_lite.toybox.models import MAX_LENGTH, make_tokenizer
 from persres_lite.toybox.render import draw
@@ -267,6 +267,19 @@ def alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_run_that_goes_further_adds_to_the_card(tmp_path):
+    card = tmp_path / "toybox-sd" / "README.md"
+    card.parent.mkdir()
+    card.write_text("before\n<!-- training: begin -->\nold\n<!-- training: end -->\n| after | it |\n")
+    for further, steps in ((False, 10), (True, 2000)):
+        torch.save({"step": steps, "seconds": 120.0, "pictures": 16 * steps}, tmp_path / "unet.pt")
+        ship.write_card(tmp_path, tmp_path, ["vae", "unet"], further)
+    rows = ["| unet | 2 | 10 | 160 |", "| unet, further | 2 | 2,000 | 32,000 |"]
+    table = ["| stage | minutes | steps | pictures seen |", "|---|---|---|---|", *rows]
+    marks = ["<!-- training: begin -->", *table, "<!-- training: end -->"]
+    assert card.read_text().splitlines() == ["before", *marks, "| after | it |"]
 
 
 def test_bare_diffusers_opens_the_shipped_model():

@@ -13,6 +13,11 @@ import torch
 from persres_lite.figures.style import COLORS, Drawing, as_array, captioned, new_plot
 
 
+def _legend(axes) -> None:
+    """Above the axes, where it covers nothing, in two columns."""
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+
+
 def curves(
     series: Mapping[str, Any],
     x: Sequence[float] | None = None,
@@ -45,7 +50,7 @@ def curves(
         axes.plot(places, mean, color=color, label=name, marker="o" if len(mean) <= 12 else "", markersize=4)
     axes.set(xlabel=xlabel, ylabel=ylabel, **({"yscale": "log"} if log else {}))
     if len(series) > 1:
-        axes.legend(frameon=False)
+        _legend(axes)
     return captioned(figure, caption)
 
 
@@ -76,7 +81,7 @@ def loss_by_noise_level(
         axes.plot(middle, mean, color=color, label=name, marker="o", markersize=4)
     axes.set(xlabel="timestep (right: more noise)", ylabel="mean loss", xlim=(0, last))
     if len(losses) > 1:
-        axes.legend(frameon=False)
+        _legend(axes)
     return captioned(figure, caption)
 
 
@@ -105,7 +110,7 @@ def bars(
             axes.scatter(place + spread, numbers, color=color, edgecolor="white", s=22, zorder=3)
     if reference:
         axes.axhline(reference[1], color="0.35", linestyle="--", linewidth=1.2, label=reference[0])
-        axes.legend(frameon=False)
+        _legend(axes)
     axes.set_xticks(range(len(values)), [textwrap.fill(name, 14) for name in values])
     axes.set_ylabel(ylabel)
     axes.margins(y=0.12)
@@ -128,5 +133,5 @@ def singular_values(matrices: Mapping[str, Any], rank: int | None = None, captio
     if rank is not None:
         axes.axvline(rank + 0.5, color="0.35", linestyle="--", linewidth=1.2, label=f"rank {rank}")
     axes.set(xlabel="number", ylabel="singular value / largest", yscale="log")
-    axes.legend(frameon=False)
+    _legend(axes)
     return captioned(figure, caption)

@@ -1,4 +1,4 @@
-"""The whole job in two minutes: `make demo` learns one shipped concept on Toybox and draws it with and without LAG.
+"""The whole job in a minute: `make demo` learns one shipped concept on Toybox and draws it with and without LAG.
 
     python -m persres_lite.maintain.demo [--concept NAME] [--steps N] [--seed N] [--out FILE.png]
 

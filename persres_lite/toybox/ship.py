@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -100,8 +99,8 @@ def write_card(data: Path, folder: Path, stages: list[str], further: bool) -> No
         return
     lines = ["| stage | minutes | steps | pictures seen |", "|---|---|---|---|"]
     if further:
-        stage = re.compile(rf"\| ({'|'.join(stages)})(, further)? \|")
-        lines += [line for line in card.read_text().splitlines() if stage.match(line)]
+        before = card.read_text().split("<!-- training: begin -->")[1].split("<!-- training: end -->")[0]
+        lines += [line for line in before.splitlines() if line.startswith("| ") and line not in lines]
     for name in stages:
         if (folder / f"{name}.pt").exists():
             state = torch.load(folder / f"{name}.pt", weights_only=True)
