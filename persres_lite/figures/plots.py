@@ -14,8 +14,10 @@ from persres_lite.figures.style import COLORS, Drawing, as_array, captioned, new
 
 
 def _legend(axes) -> None:
-    """Above the axes, where it covers nothing, in two columns."""
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    """Above the axes, where it covers nothing; in two columns if the words are short."""
+    longest = max(map(len, axes.get_legend_handles_labels()[1]))
+    columns = 1 if longest > 24 else 2
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
 
 
 def curves(
