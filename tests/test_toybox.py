@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-from transformers import CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
 from persres_lite.maintain import toybox_concepts
 from persres_lite.paths import data_dir
@@ -267,6 +268,41 @@ def alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_going_further_passes_on_what_an_earlier_stage_has_learned(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "SHARD", 32)
+    monkeypatch.setattr(pretrain, "PICTURES", 64)
+    monkeypatch.setattr(train_judge, "VIEWS", 64)
+    monkeypatch.setattr(dataset, "ProcessPoolExecutor", lambda workers: ThreadPoolExecutor(1))
+    for name in ("toybox-sd", "toybox-clip", "toybox-dino"):
+        shutil.copytree(data_dir() / name, tmp_path / "data" / name)
+    runs = tmp_path / "runs"
+    where = ["--folder", str(runs), "--data", str(tmp_path / "data"), "--further", "--threads", "1"]
+
+    def go(*stages):
+        pretrain.main([*where, *(word for name in stages for word in ("--stage", name, f"--{name}-minutes", "0.001"))])
+        return {name: torch.load(runs / f"{name}.pt", weights_only=True) for name in stages}
+
+    left = go("judge", "readings", "text", "vision")
+    encoder = "encoder.embedder.embedder.convolution.weight"
+    word = "clip.text_model.embeddings.token_embedding.weight"
+    shipped = CLIPModel.from_pretrained(data_dir() / "toybox-clip", dtype=torch.float32)
+    learned = train_judge.trained("judge", train_judge.judge_parts(), runs).state_dict()[encoder]
+    assert torch.equal(left["readings"]["module"][encoder], learned)
+    assert torch.equal(left["vision"]["module"][word], left["text"]["module"][word])
+    assert not torch.equal(left["vision"]["module"][word], shipped.text_model.embeddings.token_embedding.weight)
+
+
+def test_what_was_made_with_a_stage_is_made_again_when_it_has_learned_since(tmp_path):
+    made, source = tmp_path / "latents.npy", tmp_path / "vae.pt"
+    made.touch()
+    assert not trainer.still_valid(made, "vae", tmp_path)
+    source.touch()
+    os.utime(made, (100, 100)), os.utime(source, (100, 100))
+    assert trainer.still_valid(made, "vae", tmp_path)
+    os.utime(source, (101, 101))
+    assert not trainer.still_valid(made, "vae", tmp_path)
 
 
 def test_a_run_that_goes_further_adds_to_the_card(tmp_path):

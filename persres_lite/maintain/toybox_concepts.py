@@ -154,9 +154,8 @@ def mean_of(rows: list[dict]) -> dict:
 
 def best(rows: dict[str, dict]) -> str:
     """The recipe that the rule at the top of this file takes."""
-    fit = {label: row["LAG"] for label, row in rows.items() if row["LAG"]["place"] >= 0.9} or {
-        label: row["LAG"] for label, row in rows.items()
-    }
+    scored = {label: row["LAG"] for label, row in rows.items()}
+    fit = {label: scores for label, scores in scored.items() if scores["place"] >= 0.9} or scored
     highest = max(round(scores["identity"], 2) for scores in fit.values())
     tied = [label for label, scores in fit.items() if round(scores["identity"], 2) == highest]
     return min(tied, key=lambda label: [float(word.split()[-1]) for word in (label.split(" steps")[0], label)])

@@ -43,10 +43,11 @@ PICTURES = 60_000
 def adopt(data: Path, folder: Path) -> None:
     """Begin from the shipped weights: leave them in `folder` as if each stage had just begun, where it has not yet.
 
-    Their latents stay the same, so that the U-Net may be trained further without the other stages.
+    Their latents stay the same, so that the U-Net may be trained further without the other stages. Stages that go on
+    from another one (``readings``, ``vision``, ``decoder``) find there what is shipped of theirs, too.
     """
     parts: dict[str, Any] = {"judge": judge_parts(), "text": clip_parts(), "vae": make_autoencoder()}
-    parts |= {"readings": parts["judge"], "vision": parts["text"], "unet": unet_parts()}
+    parts["unet"] = unet_parts()
     shipped = StableDiffusionPipeline.from_pretrained(data / "toybox-sd", dtype=torch.float32)
     parts["text"]["clip"].load_state_dict(CLIPModel.from_pretrained(data / "toybox-clip").state_dict())
     parts["text"]["clip"].text_model.load_state_dict(shipped.text_encoder.state_dict())  # in single precision

@@ -67,8 +67,10 @@ def save_pipeline(data: Path, folder: Path, unet: Any) -> None:
 
 def save_judges(data: Path, folder: Path) -> None:
     """Write the judges, ``toybox-clip`` and ``toybox-dino``, as ordinary transformers folders in half precision."""
-    clip = trained("vision", clip_parts(), folder)["clip"]
-    parts = trained("readings", judge_parts(), folder)
+    both, parts = trained("text", clip_parts(), folder), trained("judge", judge_parts(), folder)
+    load_trained("vision", both, folder)
+    load_trained("readings", parts, folder)
+    clip = both["clip"]
     size = {"height": 64, "width": 64}
     processor = CLIPImageProcessor(do_center_crop=False, size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     for name, model in (("toybox-clip", clip), ("toybox-dino", parts["encoder"])):

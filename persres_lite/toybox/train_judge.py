@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .dataset import draw_views, load_drawn, to_float, views_by_index
 from .judge import READINGS, Readings, labels_of, summary_of
 from .models import make_identity_encoder
-from .trainer import faster_precision, only_learning, train, trained
+from .trainer import faster_precision, only_learning, still_valid, train, trained
 from .world import CLASSES, scene_by_index
 
 VIEWS = 10_000  # toys seen twice
@@ -104,10 +104,10 @@ def by_channel(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def seen_by_judge(pictures: np.ndarray, folder: Path) -> dict[str, np.ndarray]:
     """`look` at every picture: computed once, each channel with mean 0 and deviation 1 on the first 2,000, kept on disk
-    in half precision and opened without being read.
+    in half precision and opened without being read; made again when the encoder has learned since.
     """
     paths = {name: folder / f"judged-{name}.npy" for name in ("summary", "fine", "coarse")}
-    if not all(path.exists() for path in paths.values()):
+    if not all(still_valid(path, "judge", folder) for path in paths.values()):
         encoder = trained("judge", judge_parts(), folder)["encoder"]
         scales = {name: by_channel(x) for name, x in look(encoder, pictures[:2000, ..., :3]).items()}
         kept: dict[str, list[np.ndarray]] = {name: [] for name in paths}

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from .dataset import to_float
 from .models import make_autoencoder
-from .trainer import faster_precision, load_trained, train, trained
+from .trainer import faster_precision, load_trained, still_valid, train, trained
 
 
 def train_vae(folder: Path, pictures: np.ndarray, minutes: float) -> None:
@@ -37,9 +37,9 @@ def train_vae(folder: Path, pictures: np.ndarray, minutes: float) -> None:
 
 @torch.no_grad()
 def latents_of(pictures: np.ndarray, folder: Path) -> torch.Tensor:
-    """(n, 6, 16, 16): every picture encoded once, kept on disk."""
+    """(n, 6, 16, 16): every picture encoded once, kept on disk until the encoder learns again."""
     path = folder / "latents.npy"
-    if not path.exists():
+    if not still_valid(path, "vae", folder):
         vae = trained("vae", make_autoencoder(), folder)
         parts = []
         for start in tqdm(range(0, len(pictures), 100), desc="encoding"):

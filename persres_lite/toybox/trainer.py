@@ -135,6 +135,12 @@ def begin_from(name: str, module: nn.Module, folder: Path) -> None:
         _write({"step": 0, "seconds": 0.0, "pictures": 0, "module": module.state_dict()}, path)
 
 
+def still_valid(made: Path, name: str, folder: Path) -> bool:
+    """Whether a file made with what stage `name` had learned is there, and the stage has not learned since."""
+    source = folder / f"{name}.pt"
+    return made.exists() and source.exists() and made.stat().st_mtime >= source.stat().st_mtime
+
+
 def only_learning(module: nn.Module, *parts: nn.Module) -> None:
     """Let these parts of a module learn, and no other."""
     module.requires_grad_(False)
