@@ -21,7 +21,7 @@ from torch import nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from persres_lite.maintain import toybox_concepts
-from persres_lite.paths import data_dir
+from persres_lite.support.paths import data_dir
 from persres_lite.toybox import concepts, dataset, pretrain, ship, train_judge, trainer, world
 from persres_lite.toybox.judge import READINGS, Judge, labels_of
 from persres_lite.toybox.models import MAX_LENGTH, make_tokenizer
