@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from persres_lite.projections import find_proj_outs, plain_layer, unet_of
-from persres_lite.residuals import FORMAT, Residuals
+from persres_lite.residuals import FORMAT, Residuals, refuse_absurd
 from persres_lite.support.files import read_tensors, write_tensors
 
 Format = Literal["diffusers", "kohya"]
@@ -28,7 +29,7 @@ Format = Literal["diffusers", "kohya"]
 PREFIX = "persres_lite."  # of our own entries among the metadata of other tools' files
 
 # The two factors' names as PEFT and diffusers (which may add the adapter's name), older diffusers and kohya spell them.
-_FACTORS = re.compile(r"^(?P<module>.+?)\.(?:lora_(?P<peft>[AB])(?:\.\w+)?|lora(?:_|\.)(?P<old>down|up))\.weight$")
+_FACTOR = re.compile(r"\.(?:lora_(?P<peft>[AB])(?:\.\w+)?|lora[_.](?P<old>down|up))\.weight")
 
 
 def export_lora(residuals: Residuals, path: str | Path, format: Format = "diffusers") -> str:
@@ -36,11 +37,11 @@ def export_lora(residuals: Residuals, path: str | Path, format: Format = "diffus
 
     Parameters
     ----------
-    residuals
+    residuals : Residuals
         What to write; V* and macro class are taken from its metadata.
-    path
+    path : path
         A ``.safetensors`` file, written whole or not at all.
-    format
+    format : 'diffusers' or 'kohya'
         "diffusers" for ``pipe.load_lora_weights``, "kohya" for A1111 and ComfyUI (diffusers reads it as well).
 
     Returns
@@ -75,6 +76,7 @@ def export_lora(residuals: Residuals, path: str | Path, format: Format = "diffus
             alpha = torch.tensor(float(rank))
             tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": alpha}
     metadata = {PREFIX + name: str(value) for name, value in residuals.metadata.items()}
+    metadata |= _family(residuals)
     metadata |= _peft_metadata(residuals.ranks) if format == "diffusers" else _kohya_metadata(residuals.ranks)
     write_tensors(path, tensors, metadata)
     return how_to_use(residuals, path, format)
@@ -100,18 +102,19 @@ def import_lora(path: str | Path, base: Any, *, only_proj_out: bool = False) -> 
 
     Parameters
     ----------
-    path
+    path : path
         A safetensors file. The format is seen from the names in it.
-    base
+    base : pipeline or Module
         The pipeline or U-Net that it was trained for.
-    only_proj_out
+    only_proj_out : bool
         Take the part on the output projections and leave the rest out. The result is then not what the file's author
         trained: kohya's LoRAs, for example, change every attention layer as well.
 
     Returns
     -------
     Residuals
-        With the ranks of the file; token and macro class where our own export wrote them.
+        With the ranks of the file, except that a rank above the width becomes the width: the product is the same.
+        Token and macro class where our own export wrote them.
 
     Raises
     ------
@@ -119,13 +122,14 @@ def import_lora(path: str | Path, base: Any, *, only_proj_out: bool = False) -> 
         If there is no such file.
     ValueError
         If it is damaged or no LoRA, changes other layers too, lacks a projection of this base, has factors of another
-        width or kind than this base, or is PEFT's own and the adapter_config.json with its alphas is not beside it.
+        width or kind than this base, holds what gives its factors another meaning than A B (DoRA, a bias, an alpha
+        that is no positive number), or is PEFT's own and the adapter_config.json with its alphas is not beside it.
     """
     tensors, metadata = read_tensors(path)
     if metadata.get("format") == FORMAT:
         raise ValueError(f"{path} holds residuals already: load it with Residuals.load.")
     modules = find_proj_outs(unet_of(base))
-    factors, alphas, others = _sorted_out(tensors, modules)
+    factors, alphas, others = _sorted_out(path, tensors, _spellings(unet_of(base), modules))
     config = _peft_config(Path(path), tensors, metadata)
     if not factors:
         where = f"its {len(others)} tensors belong elsewhere" if others else "it is empty"
@@ -133,23 +137,33 @@ def import_lora(path: str | Path, base: Any, *, only_proj_out: bool = False) -> 
     if others and not only_proj_out:
         raise ValueError(
             f"{path} holds {len(others)} tensors that belong elsewhere, the first {others[0]!r}, and would be another "
-            "LoRA without them: pass only_proj_out=True to take the output projections alone."
+            "LoRA without them: pass only_proj_out=True (--only-proj-out) to take the output projections alone."
         )
     missing = [name for name in modules if set(factors.get(name, ())) != {"A", "B"}]
     if missing:
         raise ValueError(f"{path} lacks the factors of {len(missing)} output projections, the first {missing[0]!r}.")
+    if alphas and config:
+        raise ValueError(f"{path} states its alphas twice, as tensors and as metadata: delete one of the two.")
+    for name, pair in factors.items():
+        A, B = pair["A"], pair["B"]
+        width, *kernel = plain_layer(modules[name]).weight.shape[1:]  # m, and 1 x 1 for a convolution
+        rank = B.shape[0] if B.ndim else 0
+        if not rank or A.shape != (width, rank, *kernel) or B.shape != (rank, width, *kernel):
+            raise ValueError(
+                f"{path} has factors {tuple(A.shape)} and {tuple(B.shape)} for {name!r}, whose weight is "
+                f"{(width, width, *kernel)} here: it is damaged, or made for another base (SD 1.x and 2.x files do not "
+                "cross-load)."
+            )
+        alpha = alphas.get(name) or _peft_alpha(path, config, name, rank)
+        A, B = A.flatten(1).float() * (alpha / rank), B.flatten(1).float()
+        if rank > width:
+            A, B = A @ B, torch.eye(width)
+        refuse_absurd(path, name, A, B)
+        pair |= {"A": A, "B": B}
     residuals = Residuals(base, rank={name: pair["B"].shape[0] for name, pair in factors.items()})
     for name, pair in factors.items():
-        weight = plain_layer(modules[name]).weight
-        if pair["A"].ndim != weight.ndim or pair["A"].shape[0] != len(weight) or pair["B"].shape[1] != len(weight):
-            raise ValueError(
-                f"{path} has factors {tuple(pair['A'].shape)} and {tuple(pair['B'].shape)} for {name!r}, whose weight "
-                f"is {tuple(weight.shape)} here: it was made for another base (SD 1.x and 2.x files do not cross-load)."
-            )
-        rank = pair["B"].shape[0]
-        alpha = alphas.get(name, _peft_alpha(config, name, rank))
-        residuals.A[name].data.copy_(pair["A"].flatten(1) * (alpha / rank))
-        residuals.B[name].data.copy_(pair["B"].flatten(1))
+        residuals.A[name].data.copy_(pair["A"])
+        residuals.B[name].data.copy_(pair["B"])
     ours = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
     residuals.metadata |= {key: ours[key] for key in ("base", "token", "macro_class", "rank") if key in ours}
     return residuals
@@ -214,28 +228,69 @@ def adapter_layers(base: Any, adapter: str) -> dict[str, nn.Module]:
     return {name: layer.lora_B[adapter] for name, layer in layers.items()}
 
 
-def _sorted_out(
-    tensors: dict[str, Tensor], modules: Any
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, float], list[str]]:
-    """Factors by module and paper's letter, alphas by module, and the names that belong to none of `modules`."""
-    spellings: dict[str, str] = {}
-    for name in modules:
+def _spellings(unet: Any, names: Iterable[str]) -> dict[str, str]:
+    """How files spell each projection: diffusers, PEFT, kohya, and by the block numbers of the original model."""
+    spelled: dict[str, str] = {}
+    each = getattr(getattr(unet, "config", None), "layers_per_block", None)
+    for name in names:
         flat = name.replace(".", "_")
-        spellings |= {name: name, f"unet.{name}": name, f"base_model.model.{name}": name, f"lora_unet_{flat}": name}
+        spelled |= {name: name, f"unet.{name}": name, f"base_model.model.{name}": name, f"lora_unet_{flat}": name}
+        place = re.fullmatch(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.proj_out", name)
+        if name == "mid_block.attentions.0.proj_out":
+            original = "middle_block.1.proj_out"
+        elif place and isinstance(each, int):  # a list, for blocks of different depths, has no such numbers
+            number = int(place[2]) * (each + 1) + int(place[3])  # a block ends in one more layer, of another size
+            original = f"input_blocks.{number + 1}" if place[1] == "down" else f"output_blocks.{number}"
+            original += ".1.proj_out"
+        else:
+            continue
+        spelled |= {f"diffusion_model.{original}": name, "lora_unet_" + original.replace(".", "_"): name}
+    return spelled
+
+
+def _sorted_out(
+    path: str | Path, tensors: dict[str, Tensor], spellings: dict[str, str]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, float], list[str]]:
+    """Factors by module and paper's letter, alphas by module, and the names that belong to none of the modules.
+
+    Whatever else stands below a projection changes what its factors mean (DoRA's magnitudes, a bias, LoCon's middle
+    factor, the factors of LoHa and LoKr) and is refused, also where the rest of a file is left out.
+    """
     factors: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
     others = []
     for key, tensor in tensors.items():
-        found = _FACTORS.match(key)
-        module = spellings.get(found["module"] if found else key.removesuffix(".alpha"))
-        if module is None:
+        head = next((head for head in spellings if key.startswith(head)), None)
+        if head is None:
             others.append(key)
-        elif not found:
-            alphas[module] = float(tensor)
+            continue
+        module, what = spellings[head], key.removeprefix(head)
+        found = _FACTOR.fullmatch(what)
+        letter = "B" if found and (found["peft"] == "A" or found["old"] == "down") else "A"  # of the paper
+        if what == ".alpha":
+            twin = module in alphas
+            alphas[module] = _alpha(path, module, tensor.item() if tensor.numel() == 1 else None)
+        elif found and tensor.is_floating_point():
+            twin = letter in factors.setdefault(module, {})
+            factors[module][letter] = tensor
         else:
-            down = found["peft"] == "A" or found["old"] == "down"
-            factors.setdefault(module, {})["B" if down else "A"] = tensor.float()
+            raise ValueError(
+                f"{path} is no plain LoRA: {key!r} ({str(tensor.dtype).removeprefix('torch.')}) gives the factors of "
+                f"{module!r} another meaning than A B, so they cannot be taken without it."
+            )
+        if twin:
+            raise ValueError(f"{path} holds more than one LoRA for {module!r}: split it into files of one each.")
     return factors, alphas, others
+
+
+def _family(residuals: Residuals) -> dict[str, str]:
+    """What A1111 and sd-scripts tell families apart by; a file without it is filed under Stable Diffusion 1."""
+    second = residuals.metadata["structure"].split()[1] != "convolutions"
+    xl = second and not any(name.startswith("down_blocks.0.") for name in residuals.ranks)
+    version = "sdxl_base_v1-0" if xl else "sd_v2" if second else "sd_v1"
+    if residuals.metadata.get("prediction_type") == "v_prediction" and not xl:
+        version += "_v"
+    return {"ss_base_model_version": version, "ss_v2": str(second and not xl)}
 
 
 def _peft_metadata(ranks: dict[str, int]) -> dict[str, str]:
@@ -259,20 +314,65 @@ def _kohya_metadata(ranks: dict[str, int]) -> dict[str, str]:
 
 def _peft_config(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
     """LoraConfig's entries: diffusers keeps them in the metadata, older diffusers nowhere, PEFT in a second file."""
-    if not any(key.startswith("base_model.model.") for key in tensors):
-        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        return {key.removeprefix("unet."): value for key, value in config.items()}
-    beside = path.with_name("adapter_config.json")
-    if not beside.is_file():
-        raise ValueError(f"{path} is PEFT's, with its alphas in a second file: put its adapter_config.json beside it.")
-    return json.loads(beside.read_text(encoding="utf-8"))
+    if any(key.startswith("base_model.model.") for key in tensors):
+        source = path.with_name("adapter_config.json")
+        if not source.is_file():
+            raise ValueError(
+                f"{path} is PEFT's, with its alphas in a second file: put its adapter_config.json beside it."
+            )
+        where, text = str(source), source.read_bytes()
+    else:
+        where, text = f"The metadata of {path}", metadata.get("lora_adapter_metadata", "{}").encode()
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{where} cannot be read: it should be PEFT's configuration, a JSON object.")
+    config = {key.removeprefix("unet."): value for key, value in config.items()}
+    start = config.get("init_lora_weights")
+    variants = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "alora_invocation_tokens")
+    for name in (*variants, "velora_config", "monteclora_config", "arrow_config", "kasa_config"):
+        if config.get(name):
+            raise ValueError(f"{where} asks for {name}: that is no plain LoRA, and its factors mean more than A B.")
+    if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"):
+        raise ValueError(f"{where} says init_lora_weights={start!r}: its factors belong to a base that it had changed.")
+    return config
 
 
-def _peft_alpha(config: dict[str, Any], name: str, rank: int) -> float:
+def _peft_alpha(path: str | Path, config: dict[str, Any], name: str, rank: int) -> float:
     """The alpha of one module; a file that says nothing means alpha = r, so that the product is not scaled."""
-    alpha = config.get("lora_alpha", rank)
-    for key, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):  # PEFT's own rule: the end of a name, or a regular expression
-            alpha = value
-            break
+    alpha = config.get("lora_alpha", 8 if config else rank)  # 8 is PEFT's default
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{path} has an alpha_pattern that is no table of names and numbers.")
+    alpha = next((value for pattern, value in patterns.items() if _names(path, pattern, name)), alpha)
+    alpha = _alpha(path, name, alpha)
     return alpha * rank**0.5 if config.get("use_rslora") else alpha
+
+
+def _names(path: str | Path, pattern: str, name: str) -> bool:
+    """Whether a key of alpha_pattern means this module.
+
+    PEFT takes the key for a regular expression, which can be made to run for years. Here it is a name: the whole one
+    after "^", else any end of it; one ".*" may stand for anything.
+    """
+    plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+    head, star, tail = plain.partition(".*")
+    if not re.fullmatch(r"[\w.]*", head + tail):
+        raise ValueError(
+            f"{path} has the regular expression {pattern[:80]!r} in its alpha_pattern, and a file does not get to run "
+            "one: save it with the names of the modules."
+        )
+    parts = name.split(".")
+    ends = [name] if pattern.startswith("^") else [".".join(parts[start:]) for start in range(len(parts))]
+    if not star:
+        return head in ends
+    return any(e.startswith(head) and e.endswith(tail) and len(e) >= len(head + tail) for e in ends)
+
+
+def _alpha(path: str | Path, name: str, value: Any) -> float:
+    """The tools disagree on what an alpha of zero means, and none says what else one could mean that is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e6:
+        raise ValueError(f"{path} has the alpha {str(value)[:80]!r} for {name!r}, where a positive number belongs.")
+    return float(value)

@@ -26,6 +26,7 @@ from persres_lite.support.rare_token import ENCODERS, rare_token_attached
 
 FORMAT = "personalized-residuals"
 VERSION = 1
+LARGEST = 1e3  # of a change of one weight; the weights themselves stay below 10
 
 
 class Residuals:
@@ -257,6 +258,7 @@ class Residuals:
                     f"{path} has factors of shapes {tuple(A.shape)} and {tuple(B.shape)} for {name!r}, "
                     f"where ({m}, r) and (r, {m}) were expected."
                 )
+            refuse_absurd(path, name, A.float(), B.float())
         residuals = cls(unet, rank={name: tensors[f"{name}.B"].shape[0] for name in widths})
         for name in widths:
             residuals.A[name].data.copy_(tensors[f"{name}.A"])
@@ -266,6 +268,31 @@ class Residuals:
         residuals.history = json.loads(metadata.pop("history", "[]"))
         residuals.metadata = metadata
         return residuals
+
+
+def refuse_absurd(path: str | os.PathLike, name: str, A: torch.Tensor, B: torch.Tensor) -> None:
+    """Refuse factors that would drown the model, or overflow to NaN and a black picture: one flipped bit does that.
+
+    Parameters
+    ----------
+    path : path
+        The file that they come from.
+    name : str
+        Their projection.
+    A, B : tensor (m, r) and (r, m)
+        In fp32.
+
+    Raises
+    ------
+    ValueError
+        If an entry of A B may exceed `LARGEST`.
+    """
+    bound = (A.abs().amax(0) * B.abs().amax(1)).sum().item()
+    if not bound <= LARGEST:
+        raise ValueError(
+            f"{path} would change weights of {name!r} by up to {bound:.0e}, where the weights are about 1: the file is "
+            "damaged, or the training that wrote it had diverged."
+        )
 
 
 def _rank_of(rank: float | int | Mapping[str, int], name: str, width: int) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from persres_lite import Residuals, training
 from persres_lite.cli import commands, main
@@ -92,6 +93,17 @@ def test_a_whole_round(world, tmp_path, capsys):
         assert 'type "sks cat"' in capsys.readouterr().out
         assert main(["sample", str(lora), "a {}", "--out", out, *draw(world, "sample")[2:]]) == 0
         capsys.readouterr()
+
+
+def test_a_lora_on_other_layers_too_needs_the_option_that_its_sentence_names(world, tmp_path, capsys):
+    path, out = tmp_path / "lora.safetensors", tmp_path / "again.safetensors"
+    there = ["--base", str(world / "base"), "--device", "cpu"]
+    assert main(["export", str(world / "cat.safetensors"), "--out", str(path), *there]) == 0
+    other = {"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.zeros(2, 64, 1, 1)}
+    save_file(load_file(path) | other, path)
+    assert main(["export", str(path), "--out", str(out), *there]) == 2
+    assert "--only-proj-out" in capsys.readouterr().err
+    assert main(["export", str(path), "--out", str(out), "--only-proj-out", *there]) == 0 and out.is_file()
 
 
 def test_compare_shows_what_sample_draws(world, tmp_path):

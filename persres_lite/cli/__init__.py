@@ -165,6 +165,12 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument("--out", type=Path, required=True, help="FILE.safetensors")
     write.add_argument("--format", default="diffusers", help="diffusers, or kohya (A1111, ComfyUI); default: diffusers")
     _common(write)
+    for reader in (draw, both, write):
+        reader.add_argument(
+            "--only-proj-out",
+            action="store_true",
+            help="of a LoRA that changes other layers too, take the part on the output projections and leave the rest",
+        )
     return parser
 
 

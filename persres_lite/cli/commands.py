@@ -99,7 +99,9 @@ def _load(chosen: Namespace) -> tuple[Any, Residuals]:
     ours = metadata.get("format") == FORMAT
     known = metadata.get("base") if ours else metadata.get(PREFIX + "base")
     base = load_base(chosen.base or known, chosen.device, _dtype(chosen.dtype))
-    return base, (Residuals.load if ours else import_lora)(chosen.residuals, base)
+    if ours:
+        return base, Residuals.load(chosen.residuals, base)
+    return base, import_lora(chosen.residuals, base, only_proj_out=chosen.only_proj_out)
 
 
 def _words(chosen: Namespace, residuals: Residuals) -> str:

@@ -72,6 +72,11 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
             f"{path} is not a whole safetensors file ({error}): it was cut off or is of another kind; fetch it again."
         ) from error
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        try:
+            finite = torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all()
+        except NotImplementedError as error:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{path} holds {name!r} as {kind}, which cannot be read here: save it as fp16.") from error
+        if not finite:
             raise ValueError(f"{path} holds NaN or infinity in {name!r}: the training that wrote it had diverged.")
     return tensors, metadata
