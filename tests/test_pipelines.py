@@ -1,0 +1,212 @@
+"""Sampling under the contexts in the other pipelines of the family, as they are used: random, tiny, in seconds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+    ControlNetModel,
+    LCMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+
+from persres_lite.attention import record_attention
+from persres_lite.localize import localized
+from tests.reference import reference
+from tests.test_residuals import hooks_of, random_residuals
+from tests.tiny import ATTENTION_GAIN, TEXT_WIDTH, tiny_pipeline
+
+PROMPT = "a photo of a sks cat on the beach"
+AT = [5, 6]  # sks cat
+PICTURE = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+HALF = Image.new("L", (64, 64))
+HALF.paste(255, (0, 0, 32, 64))
+NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
+def with_unet(base, **changes):
+    """The parts of a pipeline, with a random U-Net of another configuration."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config(base.unet.config, **changes).eval().requires_grad_(False)
+    for name, parameter in unet.named_parameters():
+        if ".attn2.to_q." in name or ".attn2.to_k." in name:
+            parameter.mul_(ATTENTION_GAIN)
+    return {name: part for name, part in base.components.items() if part is not None} | {"unet": unet}
+
+
+def parts_of(base):
+    return {name: part for name, part in base.components.items() if part is not None}
+
+
+def controlnet_for(base):
+    """A ControlNet that does something: a fresh one adds zeros."""
+    torch.manual_seed(1)
+    controlnet = ControlNetModel.from_unet(base.unet, conditioning_channels=3).eval().requires_grad_(False)
+    for block in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
+        torch.nn.init.normal_(block.weight, std=0.1)
+    controlnet.controlnet_cond_embedding = torch.nn.Conv2d(3, 32, 4, stride=4)  # as large as these latents
+    return controlnet
+
+
+def img2img():
+    return StableDiffusionImg2ImgPipeline(**parts_of(tiny_pipeline("sd1")), **NO_CHECKER), {"image": PICTURE}
+
+
+def img2img_sd2():
+    return StableDiffusionImg2ImgPipeline(**parts_of(tiny_pipeline("sd2")), **NO_CHECKER), {"image": PICTURE}
+
+
+def inpainting():
+    pipeline = StableDiffusionInpaintPipeline(**parts_of(tiny_pipeline("sd1")), **NO_CHECKER)
+    return pipeline, {"image": PICTURE, "mask_image": HALF, "strength": 1.0}
+
+
+def inpainting_with_nine_channels():
+    pipeline = StableDiffusionInpaintPipeline(**with_unet(tiny_pipeline("sd1"), in_channels=9), **NO_CHECKER)
+    return pipeline, {"image": PICTURE, "mask_image": HALF, "strength": 1.0}
+
+
+def controlnet():
+    base = tiny_pipeline("sd1")
+    pipeline = StableDiffusionControlNetPipeline(**parts_of(base), controlnet=controlnet_for(base), **NO_CHECKER)
+    return pipeline, {"image": PICTURE}
+
+
+def lcm():
+    base = tiny_pipeline("sd1")
+    base.scheduler = LCMScheduler.from_config(base.scheduler.config)
+    return base, {"guidance_scale": 1.0}
+
+
+def lcm_distilled():
+    """A latent consistency model is told its guidance by an embedding: no second half of the batch."""
+    pipeline = StableDiffusionPipeline(**with_unet(tiny_pipeline("sd1"), time_cond_proj_dim=8), **NO_CHECKER)
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    return pipeline, {"guidance_scale": 5.0}
+
+
+def automatic():
+    return AutoPipelineForText2Image.from_pipe(tiny_pipeline("sd2")), {}
+
+
+def automatic_img2img():
+    return AutoPipelineForImage2Image.from_pipe(tiny_pipeline("sdxl")), {"image": PICTURE, "strength": 0.9}
+
+
+def automatic_inpainting():
+    pipeline = AutoPipelineForInpainting.from_pipe(tiny_pipeline("sd1"))
+    return pipeline, {"image": PICTURE, "mask_image": HALF}
+
+
+def xl_inpainting():
+    pipeline = StableDiffusionXLInpaintPipeline(**parts_of(tiny_pipeline("sdxl")), add_watermarker=False)
+    return pipeline, {"image": PICTURE, "mask_image": HALF, "strength": 0.9}
+
+
+def xl_controlnet():
+    base = tiny_pipeline("sdxl")
+    parts = parts_of(base) | {"controlnet": controlnet_for(base)}
+    return StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False), {"image": PICTURE}
+
+
+def refiner():
+    """XL's second model: the second text encoder alone, and a score for looks among what the U-Net is told."""
+    parts = with_unet(
+        tiny_pipeline("sdxl"),
+        block_out_channels=(32, 32, 64, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=2,
+        attention_head_dim=(2, 2, 4, 4),
+        cross_attention_dim=TEXT_WIDTH,
+        projection_class_embeddings_input_dim=5 * 8 + TEXT_WIDTH,
+    ) | {"text_encoder": None, "tokenizer": None}
+    pipeline = StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True, add_watermarker=False)
+    return pipeline, {"image": PICTURE, "strength": 0.9}
+
+
+PIPELINES = [
+    img2img,
+    img2img_sd2,
+    inpainting,
+    inpainting_with_nine_channels,
+    controlnet,
+    lcm,
+    lcm_distilled,
+    automatic,
+    automatic_img2img,
+    automatic_inpainting,
+    xl_inpainting,
+    xl_controlnet,
+    refiner,
+]
+
+
+def latents(pipeline, **arguments):
+    """The final latents of a short run from seeded noise."""
+    pipeline.set_progress_bar_config(disable=True)
+    usual = {"num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "latent"}
+    return pipeline(PROMPT, generator=torch.Generator().manual_seed(0), **usual | arguments).images
+
+
+@pytest.mark.parametrize("make", PIPELINES, ids=lambda make: make.__name__)
+def test_sampling_under_the_contexts(make):
+    pipeline, arguments = make()
+    residuals = random_residuals(pipeline)
+    original = latents(pipeline, **arguments)
+    with residuals.attached(pipeline):
+        everywhere = latents(pipeline, **arguments)
+    with residuals.attached(pipeline, scale=0):
+        assert torch.equal(latents(pipeline, **arguments), original)
+    with localized(pipeline, residuals, "sks cat") as lag:
+        ours = latents(pipeline, **arguments)
+    steps = range(1 + max(step for step, _ in lag.masks))
+    assert len(steps) >= 2 and lag.masks.keys() == {(step, name) for step in steps for name in residuals.A}
+    with reference(pipeline.unet, residuals.A, residuals.B, [AT]), torch.no_grad():
+        slow = latents(pipeline, **arguments)
+    torch.testing.assert_close(ours, slow, atol=1e-3, rtol=1e-3)
+    assert all((ours - other).abs().max() > 0.05 for other in (original, everywhere))
+    with localized(pipeline, residuals, fixed_mask=torch.zeros(8, 8)):
+        assert torch.equal(latents(pipeline, **arguments), original)
+    with localized(pipeline, residuals, fixed_mask=torch.ones(8, 8)):
+        torch.testing.assert_close(latents(pipeline, **arguments), everywhere, atol=1e-4, rtol=1e-4)
+    with record_attention(pipeline, words=["sks cat"]) as record:
+        assert torch.equal(latents(pipeline, **arguments), original)
+    assert {(step, name) for step, name, _ in record.maps} == lag.masks.keys()
+    assert hooks_of(pipeline.unet) == 0 and torch.equal(latents(pipeline, **arguments), original)
+
+
+def test_base_and_refiner_share_the_steps():
+    """XL as its authors use it: the refiner does the last fifth; each has residuals of its own."""
+    base, (second, _) = tiny_pipeline("sdxl"), refiner()
+    pair = random_residuals(base), random_residuals(second)
+
+    def draw():
+        half = latents(base, num_inference_steps=5, denoising_end=0.8, height=64, width=64)
+        return latents(second, num_inference_steps=5, denoising_start=0.8, image=half)
+
+    original = draw()
+    with localized(base, pair[0], "sks cat") as first, localized(second, pair[1], "sks cat") as last:
+        assert (draw() - original).abs().max() > 0.05
+    assert {step for step, _ in first.masks} == {0, 1, 2, 3} and {step for step, _ in last.masks} == {0}
+    assert torch.equal(draw(), original)
+
+
+def test_a_controlnets_own_blocks_stay_as_they_are():
+    """It has `proj_out` and attention of its own, in which the residuals have no part."""
+    pipeline, arguments = controlnet()
+    before = pipeline.controlnet.attn_processors
+    with localized(pipeline, random_residuals(pipeline), "sks cat"):
+        assert hooks_of(pipeline.controlnet) == 0 and pipeline.controlnet.attn_processors == before
+        latents(pipeline, **arguments)
