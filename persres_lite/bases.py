@@ -6,23 +6,32 @@ ones there are, and what follows from the choice of one, stands in :mod:`persres
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from persres_lite.registry import BASES, Base
 from persres_lite.support.paths import data_dir
+from persres_lite.support.rare_token import ENCODERS
+
+
+class UnfitBase(ValueError):
+    """The model is whole, and of a kind that is not meant here."""
 
 
 def load_base(
@@ -61,13 +70,13 @@ def load_base(
         If the name is unknown, the folder is no pipeline, or the model is not a Stable Diffusion U-Net (a diffusion
         transformer, say).
     OSError
-        If the weights are neither on this machine nor to be had.
+        If the weights are neither on this machine nor to be had, or a folder is not whole.
     """
     name = os.fspath(name or os.environ.get("PERSRES_BASE") or "toybox")
     target = _device(device)
     dtype = dtype or _usual_dtype(target, name)
     failures: list[str] = []
-    offline = False
+    offline = local = False
     for source, revision in _sources(name):
         local = Path(source).is_dir()
         where = {"revision": revision, "local_files_only": local or offline}
@@ -75,19 +84,31 @@ def load_base(
             config = DiffusionPipeline.load_config(source, **where)
             _refuse_other_models(config, source)
             options: dict[str, Any] = {} if safety_checker else _without_safety_checker(config)
+            if local:
+                _find_parts(Path(source), config, without=options)
             with _quiet() if local else nullcontext():
                 pipeline = DiffusionPipeline.from_pretrained(
                     source, dtype=dtype, use_safetensors=True, **where, **options
                 )
+            if local:
+                _find_gaps(Path(source), pipeline)
             break
+        except UnfitBase:
+            raise
         except (OSError, SafetensorError) as error:
             offline = offline or isinstance(error.__context__, LocalEntryNotFoundError)  # then only the cache is left
             failures.append(f"{source} ({_reason(error)})")
+        except Exception as error:  # the libraries have many words for a file that they did not expect
+            if not local:
+                raise
+            failures.append(f"{source} ({_reason(error)})")
     else:
+        todo = "Copy the folder anew" if local else "Connect to the network once"
         raise OSError(
-            f"The base {name!r} could not be loaded: {'; '.join(failures)}. Connect to the network once, or give the "
+            f"The base {name!r} could not be loaded: {'; '.join(failures)}. {todo}, or give the "
             "path of a folder that holds it in diffusers' layout, with safetensors files."
         )
+    _never_clip(pipeline.scheduler)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
@@ -159,14 +180,80 @@ def _sources(name: str) -> list[tuple[str, str | None]]:
 
 def _refuse_other_models(config: dict[str, Any], source: str) -> None:
     """Before gigabytes are fetched: refuse what is not a U-Net of the Stable Diffusion kind."""
+    if not isinstance(config, dict):
+        raise OSError("its model_index.json is no table of parts")
     kind = config.get("_class_name", "an unknown pipeline")
     if config.get("transformer"):
-        raise ValueError(
+        raise UnfitBase(
             f"{source} is a diffusion transformer ({kind}): its proj_out is the last layer, not one in each block, and "
             "residuals on it would be something else. Choose a Stable Diffusion model with a U-Net."
         )
-    if (config.get("unet") or [None, None])[1] != "UNet2DConditionModel":
-        raise ValueError(f"{source} is {kind}, which has no text-conditioned U-Net: choose a Stable Diffusion model.")
+    if _class_of(config.get("unet")) != "UNet2DConditionModel":
+        raise UnfitBase(f"{source} is {kind}, which has no text-conditioned U-Net: choose a Stable Diffusion model.")
+
+
+def _class_of(part: Any) -> Any:
+    """The class that a model_index.json names for a part, as in ["diffusers", "UNet2DConditionModel"]."""
+    return part[1] if isinstance(part, list) and len(part) == 2 else None
+
+
+def _find_parts(folder: Path, config: dict[str, Any], without: Iterable[str]) -> None:
+    """Raise OSError if a folder lacks what its model_index.json names; diffusers' own words do not say which part."""
+    kind = config.get("_class_name")
+    if not isinstance(kind, str) or not hasattr(diffusers, kind):
+        raise OSError(f"its model_index.json asks for the class {kind!r}, which diffusers lacks")
+    pipeline = getattr(diffusers, kind)
+    for part, parameter in inspect.signature(pipeline).parameters.items():
+        needed = parameter.default is parameter.empty and part not in pipeline._optional_components
+        if needed and part not in without and _class_of(config.get(part)) is None:
+            raise OSError(f"its model_index.json names no {part}")
+    for part, value in config.items():
+        if part in without or _class_of(value) is None:
+            continue
+        if not (folder / part).is_dir():
+            raise OSError(f"it has no folder {part}")
+        vocabulary = (folder / part / "tokenizer.json", folder / part / "vocab.json")
+        if part.startswith("tokenizer") and not any(path.is_file() for path in vocabulary):
+            raise OSError(f"its {part} has no vocabulary")
+
+
+def _find_gaps(folder: Path, pipeline: Any) -> None:
+    """Raise OSError if something was missing that the libraries pass over, or fill with random numbers."""
+    for part, module in pipeline.components.items():
+        # XL's refiner has the second text encoder alone.
+        if module is None and part.startswith(("text_encoder", "tokenizer")) and f"{part}_2" not in pipeline.components:
+            raise OSError(f"it has no {part}")
+        if not isinstance(module, torch.nn.Module):
+            continue
+        empty = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+        if isinstance(module, PreTrainedModel) and part.startswith("text_encoder"):
+            prefix = f"{module.base_model_prefix}."  # which newer versions of transformers leave out
+            stored: set[str] = set()
+            for path in (folder / part).glob("*.safetensors"):
+                with safe_open(path, "pt") as file:
+                    stored |= {name.removeprefix(prefix) for name in file.keys()}
+            empty += [name for name in module.state_dict() if name.removeprefix(prefix) not in stored]
+        if empty:
+            raise OSError(f"its {part} lacks {len(empty)} tensors, the first {empty[0]!r}")
+    widths: list[int] = []
+    for encoder, tokenizer in ENCODERS.items():
+        module = getattr(pipeline, encoder, None)
+        if module is None:
+            continue
+        known, words = module.get_input_embeddings().num_embeddings, len(getattr(pipeline, tokenizer))
+        if words > known:
+            raise OSError(f"its {tokenizer} counts {words} words, and its {encoder} knows {known}")
+        widths.append(module.config.hidden_size)
+    wanted = pipeline.unet.config.cross_attention_dim
+    if isinstance(wanted, int) and sum(widths) != wanted:
+        raise OSError(f"its text encoders give {sum(widths)} numbers a word, and its U-Net takes {wanted}")
+
+
+def _never_clip(scheduler: Any) -> None:
+    """Latents reach beyond -1 and 1, and a DDIM scheduler made of a configuration that is silent on it clips them."""
+    # What is listed there is left out again by `from_config`, by which a sampler of another kind is made.
+    defaults = [name for name in scheduler.config.get("_use_default_values") or () if name != "clip_sample"]
+    scheduler.register_to_config(clip_sample=False, _use_default_values=defaults)
 
 
 def _without_safety_checker(config: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +268,14 @@ def _reason(error: Exception) -> str:
         return "no such repository, or one that asks for an access token"
     if isinstance(error.__context__, RevisionNotFoundError):
         return "its pinned revision is gone"
-    return str(error).strip().splitlines()[0].rstrip(".")
+    if isinstance(error, json.JSONDecodeError):
+        return "one of its files is not valid JSON"
+    if "We couldn't connect to" in str(error):  # of a folder: said of a configuration that is no table
+        return "one of its configurations cannot be read"
+    if "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than its configuration says"
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return first.split(". ")[0].rstrip(".")
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 import socket
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from persres_lite import Concept, localized, personalize
 from persres_lite.bases import BASES, entry, load_base
@@ -250,6 +252,128 @@ def test_folders_that_are_refused(tmp_path, damage, error, sentence):
     damage(tmp_path / "model")
     with pytest.raises(error, match=sentence):
         load_base(tmp_path / "model")
+
+
+# ------------------------------------------------------------------------------------------ folders that are broken
+
+
+def weights(part, change):
+    def damage(folder):
+        (path,) = (folder / part).glob("*.safetensors")
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, {"format": "pt"})
+
+    return damage
+
+
+def lacking_one(tensors):
+    del tensors[sorted(tensors)[5]]
+
+
+def misshapen(tensors):
+    tensors[sorted(tensors)[3]] = torch.zeros(3, 3)
+
+
+def index(**changes):
+    def damage(folder):
+        path = folder / "model_index.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def gone(name):
+    return lambda folder: shutil.rmtree(folder / name)
+
+
+def emptied(name):
+    return lambda folder: [path.unlink() for path in (folder / name).iterdir()]
+
+
+def text(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def all_junk(folder):
+    for path in (folder / "tokenizer").iterdir():
+        path.write_text("{")
+
+
+def narrow_encoder(folder):
+    """A text encoder from another model."""
+    base = tiny_pipeline("sd1")
+    config = base.text_encoder.config
+    config.hidden_size = 16
+    type(base.text_encoder)(config).save_pretrained(folder / "text_encoder")
+
+
+def small_encoder(folder):
+    base = tiny_pipeline("sd1")
+    base.text_encoder.resize_token_embeddings(100)
+    base.text_encoder.save_pretrained(folder / "text_encoder")
+
+
+BROKEN = {
+    "a tensor of the U-Net": (weights("unet", lacking_one), "its unet lacks 1 tensors, the first 'conv_"),
+    "a tensor of the autoencoder": (weights("vae", lacking_one), "its vae lacks 1 tensors"),
+    "a tensor of the text encoder": (weights("text_encoder", lacking_one), "its text_encoder lacks 1 tensors"),
+    "shapes of the U-Net": (weights("unet", misshapen), "its weights have other shapes than its configuration says"),
+    "shapes of the text encoder": (weights("text_encoder", misshapen), "other shapes than its configuration says"),
+    "no tokenizer": (gone("tokenizer"), "it has no folder tokenizer"),
+    "an empty tokenizer": (emptied("tokenizer"), "its tokenizer has no vocabulary"),
+    "a tokenizer of junk": (all_junk, "one of its files is not valid JSON"),
+    "no scheduler": (gone("scheduler"), "it has no folder scheduler"),
+    "a scheduler of junk": (text("scheduler/scheduler_config.json", "{"), "not a valid JSON file"),
+    "no U-Net": (gone("unet"), "it has no folder unet"),
+    "no weights": (emptied("vae"), "no file named config.json"),
+    "a configuration that is a list": (text("unet/config.json", "[]"), "one of its configurations cannot be read"),
+    "an index that is a list": (text("model_index.json", "[]"), "its model_index.json is no table of parts"),
+    "an index of junk": (text("model_index.json", "{"), "not a valid JSON file"),
+    "an unknown pipeline": (index(_class_name="FooPipeline"), "the class 'FooPipeline', which diffusers lacks"),
+    "a pipeline of its own code": (
+        index(_class_name=["pipe", "Foo"]),
+        r"class \['pipe', 'Foo'\], which diffusers lacks",
+    ),
+    "an unknown scheduler": (index(scheduler=["diffusers", "FooScheduler"]), "has no class `FooScheduler`"),
+    "an unknown library": (index(text_encoder=["foo", "Foo"]), "foo is not one of the libraries"),
+    "no mention of a tokenizer": (index(tokenizer=[None, None]), "its model_index.json names no tokenizer"),
+    "half of XL": (index(_class_name="StableDiffusionXLPipeline"), "it has no (text_encoder|tokenizer)_2"),
+    "a narrower text encoder": (narrow_encoder, "its text encoders give 16 numbers a word, and its U-Net takes 32"),
+    "a text encoder of fewer words": (small_encoder, r"its tokenizer counts \d+ words, and its text_encoder knows 100"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_folder_is_one_sentence_that_names_the_part(folders, tmp_path, what):
+    damage, reason = BROKEN[what]
+    folder = tmp_path / "model"
+    shutil.copytree(folders["sd1"], folder)
+    damage(folder)
+    with pytest.raises(OSError, match=reason) as caught:
+        load_base(folder, device="cpu")
+    said = str(caught.value)
+    assert said.startswith(f"The base {str(folder)!r} could not be loaded: {folder} (") and "network" not in said
+    assert "Copy the folder anew, or give the path of a folder" in said and "\n" not in said
+
+
+def test_what_is_too_much_in_a_folder_does_no_harm(folders, tmp_path):
+    shutil.copytree(folders["sd1"], tmp_path / "model")
+    for part in ("unet", "text_encoder"):
+        weights(part, lambda tensors: tensors.update(more=torch.zeros(1)))(tmp_path / "model")
+    assert fingerprint(load_base(tmp_path / "model", device="cpu")) == fingerprint(tiny_pipeline("sd1"))
+
+
+@pytest.mark.parametrize("kind", [diffusers.DDIMScheduler, diffusers.PNDMScheduler])
+def test_latents_are_not_clipped_because_a_configuration_does_not_speak_of_it(folders, tmp_path, kind):
+    """As many fine-tuned models are saved; DDIM's own default is to clip, and latents reach far beyond 1."""
+    shutil.copytree(folders["sd1"], tmp_path / "model")
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    text("model/scheduler/scheduler_config.json", json.dumps(config | {"_class_name": kind.__name__}))(tmp_path)
+    index(scheduler=["diffusers", kind.__name__])(tmp_path / "model")
+    base = load_base(tmp_path / "model", device="cpu")
+    assert type(base.scheduler) is kind
+    assert diffusers.DDIMScheduler.from_config(base.scheduler.config).config.clip_sample is False
 
 
 @pytest.mark.parametrize("name", ["toybx", "../no/such/folder", "a/b/c", "/nowhere", "stable diffusion"])
