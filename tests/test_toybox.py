@@ -59,8 +59,10 @@ def test_shipped_concepts_are_what_the_code_draws():
     drawn = concepts.photograph("plum-cat", *concepts.all_shipped()["plum-cat"])
     for index, picture in enumerate(drawn):
         for name, made in ((f"{index}.png", picture.image), (f"masks/{index}.png", picture.masks[0])):
-            kept = np.asarray(Image.open(folder / name))
-            assert np.abs(kept.astype(int) - made).max() <= 2  # another processor may round otherwise
+            # Another processor rounds otherwise, and at an edge a single ray may then meet another part: what is
+            # bounded is the mean difference and the share of pixels that differ visibly.
+            apart = np.abs(np.asarray(Image.open(folder / name)).astype(int) - made)
+            assert apart.mean() < 0.2 and (apart > 8).mean() < 0.005, name
 
 
 def test_scenes_and_pictures_follow_from_their_number():
