@@ -16,9 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from persres_lite.attention import record_attention, watch_attention
 from persres_lite.attention import token_positions as positions
 from persres_lite.masks import refine
-from persres_lite.projections import find_proj_outs
 from persres_lite.prompts import find_words
-from persres_lite.watch import attend
+from persres_lite.residuals import find_proj_outs
 from tests.reference import all_probabilities, explicit_probabilities
 from tests.test_residuals import hooks_of
 from tests.tiny import sample, tiny_pipeline, tiny_tokenizer

@@ -1,4 +1,4 @@
-"""dW = A B on every output projection: counts, attaching, folding, and files that are refused."""
+"""dW = A B on every output projection: counts, attaching, merging, and files that are refused."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from persres_lite.projections import add_low_rank, find_proj_outs
-from persres_lite.residuals import Residuals
+from persres_lite.residuals import Residuals, add_low_rank, find_proj_outs
 from tests.reference import reference
 from tests.tiny import KINDS, sample, tiny_pipeline, tiny_unet
 
@@ -358,48 +357,48 @@ def test_residuals_of_another_shape_are_refused(sd1, sdxl):
     assert hooks_of(sdxl.unet) == 0
 
 
-# Folding
+# Merging
 
 
-def test_fold_is_attached_and_unfold_restores_bit_for_bit(pipeline):
+def test_merge_is_attached_and_unmerge_restores_bit_for_bit(pipeline):
     original = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
     residuals = random_residuals(pipeline)
     with residuals.attached(pipeline, scale=0.7):
         attached = sample(pipeline)
-    residuals.fold(pipeline, scale=0.7)
+    residuals.merge(pipeline, scale=0.7)
     torch.testing.assert_close(sample(pipeline), attached, atol=1e-4, rtol=1e-4)
-    residuals.unfold()
+    residuals.unmerge()
     assert all(torch.equal(value, original[name]) for name, value in pipeline.unet.state_dict().items())
 
 
-def test_fold_in_half_precision_restores_bit_for_bit(sd1):
+def test_merge_in_half_precision_restores_bit_for_bit(sd1):
     sd1.unet.to(torch.bfloat16)
     original = {name: value.clone() for name, value in sd1.unet.state_dict().items()}
     residuals = random_residuals(sd1)
-    residuals.fold(sd1.unet)
+    residuals.merge(sd1.unet)
     name = next(iter(residuals.A))
     assert not torch.equal(sd1.unet.state_dict()[f"{name}.weight"], original[f"{name}.weight"])
-    residuals.unfold()
+    residuals.unmerge()
     assert all(torch.equal(value, original[key]) for key, value in sd1.unet.state_dict().items())
 
 
-def test_folding_out_of_order_is_refused(sd1):
+def test_merging_out_of_order_is_refused(sd1):
     one, two = random_residuals(sd1, seed=1), random_residuals(sd1, seed=2)
-    with pytest.raises(ValueError, match="not folded into a model"):
-        one.unfold()
-    one.fold(sd1)
-    with pytest.raises(ValueError, match="folded into a model already: call `unfold"):
-        one.fold(sd1)
-    with pytest.raises(ValueError, match="folded into this model already"):
+    with pytest.raises(ValueError, match="not merged into a model"):
+        one.unmerge()
+    one.merge(sd1)
+    with pytest.raises(ValueError, match="merged into a model already: call `unmerge"):
+        one.merge(sd1)
+    with pytest.raises(ValueError, match="merged into this model already"):
         with one.attached(sd1):
             pass
-    folded = sd1.unet.mid_block.attentions[0].proj_out.weight.clone()
-    two.fold(sd1)
-    with pytest.raises(ValueError, match="changed after `fold`"):
-        one.unfold()
-    two.unfold()
-    assert torch.equal(sd1.unet.mid_block.attentions[0].proj_out.weight, folded)
-    one.unfold()
+    merged = sd1.unet.mid_block.attentions[0].proj_out.weight.clone()
+    two.merge(sd1)
+    with pytest.raises(ValueError, match="changed after `merge`"):
+        one.unmerge()
+    two.unmerge()
+    assert torch.equal(sd1.unet.mid_block.attentions[0].proj_out.weight, merged)
+    one.unmerge()
 
 
 # Files
@@ -408,17 +407,31 @@ def test_folding_out_of_order_is_refused(sd1):
 def test_save_and_load(tmp_path, pipeline):
     residuals = random_residuals(pipeline)
     residuals.metadata |= {"base": "tiny", "token": "sks", "macro_class": "cat"}
-    residuals.history = [0.5, 0.25]
+    residuals.losses = [0.5, 0.25]
     path = residuals.save(tmp_path / "new" / "cat.safetensors")
     assert [each.name for each in path.parent.iterdir()] == ["cat.safetensors"]  # no temporary file left
     loaded = Residuals.load(path, pipeline)
     assert loaded.metadata == residuals.metadata
     assert loaded.metadata.keys() >= {"base", "token", "macro_class", "rank", "version"}
-    assert loaded.history == residuals.history
+    assert loaded.losses == residuals.losses
     for name in residuals.A:
         assert torch.equal(loaded.A[name], residuals.A[name]) and torch.equal(loaded.B[name], residuals.B[name])
         assert loaded.A[name].requires_grad
     assert set(load_file(path)) == {f"{name}.{factor}" for name in residuals.A for factor in "AB"}
+
+
+def test_files_of_version_1_are_read(tmp_path, sd1):
+    """They called the losses "history" and a learned token embedding "rows"."""
+    residuals = random_residuals(sd1)
+    tensors = load_file(residuals.save(tmp_path / "new.safetensors")) | {"text_encoder.rows": torch.ones(1, 32)}
+    metadata = residuals.metadata | {"version": "1", "history": "[0.5, 0.25]"}
+    save_file(tensors, tmp_path / "old.safetensors", metadata)
+    loaded = Residuals.load(tmp_path / "old.safetensors", sd1)
+    assert loaded.losses == [0.5, 0.25] and loaded.token_embeddings["text_encoder"].eq(1).all()
+    assert all(torch.equal(loaded.A[name], residuals.A[name]) for name in residuals.A)
+    again = Residuals.load(loaded.save(tmp_path / "again.safetensors"), sd1)
+    assert again.metadata["version"] == "2" and again.losses == loaded.losses
+    assert again.token_embeddings.keys() == {"text_encoder"}
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, sd1, monkeypatch):
@@ -456,7 +469,7 @@ def other_shape(tensors, metadata):
 
 
 def newer(tensors, metadata):
-    metadata["version"] = "2"
+    metadata["version"] = "3"
 
 
 def a_lora(tensors, metadata):
@@ -474,7 +487,7 @@ def other_base(tensors, metadata):
         (extra, r"has an extra tensor 'somewhere.A' \(1 in all\)"),
         (not_a_number, f"holds NaN or infinity in '{FIRST}.B'"),
         (other_shape, rf"has factors of shapes \(32, 5\) and \(2, 32\) for '{FIRST}', where \(32, r\) and \(r, 32\)"),
-        (newer, "is of version 2, newer than 1: update the package"),
+        (newer, "is of version 3, newer than 2: update the package"),
         (a_lora, "does not hold personalized residuals; a LoRA file must be imported first"),
         (other_base, "made for another base, sd-1.4, with 16 convolutions 320x5 .* this one has 16 convolutions 32x10"),
     ],
@@ -482,7 +495,7 @@ def other_base(tensors, metadata):
 def test_wrong_files_are_refused_with_the_difference(tmp_path, sd1, change, message):
     residuals = Residuals(sd1)
     tensors = load_file(residuals.save(tmp_path / "right.safetensors"))
-    metadata = {key: str(value) for key, value in residuals.metadata.items()} | {"history": json.dumps([])}
+    metadata = {key: str(value) for key, value in residuals.metadata.items()} | {"losses": json.dumps([])}
     change(tensors, metadata)
     save_file(tensors, tmp_path / "wrong.safetensors", metadata)
     Residuals.load(tmp_path / "right.safetensors", sd1)

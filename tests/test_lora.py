@@ -198,7 +198,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_no_file(sd1, tmp_path):
         export_lora(residuals, tmp_path / "cat.safetensors", "ckpt")
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
         export_lora(residuals, tmp_path / "cat.bin")
-    residuals.rows = {"text_encoder": torch.nn.Parameter(torch.zeros(1, 32))}
+    residuals.token_embeddings = {"text_encoder": torch.nn.Parameter(torch.zeros(1, 32))}
     with pytest.raises(ValueError, match="a LoRA file has no place for it"):
         export_lora(residuals, tmp_path / "cat.safetensors")
     assert not list(tmp_path.iterdir())
