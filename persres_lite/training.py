@@ -281,7 +281,7 @@ def _as_ddpm(scheduler: Any) -> DDPMScheduler | None:
 
 def _alike(one: Any, other: Any) -> bool:
     """Whether two schedulers have the same noise levels; some put a tiny number in the place of a last zero."""
-    a, b = one.alphas_cumprod.cpu(), other.alphas_cumprod.cpu()
+    a, b = one.alphas_cumprod.float().cpu(), other.alphas_cumprod.float().cpu()
     return a.shape == b.shape and torch.allclose(a, b, atol=1e-4)
 
 

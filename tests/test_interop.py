@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from persres_lite.lora import export_lora, import_lora
 from persres_lite.residuals import Residuals
+from persres_lite.training import personalize
+from tests.test_training import make_concept
 from tests.tiny import KINDS, sample, tiny_pipeline, tiny_unet
 
 FORMATS = ("diffusers", "kohya")
@@ -246,6 +248,17 @@ def test_other_tools_file_it_under_the_right_family(unets, tmp_path, format, kin
     if format == "kohya":
         assert metadata["ss_network_module"] == "networks.lora"
         assert metadata["ss_network_dim"] == metadata["ss_network_alpha"] == str(max(residuals.ranks.values()))
+
+
+def test_what_a_base_predicts_is_kept_from_training_to_export(tmp_path):
+    """Of SD 2.1 there is one that predicts noise and one that predicts v."""
+    base, path = tiny_pipeline("sd2"), tmp_path / "cat.safetensors"
+    residuals = personalize(base, make_concept(1), steps=1, batch_size=1, progress=False)
+    residuals.save(path)
+    export_lora(Residuals.load(path, base), path)
+    assert import_lora(path, base).metadata["prediction_type"] == "v_prediction"
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["ss_base_model_version"] == "sd_v2_v"
 
 
 # Files of others
