@@ -43,7 +43,7 @@ PLACES = (
 )
 STYLES = (None, "in black and white", "in sepia", "in sunset light")
 
-# Width over height of each kind in a picture, the mean over views: how far to a side it can move without leaving the picture.
+# Width over height of each kind in a picture, the mean over views: it says how far to a side a toy can stand.
 ASPECT = {
     "duck": 0.80, "robot": 0.70, "mug": 1.00, "car": 1.35, "rocket": 0.55,
     "house": 0.90, "mushroom": 0.95, "snowman": 0.65, "cat": 0.65, "teapot": 1.40,

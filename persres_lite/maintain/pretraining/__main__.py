@@ -8,7 +8,9 @@ Stages, each with a fixed budget of minutes and a checkpoint that it goes on fro
 ``vision``      an image encoder toward the text encoder: together they are the CLIP-like judge
 ``vae``         the autoencoder
 ``decoder``     its second half for longer, on the latents of the first
-``unet``        the denoiser, on latents made once, with the frozen text encoder, one process a core
+``unet``        the denoiser, on latents made once, with the frozen text encoder
+
+The autoencoder and the denoiser learn in one process a core.
 
 The text encoder comes before the U-Net and stays frozen because that is what Stable Diffusion does, and because learned
 together with the U-Net it had not learned colors when the other way had. It learns from the identity encoder, not from
@@ -27,16 +29,17 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from transformers import CLIPModel, ResNetModel
 
-from .dataset import draw_scenes, load_drawn
-from .models import make_autoencoder
-from .ship import save_judges, write_card
-from .train_clip import clip_parts, train_text, train_vision
-from .train_judge import judge_parts, seen_by_judge, train_judge, train_readings
-from .train_unet import train_unet, unet_parts
-from .train_vae import latents_of, train_decoder, train_vae
-from .trainer import begin_from, side_by_side
+from persres_lite.toybox.models import make_autoencoder
 
-MINUTES = {"judge": 20.0, "readings": 2.0, "text": 8.0, "vision": 20.0, "vae": 30.0, "decoder": 30.0, "unet": 180.0}
+from .autoencoder import latents_of, train_decoder, train_vae
+from .dataset import draw_scenes, load_drawn
+from .judge import judge_parts, seen_by_judge, train_judge, train_readings
+from .ship import save_judges, write_card
+from .text import clip_parts, train_text, train_vision
+from .trainer import begin_from, data_parallel
+from .unet import train_unet, unet_parts
+
+MINUTES = {"judge": 20.0, "readings": 2.0, "text": 8.0, "vision": 20.0, "vae": 60.0, "decoder": 30.0, "unet": 240.0}
 PICTURES = 60_000
 
 
@@ -66,14 +69,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="where the finished models go")
     parser.add_argument("--stage", choices=list(MINUTES), action="append", help="only this one (may be repeated)")
     parser.add_argument("--further", action="store_true", help="begin from the shipped weights, not from nothing")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="and processes of the U-Net's stage")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="and processes of the longest stages")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help=f"of the training set, {PICTURES:,} by default")
     for name, budget in MINUTES.items():
         parser.add_argument(f"--{name}-minutes", type=float, default=budget, help=f"budget, {budget:g} by default")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     folder, wanted = args.folder, args.stage or list(MINUTES)
     minutes = {name: getattr(args, f"{name}_minutes") for name in MINUTES}
-    pictures = load_drawn(draw_scenes, PICTURES, folder / "pictures", "train")
+    pictures = load_drawn(draw_scenes, args.pictures, folder / "pictures", "train")
     if args.further:
         adopt(args.data, folder)
 
@@ -86,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "vision" in wanted:
         train_vision(folder, pictures, minutes["vision"])
     if "vae" in wanted:
-        train_vae(folder, pictures, minutes["vae"])
+        data_parallel(train_vae, args.threads, folder, pictures, minutes["vae"])
     if "decoder" in wanted:
         train_decoder(folder, pictures, minutes["decoder"])
     if {"readings", "vision"} & set(wanted):
@@ -94,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "unet" in wanted:
         latents_of(pictures, folder), seen_by_judge(pictures, folder)  # made once, before the processes part
         del pictures  # every process opens its own
-        side_by_side(train_unet, args.threads, folder, args.data, minutes["unet"], PICTURES)
+        data_parallel(train_unet, args.threads, folder, args.data, minutes["unet"], args.pictures)
         write_card(args.data, folder, list(MINUTES), args.further)
 
 

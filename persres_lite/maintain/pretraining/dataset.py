@@ -63,8 +63,12 @@ class Shards:
     """
 
     def __init__(self, paths: list[Path]):
+        self.paths = paths
         self.files = [np.load(path, mmap_mode="r") for path in paths]
         self.size = len(self.files[0])
+
+    def __reduce__(self):
+        return Shards, (self.paths,)  # another process opens the files, and is not sent what is in them
 
     def __len__(self) -> int:
         return self.size * len(self.files)

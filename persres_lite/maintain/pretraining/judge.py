@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from .dataset import draw_views, load_drawn, to_float, views_by_index
-from .judge import READINGS, Readings, labels_of, summary_of
-from .models import make_identity_encoder
+from persres_lite.toybox.judge import READINGS, Readings, labels_of, summary_of
+from persres_lite.toybox.models import make_identity_encoder
+from persres_lite.toybox.world import CLASSES, scene_by_index
+
+from .dataset import Shards, draw_views, load_drawn, to_float, views_by_index
 from .trainer import faster_precision, only_learning, still_valid, train, trained
-from .world import CLASSES, scene_by_index
 
 VIEWS = 10_000  # toys seen twice
 
@@ -33,27 +34,31 @@ def misread(named: dict[str, torch.Tensor], answers: dict[str, torch.Tensor]) ->
     return torch.stack([F.cross_entropy(named[name], answers[name], ignore_index=-1) for name in settled]).sum()
 
 
-def train_judge(folder: Path, pictures: np.ndarray, minutes: float) -> None:
+def train_judge(folder: Path, pictures: Shards, minutes: float) -> None:
     """The identity encoder, contrastively on two views of each toy, and the linear readings of its features."""
     torch.manual_seed(1)
     both = judge_parts()
     encoder, readings = both["encoder"], both["readings"]
     scenes = [scene_by_index(i) for i in range(len(pictures))]
     labels = labels_of(scenes)
-    masks = torch.from_numpy(pictures[..., 3:].max(-1)).float().div(255)
     views = load_drawn(draw_views, VIEWS, folder / "pictures", "views")
     viewed = [scene for i in range(VIEWS) for scene in views_by_index(i)]
     view_labels = labels_of(viewed)
     kinds = view_labels["class"][::2].numpy()
     by_kind = [np.flatnonzero(kinds == kind) for kind in range(len(CLASSES))]
-    batch, toys = 96, min(48, *(len(some) for some in by_kind))
+    pairs = torch.tensor([i for i, scene in enumerate(scenes) if len(scene.toys) == 2])
+    batch, toys = 64, min(32, *(len(some) for some in by_kind))
 
     def step(number: int) -> dict[str, torch.Tensor]:
+        # A third of the pictures shows two toys: which is where is the hardest thing to read, and rarer than that.
         chosen = torch.randint(0, len(pictures), (batch,))
+        chosen[: batch // 6] = pairs[torch.randint(0, len(pairs), (batch // 6,))]
+        drawn = pictures[chosen]
         kind = number % len(by_kind)  # telling toys of one class apart is the task, so a batch holds one class
         pair = np.random.default_rng(torch.initial_seed()).choice(by_kind[kind], toys, replace=False)
         both_views = torch.from_numpy(np.stack([2 * pair, 2 * pair + 1], 1).ravel())
-        images = torch.cat([to_float(pictures[chosen, ..., :3]), to_float(views[pair].reshape(-1, 64, 64, 3))])
+        seen_twice = views[pair].reshape(-1, *drawn.shape[1:])
+        images = torch.cat([to_float(drawn[..., :3]), to_float(seen_twice[..., :3])])
         images = images * (1 + 0.1 * torch.randn(len(images), 1, 1, 1)) + 0.05 * torch.randn(len(images), 1, 1, 1)
         with faster_precision():
             images = images.contiguous(memory_format=torch.channels_last)
@@ -62,10 +67,11 @@ def train_judge(folder: Path, pictures: np.ndarray, minutes: float) -> None:
         # The views are of one class, which they would teach by rote: it is read from the mixed pictures alone.
         answers = {name: torch.cat([labels[name][chosen], view_labels[name][both_views]]) for name in READINGS}
         answers["class"][batch:] = -1
-        covered = F.avg_pool2d(masks[chosen][:, None], 4)[:, 0]
+        masks = np.concatenate([drawn[..., 3], seen_twice[..., 3]])
+        covered = F.avg_pool2d(torch.from_numpy(masks).float()[:, None] / 255, masks.shape[-1] // 16)[:, 0]
         losses = {
             "readings": misread(named, answers),
-            "mask": F.binary_cross_entropy_with_logits(named["mask"][:batch], covered) * 2,
+            "mask": F.binary_cross_entropy_with_logits(named["mask"], covered) * 2,
         }
         seen = F.normalize(hidden[-1][batch:].mean((2, 3)), dim=-1)
         similarity = seen[0::2] @ seen[1::2].T / 0.07
@@ -90,7 +96,7 @@ def look(encoder: Any, images: np.ndarray) -> dict[str, torch.Tensor]:
     """What the identity encoder makes of pictures: "summary" (n, 2 x 592), and the maps after its second and its third
     stage, "fine" (n, 96, 8, 8) and "coarse" (n, 160, 4, 4).
     """
-    x = to_float(images).contiguous(memory_format=torch.channels_last)
+    x = to_float(images)
     hidden = encoder(x, output_hidden_states=True).hidden_states
     return {"summary": summary_of(hidden), "fine": hidden[2], "coarse": hidden[3]}
 
@@ -102,17 +108,17 @@ def by_channel(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def seen_by_judge(pictures: np.ndarray, folder: Path) -> dict[str, np.ndarray]:
+def seen_by_judge(pictures: Shards, folder: Path) -> dict[str, np.ndarray]:
     """`look` at every picture: computed once, each channel with mean 0 and deviation 1 on the first 2,000, kept on disk
     in half precision and opened without being read; made again when the encoder has learned since.
     """
     paths = {name: folder / f"judged-{name}.npy" for name in ("summary", "fine", "coarse")}
     if not all(still_valid(path, "judge", folder) for path in paths.values()):
         encoder = trained("judge", judge_parts(), folder)["encoder"]
-        scales = {name: by_channel(x) for name, x in look(encoder, pictures[:2000, ..., :3]).items()}
+        scales = {name: by_channel(x) for name, x in look(encoder, pictures[:2000][..., :3]).items()}
         kept: dict[str, list[np.ndarray]] = {name: [] for name in paths}
         for start in tqdm(range(0, len(pictures), 200), desc="judging"):
-            for name, x in look(encoder, pictures[start : start + 200, ..., :3]).items():
+            for name, x in look(encoder, pictures[start : start + 200][..., :3]).items():
                 mean, deviation = scales[name]
                 kept[name].append(((x - mean) / deviation).half().contiguous().numpy())
         for name, path in paths.items():
@@ -122,13 +128,13 @@ def seen_by_judge(pictures: np.ndarray, folder: Path) -> dict[str, np.ndarray]:
     return {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
 
 
-def train_readings(folder: Path, pictures: np.ndarray, minutes: float) -> None:
+def train_readings(folder: Path, pictures: Shards, minutes: float) -> None:
     """The readings alone, on what the finished encoder sees: a linear layer has soon learned all that it can."""
     torch.manual_seed(6)
     parts = trained("judge", judge_parts(), folder)
     readings: Any = parts["readings"]
     with torch.no_grad():
-        mean, deviation = by_channel(look(parts["encoder"], pictures[:2000, ..., :3])["summary"])
+        mean, deviation = by_channel(look(parts["encoder"], pictures[:2000][..., :3])["summary"])
     readings.scale.running_mean.copy_(mean[0])
     readings.scale.running_var.copy_(deviation[0].square())
     only_learning(parts, readings.linear)
@@ -141,4 +147,7 @@ def train_readings(folder: Path, pictures: np.ndarray, minutes: float) -> None:
         named = readings.named(F.dropout(summary[chosen].float(), 0.1))
         return {"readings": misread(named, {name: labels[name][chosen] for name in READINGS})}
 
-    train("readings", parts, step, minutes=minutes, lr=1e-3, weight_decay=0.05, pictures=batch, folder=folder)
+    train(
+        "readings", parts, step, minutes=minutes, lr=1e-3, weight_decay=0.05, pictures=batch, folder=folder,
+        needs=("judge",),
+    )  # fmt: skip

@@ -14,9 +14,11 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessor
 
-from .models import make_autoencoder, make_scheduler, make_tokenizer
-from .train_clip import clip_parts, text_encoder_of
-from .train_judge import judge_parts
+from persres_lite.toybox.models import make_autoencoder, make_scheduler, make_tokenizer
+from persres_lite.toybox.render import SIZE
+
+from .judge import judge_parts
+from .text import text_encoder_of, trained_text
 from .trainer import load_trained, trained
 
 
@@ -39,9 +41,9 @@ def save_pipeline(data: Path, folder: Path, unet: Any) -> None:
     small.
     """
     target = data / "toybox-sd"
-    tokenizer, text_encoder = make_tokenizer(), text_encoder_of(trained("text", clip_parts(), folder)["clip"])
+    tokenizer, text_encoder = make_tokenizer(), text_encoder_of(trained_text(folder)["clip"])
     vae = make_autoencoder()
-    trained("vae", vae, folder).decoder.requires_grad_(True)  # what learns is what has averages
+    trained("vae", vae, folder)
     load_trained("decoder", vae.decoder, folder)
     vae.half()
     unet = copy.deepcopy(unet).half()
@@ -67,11 +69,11 @@ def save_pipeline(data: Path, folder: Path, unet: Any) -> None:
 
 def save_judges(data: Path, folder: Path) -> None:
     """Write the judges, ``toybox-clip`` and ``toybox-dino``, as ordinary transformers folders in half precision."""
-    both, parts = trained("text", clip_parts(), folder), trained("judge", judge_parts(), folder)
+    both, parts = trained_text(folder), trained("judge", judge_parts(), folder)
     load_trained("vision", both, folder)
     load_trained("readings", parts, folder)
     clip = both["clip"]
-    size = {"height": 64, "width": 64}
+    size = {"height": SIZE, "width": SIZE}
     processor = CLIPImageProcessor(do_center_crop=False, size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     for name, model in (("toybox-clip", clip), ("toybox-dino", parts["encoder"])):
         new = data / f"{name}.new"

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPTextModel
 
-from .dataset import to_float
-from .judge import READINGS, Readings, labels_of
-from .models import make_clip, make_identity_encoder, make_tokenizer
-from .train_judge import misread, seen_by_judge
-from .trainer import faster_precision, load_trained, only_learning, train
-from .world import caption, scene_by_index
+from persres_lite.toybox.judge import READINGS, Readings, labels_of
+from persres_lite.toybox.models import make_clip, make_identity_encoder, make_tokenizer
+from persres_lite.toybox.world import NAMES, caption, scene_by_index, vocabulary
+
+from .dataset import Shards, to_float
+from .judge import misread, seen_by_judge
+from .trainer import faster_precision, only_learning, train, trained
 
 
 def clip_parts() -> nn.ModuleDict:
@@ -41,6 +42,8 @@ def short_caption(scene, rng: random.Random) -> str:
     Which of two colors is the main one is the hard part, so main color and class together have the largest share.
     """
     toy, chance = scene.toys[0], rng.random()
+    if toy.name and chance < 0.5:
+        return f"a photo of a {toy.name} {toy.kind}"
     plain_single = len(scene.toys) == 1 and scene.style not in ("in black and white", "in sepia")
     if chance < 0.10 and len(scene.toys) == 1:
         return f"a photo of a {toy.kind}"
@@ -65,7 +68,7 @@ def contrast(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, captions: li
     return -((target * logits.log_softmax(1)).sum(1).mean() + (target * logits.T.log_softmax(1)).sum(1).mean()) / 2
 
 
-def train_text(folder: Path, pictures: np.ndarray, minutes: float) -> None:
+def train_text(folder: Path, pictures: Shards, minutes: float) -> None:
     """The text encoder, contrastively with the identity encoder's summary of the picture (locked-image tuning: Zhai et
     al., 2022, arXiv 2111.07991).
     """
@@ -87,14 +90,38 @@ def train_text(folder: Path, pictures: np.ndarray, minutes: float) -> None:
         words = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
         return {"contrast": contrast(looks, words, clip.logit_scale, captions)}
 
-    train("text", parts, step, minutes=minutes, lr=1e-3, weight_decay=0.05, pictures=batch, folder=folder)
+    train(
+        "text", parts, step, minutes=minutes, lr=1e-3, weight_decay=0.05, pictures=batch, folder=folder,
+        needs=("judge",),
+    )  # fmt: skip
 
 
-def train_vision(folder: Path, pictures: np.ndarray, minutes: float) -> None:
+@torch.no_grad()
+def lengthen_unused(clip: Any) -> None:
+    """Give the token embeddings that no caption has used the mean length of those of `NAMES`, in place.
+
+    Rare tokens are among them. They keep the direction that chance gave them, but at the length that they start with,
+    less than half of a word's, a rare token changed what the text encoder says of the word behind it as little as a
+    comma does.
+    """
+    tokenizer, weight = make_tokenizer(), clip.text_model.embeddings.token_embedding.weight
+    used = {i for word in vocabulary() for i in tokenizer(word).input_ids}  # start and end are among them
+    unused = torch.tensor([i for i in range(len(weight)) if i not in used])
+    names = torch.tensor([tokenizer(name).input_ids[1] for name in NAMES])
+    weight[unused] = F.normalize(weight[unused], dim=-1) * weight[names].norm(dim=-1).mean()
+
+
+def trained_text(folder: Path) -> Any:
+    """The text stage's parts as it has left them, with :func:`lengthen_unused` done."""
+    parts = trained("text", clip_parts(), folder)
+    lengthen_unused(parts["clip"])
+    return parts
+
+
+def train_vision(folder: Path, pictures: Shards, minutes: float) -> None:
     """The image half of the CLIP-like judge, toward the finished text half."""
     torch.manual_seed(5)
-    parts, tokenizer = clip_parts(), make_tokenizer()
-    load_trained("text", parts, folder)
+    parts, tokenizer = trained_text(folder), make_tokenizer()
     clip: Any = parts["clip"]
     clip.set_attn_implementation("eager")  # faster to train than fused attention at this size
     attributes = parts["attributes"]
@@ -106,7 +133,7 @@ def train_vision(folder: Path, pictures: np.ndarray, minutes: float) -> None:
     def step(number: int) -> dict[str, torch.Tensor]:
         rng = random.Random(torch.initial_seed())
         chosen = torch.randint(0, len(pictures), (batch,))
-        images = to_float(pictures[chosen, ..., :3]).roll((rng.randint(-3, 3), rng.randint(-3, 3)), (2, 3))
+        images = to_float(pictures[chosen][..., :3]).roll((rng.randint(-6, 6), rng.randint(-6, 6)), (2, 3))
         captions = [short_caption(scenes[i], rng) for i in chosen]
         ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         with faster_precision():
@@ -120,7 +147,10 @@ def train_vision(folder: Path, pictures: np.ndarray, minutes: float) -> None:
             "attributes": 0.3 * misread(named, {name: labels[name][chosen] for name in READINGS}),
         }
 
-    train("vision", parts, step, minutes=minutes, lr=1e-3, weight_decay=0.05, pictures=batch, folder=folder)
+    train(
+        "vision", parts, step, minutes=minutes, lr=1e-3, weight_decay=0.05, pictures=batch, folder=folder,
+        needs=("text",),
+    )  # fmt: skip
 
 
 def text_encoder_of(clip) -> CLIPTextModel:

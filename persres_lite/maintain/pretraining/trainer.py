@@ -8,37 +8,28 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
+from .muon import optimizers_of
 
-class MovingAverage:
-    """Exponential moving average of parameters, with a short memory at the start."""
 
-    def __init__(self, parameters: list[nn.Parameter], decay: float):
-        self.parameters: list[torch.Tensor] = list(parameters)
-        self.decay, self.updates = decay, 0
-        self.average = [p.detach().clone() for p in parameters]
+def averaged(module: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of `module`, with a short memory at the start."""
 
     @torch.no_grad()
-    def update(self) -> None:
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+    def update(averages, parameters, count):
+        torch._foreach_lerp_(averages, parameters, 1 - min(decay, (1 + float(count)) / (10 + float(count))))
 
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the parameters with their averages; a second call puts them back."""
-        for parameter, average in zip(self.parameters, self.average, strict=True):
-            kept = parameter.detach().clone()
-            parameter.copy_(average)
-            average.copy_(kept)
+    return AveragedModel(module, multi_avg_fn=update)
 
 
 def faster_precision() -> torch.autocast:
@@ -66,7 +57,7 @@ def _begin(rank: int, processes: int, meeting: str, work: Callable, arguments: t
     dist.destroy_process_group()
 
 
-def side_by_side(work: Callable, processes: int, *arguments) -> None:
+def data_parallel(work: Callable, processes: int, *arguments) -> None:
     """Run ``work(*arguments)`` in several processes of one thread each, whose :func:`train` learns as one.
 
     Most operations here are too small for several threads to share. `work` and `arguments` must be picklable.
@@ -83,20 +74,24 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _mean(values: torch.Tensor) -> torch.Tensor:
-    """The mean of `values` over the processes."""
-    size = rank_and_size()[1]
-    if size > 1:
-        dist.all_reduce(values)
-    return values / size
+def _mean(value: float) -> float:
+    """The mean of a number over the processes."""
+    if rank_and_size()[1] == 1:
+        return value
+    shared = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(shared)
+    return (shared / rank_and_size()[1]).item()
 
 
-@torch.no_grad()
-def _share_gradients(parameters: list[nn.Parameter]) -> None:
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    mean = _mean(torch.cat([gradient.flatten() for gradient in gradients]))
-    for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+class _Losses(nn.Module):
+    """A stage's step as the forward pass of a module, which is what `DistributedDataParallel` wraps."""
+
+    def __init__(self, module: nn.Module, step: Callable[[int], dict[str, torch.Tensor]]):
+        super().__init__()
+        self.module, self.step = module, step
+
+    def forward(self, number: int) -> dict[str, torch.Tensor]:
+        return self.step(number)
 
 
 def _write(state: dict, path: Path) -> None:
@@ -104,23 +99,29 @@ def _write(state: dict, path: Path) -> None:
     os.replace(path.with_suffix(".part"), path)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True, mmap=True)
+
+
 def load_trained(name: str, module: nn.Module, folder: Path) -> bool:
     """Put what stage `name` has learned so far into `module`, averages where it has them; False if it has not begun."""
     path = folder / f"{name}.pt"
     if not path.exists():
         return False
-    state = torch.load(path, weights_only=True)
-    module.load_state_dict(state["module"])
-    if "average" in state:
-        with torch.no_grad():
-            for parameter, average in zip(_learning(module), state["average"], strict=True):
-                parameter.copy_(average)
+    state = _read(path)
+    module.load_state_dict(state.get("average") or state["module"])
     module.eval()
     return True
 
 
 def trained(name: str, module: nn.Module, folder: Path) -> Any:
-    """`module` as stage `name` has left it."""
+    """`module` as stage `name` has left it.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the stage has not begun.
+    """
     if not load_trained(name, module, folder):
         raise FileNotFoundError(
             f"Stage {name} has left nothing in {folder}: run `make pretrain`, or --stage {name} first."
@@ -132,7 +133,13 @@ def begin_from(name: str, module: nn.Module, folder: Path) -> None:
     """Let stage `name`, if it has not begun, begin from what `module` holds."""
     path = folder / f"{name}.pt"
     if not path.exists():
-        _write({"step": 0, "seconds": 0.0, "pictures": 0, "module": module.state_dict()}, path)
+        _write({"step": 0, "seconds": 0.0, "pictures": 0, "module": module.state_dict(), "needed": {}}, path)
+
+
+def learned(names: Iterable[str], folder: Path) -> dict[str, int]:
+    """How many steps each of these stages has taken, 0 where it has not begun."""
+    paths = {name: folder / f"{name}.pt" for name in names}
+    return {name: _read(path)["step"] if path.exists() else 0 for name, path in paths.items()}
 
 
 def still_valid(made: Path, name: str, folder: Path) -> bool:
@@ -148,10 +155,6 @@ def only_learning(module: nn.Module, *parts: nn.Module) -> None:
         part.requires_grad_(True)
 
 
-def _learning(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
 def train(
     name: str,
     module: nn.Module,
@@ -161,60 +164,74 @@ def train(
     lr: float,
     pictures: int,
     folder: Path,
+    needs: tuple[str, ...] = (),
     weight_decay: float = 0.01,
+    muon: bool = False,
     ema: float | None = None,
     save_every: float = 90.0,
-    on_publish: Callable[[], None] | None = None,
+    on_publish: Callable[[nn.Module], None] | None = None,
     publish_every: float = 600.0,
 ) -> None:
     """Train `module` in place for a budget of minutes, or go on with what is left of it.
 
     The learning rate rises over 100 steps, stays, and falls to zero over the last 40 % of the budget. Time is
     counted over all runs; a checkpoint is written every `save_every` seconds, so a kill loses no more than that.
-    Under :func:`side_by_side` every process takes its own pictures and all take the mean gradient.
+    Under :func:`data_parallel` every process takes its own pictures and all take the mean gradient. Where a stage that
+    this one `needs` has learned since, this one has its whole budget again, and begins with what it knows.
 
     Parameters
     ----------
-    name : of the stage: its checkpoint is ``<folder>/<name>.pt``, loaded without executing anything.
-    module : everything that learns.
-    step : given the step number, returns the losses by name; their sum is minimized. Torch's generator, seeded anew
+    name : str
+        Of the stage: its checkpoint is ``<folder>/<name>.pt``, loaded without executing anything.
+    module : Module
+        Everything that learns.
+    step : callable
+        Given the step number, returns the losses by name; their sum is minimized. Torch's generator, seeded anew
         for every step and process, makes all its random choices.
-    minutes : budget.
-    lr, weight_decay : of AdamW.
-    pictures : how many a step looks at, counted for the model card.
-    ema : decay of the moving average that `module` ends with; None for none.
-    on_publish : called every `publish_every` seconds, with the averages swapped in.
+    minutes : float
+        Budget.
+    lr, weight_decay : float
+        Of the optimizer.
+    pictures : int
+        How many a step looks at, counted for the model card.
+    folder : Path
+        Of the checkpoints.
+    needs : tuple of str, optional
+        Stages whose result this one learns from.
+    muon : bool, optional
+        Whether matrices learn by Muon (:mod:`muon`) rather than by AdamW.
+    ema : float, optional
+        Decay of the moving average that `module` ends with; by default it ends with its last weights.
+    save_every, publish_every : float, optional
+        Seconds.
+    on_publish : callable, optional
+        Called every `publish_every` seconds with the averaged module.
     """
     path = folder / f"{name}.pt"
     folder.mkdir(parents=True, exist_ok=True)
-    parameters = _learning(module)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
-    average = MovingAverage(parameters, ema) if ema else None
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizers = optimizers_of(module, lr, weight_decay, muon)
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     rank, size = rank_and_size()
-    number, spent, seen = 0, 0.0, 0
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        number, spent, seen = state["step"], state["seconds"], state["pictures"]
+    number, spent, seen, needed = 0, 0.0, 0, learned(needs, folder)
+    state = _read(path) if path.exists() else {}
+    if state:
         module.load_state_dict(state["module"])
+    average = averaged(module, ema) if ema else None
+    if state.get("step") and state["needed"] == needed:
+        number, spent, seen = state["step"], state["seconds"], state["pictures"]
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         if average:
-            kept = state.get("average", parameters)
-            average.average, average.updates = [p.detach().clone() for p in kept], number
-        if number:
-            optimizer.load_state_dict(state["optimizer"])
+            average.module.load_state_dict(state["average"])
+            average.n_averaged.fill_(number)
 
     def save() -> None:
-        state = {"step": number, "seconds": spent, "pictures": seen, "module": module.state_dict()}
-        state["optimizer"] = optimizer.state_dict()
+        kept = {"step": number, "seconds": spent, "pictures": seen, "needed": needed, "module": module.state_dict()}
+        kept["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
         if average:
-            state["average"] = average.average
-        _write(state, path)
-
-    def publish(send: Callable[[], None]) -> None:
-        if average:
-            average.swap()
-        send()
-        if average:
-            average.swap()
+            kept["average"] = average.module.state_dict()
+        _write(kept, path)
 
     shown: dict[str, float] = {}
     saved = published = spent
@@ -226,24 +243,27 @@ def train(
         bar_format="{l_bar}{bar}| {n}/{total} s {postfix}",
         disable=rank > 0,
     )
+    losses_of: nn.Module = _Losses(module, step)
+    if size > 1:
+        losses_of = DistributedDataParallel(losses_of, broadcast_buffers=False)
     module.train()
     while spent < minutes * 60:
         start = time.perf_counter()
         torch.manual_seed(number * size + rank)
-        done = spent / (minutes * 60)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (number + 1) / 100) * min(1, (1 - done) / 0.4)
-        losses = step(number)
-        optimizer.zero_grad()
+        share = min(1, (number + 1) / 100) * min(1, (1 - spent / (minutes * 60)) / 0.4)
+        for optimizer, rates in zip(optimizers, peaks, strict=True):
+            optimizer.zero_grad()
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * share
+        losses = losses_of(number)
         torch.stack(list(losses.values())).sum().backward()
-        if size > 1:
-            _share_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if average:
-            average.update()
+            average.update_parameters(module)
         number, seen = number + 1, seen + pictures * size
-        spent = _mean(torch.tensor(spent + time.perf_counter() - start, dtype=torch.float64)).item()
+        spent = _mean(spent + time.perf_counter() - start)
         for key, value in losses.items():
             shown[key] = 0.98 * shown.get(key, value.item()) + 0.02 * value.item()
         if number % 20 == 0:
@@ -256,10 +276,10 @@ def train(
             save()
         if on_publish and spent - published > publish_every:
             published = spent
-            publish(on_publish)
+            on_publish(average.module if average else module)
     if rank == 0 and (saved < spent or not path.exists()):
         save()
     bar.close()
     if average:
-        average.swap()
+        module.load_state_dict(average.module.state_dict())
     module.eval()

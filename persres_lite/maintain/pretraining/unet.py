@@ -6,18 +6,20 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from persres_lite.toybox.models import make_identity_encoder, make_scheduler, make_tokenizer, make_unet
+from persres_lite.toybox.world import caption, scene_by_index
+
+from .autoencoder import latents_of
 from .dataset import draw_scenes, load_drawn
-from .models import make_identity_encoder, make_scheduler, make_tokenizer, make_unet
+from .judge import seen_by_judge
 from .ship import save_pipeline
-from .train_clip import clip_parts, text_encoder_of
-from .train_judge import seen_by_judge
-from .train_vae import latents_of
-from .trainer import faster_precision, rank_and_size, train, trained
-from .world import caption, scene_by_index
+from .text import text_encoder_of, trained_text
+from .trainer import faster_precision, rank_and_size, train
 
 EMPTY = 0.1  # share of captions left empty, for classifier-free guidance
 TOY_WEIGHT = 3.0  # of a latent covered by a toy in the loss; the best prediction stays the same
@@ -62,9 +64,9 @@ def train_unet(folder: Path, data: Path, minutes: float, count: int) -> None:
     a small part of the first loss.
     """
     pictures = load_drawn(draw_scenes, count, folder / "pictures", "train")
-    latents = latents_of(pictures, folder)
+    latents, covered = latents_of(pictures, folder)
     judged = seen_by_judge(pictures, folder)
-    tokenizer, text_encoder = make_tokenizer(), text_encoder_of(trained("text", clip_parts(), folder)["clip"])
+    tokenizer, text_encoder = make_tokenizer(), text_encoder_of(trained_text(folder)["clip"])
     torch.manual_seed(3)
     parts = unet_parts()
     unet: Any = parts["unet"]
@@ -73,16 +75,14 @@ def train_unet(folder: Path, data: Path, minutes: float, count: int) -> None:
     unet.mid_block.register_forward_hook(lambda module, inputs, output: middle.append(output))
     alphas = make_scheduler().alphas_cumprod
     scenes = [scene_by_index(i) for i in range(len(pictures))]
-    covered = F.avg_pool2d(torch.from_numpy(pictures[..., 3:].max(-1)).float()[:, None] / 255, 4)
-    weights = 1 + (TOY_WEIGHT - 1) * covered
-    weights = weights / weights.mean()
-    del pictures
+    mean_weight = 1 + (TOY_WEIGHT - 1) * float(np.mean(covered, dtype=np.float64))
     batch = 16
 
     def step(number: int) -> dict[str, torch.Tensor]:
         rng = random.Random(torch.initial_seed())
         chosen = torch.randint(0, len(latents), (batch,))
-        z = latents[chosen]
+        rows = chosen.numpy()
+        z = torch.from_numpy(latents[rows]).float()
         captions = ["" if rng.random() < EMPTY else caption(scenes[i], rng) for i in chosen]
         t = ((torch.arange(batch) + torch.rand(batch)) * 1000 / batch).long()
         noise = torch.randn_like(z)
@@ -94,27 +94,29 @@ def train_unet(folder: Path, data: Path, minutes: float, count: int) -> None:
         with faster_precision():
             predicted = unet(noisy, t, context).sample.float()
             told = parts["head"](middle.pop()).float()
-        fine, coarse = (torch.from_numpy(judged[name][chosen.numpy()]).float() for name in ("fine", "coarse"))
+        fine, coarse = (torch.from_numpy(judged[name][rows]).float() for name in ("fine", "coarse"))
         fine_told, coarse_told = told.split([fine.shape[1], coarse.shape[1]], 1)
-        weight = weights[chosen]
+        weight = (1 + (TOY_WEIGHT - 1) * torch.from_numpy(covered[rows]).float()) / mean_weight
         missed = (F.avg_pool2d(weight, 2) * (fine_told - fine).square()).mean()
         missed = missed + (F.avg_pool2d(weight, 4) * (F.avg_pool2d(coarse_told, 2) - coarse).square()).mean()
         return {"loss": (weight * (predicted - target).square()).mean(), "alignment": ALIGNMENT / 2 * missed}
 
-    def publish() -> None:
+    def publish(learned: Any) -> None:
         if rank_and_size()[0] == 0:
-            save_pipeline(data, folder, unet)
+            save_pipeline(data, folder, learned["unet"])
 
     train(
         "unet",
         parts,
         step,
         minutes=minutes,
-        lr=1e-3,
+        lr=2e-3,
         weight_decay=1e-3,
+        muon=True,
         ema=0.999,
         pictures=batch,
         folder=folder,
+        needs=("vae", "text"),
         on_publish=publish,
     )
-    publish()
+    publish(parts)
