@@ -121,7 +121,7 @@ def make_unet() -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=(4, 4),  # number of heads a level, of width 16 and 32: diffusers #2011 on the name
+        attention_head_dim=(2, 4),  # number of heads a level, of width 32: diffusers #2011 on the name
         norm_num_groups=16,
     )
 

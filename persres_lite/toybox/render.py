@@ -19,6 +19,7 @@ from .world import COLORS, Scene, Toy
 
 SIZE = 128  # pixels along each side of a picture
 FOCAL = 2.6  # of the camera, in half picture heights
+GLOSS = 0.22  # how bright a mirrored sun is
 MAIN, SECOND, DARK, WHITE = range(4)  # what a part is painted with
 
 
@@ -421,22 +422,40 @@ def _place(scene: Scene, origin: np.ndarray, direction: np.ndarray):
     return color, np.where(grounded, ground, np.inf), (0.62 if place == "at night" else 1.0)
 
 
+def _palette(toy: Toy) -> np.ndarray:
+    """Colors of MAIN, SECOND, DARK and WHITE, (4, 3)."""
+    return np.array([COLORS[toy.main], COLORS[toy.second], (0.10, 0.10, 0.12), (0.96, 0.96, 0.94)], np.float32)
+
+
+def _marked(pattern: str, points: np.ndarray) -> np.ndarray:
+    """Where a pattern puts the second color, (R,) bool. `points` (R, 3) are in the toy's own coordinates."""
+    x, y, z = points.T
+    if pattern == "striped":
+        return (y * 2.7) % 1 < 0.45
+    if pattern == "dotted":
+        cell = points * 2.6
+        return ((cell - np.round(cell)) ** 2).sum(-1) < 0.15
+    if pattern == "checkered":
+        return (np.floor(x * 2.6) + np.floor(y * 2.6) + np.floor(z * 2.6)) % 2 == 0
+    return np.zeros(len(points), bool)
+
+
 def _painted(toy: Toy, paints: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Color of each surface point: the paint of its part, and the pattern on the main one. `points` are in the
     toy's own coordinates.
     """
-    palette = np.array([COLORS[toy.main], COLORS[toy.second], (0.10, 0.10, 0.12), (0.96, 0.96, 0.94)], np.float32)
-    x, y, z = points.T
-    if toy.pattern == "striped":
-        marked = (y * 2.7) % 1 < 0.45
-    elif toy.pattern == "dotted":
-        cell = points * 2.6
-        marked = ((cell - np.round(cell)) ** 2).sum(-1) < 0.15
-    elif toy.pattern == "checkered":
-        marked = (np.floor(x * 2.6) + np.floor(y * 2.6) + np.floor(z * 2.6)) % 2 == 0
-    else:
-        marked = np.zeros(len(points), bool)
-    return palette[np.where((paints == MAIN) & marked, SECOND, paints)]
+    return _palette(toy)[np.where((paints == MAIN) & _marked(toy.pattern, points), SECOND, paints)]
+
+
+def _light(normal: np.ndarray, direction: np.ndarray, sun: np.ndarray, lit) -> tuple[np.ndarray, np.ndarray]:
+    """By Lambert's law and the sky's light from above: what share of its paint's color a surface shows, (R,), and how
+    much of the sun it mirrors, (R,). `lit` (R,) is 0 in the shade.
+    """
+    diffuse = np.clip(normal @ sun, 0, None) * lit
+    half = sun - direction
+    half /= np.linalg.norm(half, axis=-1, keepdims=True)
+    gloss = np.clip((normal * half).sum(-1), 0, None) ** 32 * lit
+    return 0.50 + 0.10 * normal[:, 1] + 0.55 * diffuse, gloss
 
 
 def _styled(image: np.ndarray, style: str | None) -> np.ndarray:
@@ -515,12 +534,8 @@ def draw(scene: Scene, size: int = SIZE, supersample: int = 2) -> Picture:
         local = turned / np.array(toy.proportions, np.float32)
         paint[mine] = _painted(toy, kinds[which[mine]], local)
     lit = 1 - _blocked(parts, surface + normal * 0.02, sun).astype(np.float32)
-    diffuse = np.clip(normal @ sun, 0, None) * lit
-    half = sun - direction[hit]
-    half /= np.linalg.norm(half, axis=-1, keepdims=True)
-    gloss = np.clip((normal * half).sum(-1), 0, None) ** 32 * lit
-    ambient = 0.50 + 0.10 * normal[:, 1]
-    color[hit] = paint * ((ambient + 0.55 * diffuse) * brightness)[:, None] + 0.22 * brightness * gloss[:, None]
+    shade, gloss = _light(normal, direction[hit], sun, lit)
+    color[hit] = paint * (shade * brightness)[:, None] + GLOSS * brightness * gloss[:, None]
 
     def shrink(values):
         return values.reshape(size, supersample, size, supersample, -1).mean((1, 3))

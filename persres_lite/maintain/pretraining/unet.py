@@ -76,7 +76,7 @@ def train_unet(folder: Path, data: Path, minutes: float, count: int) -> None:
     alphas = make_scheduler().alphas_cumprod
     scenes = [scene_by_index(i) for i in range(len(pictures))]
     mean_weight = 1 + (TOY_WEIGHT - 1) * float(np.mean(covered, dtype=np.float64))
-    batch = 16
+    batch = 24
 
     def step(number: int) -> dict[str, torch.Tensor]:
         rng = random.Random(torch.initial_seed())
