@@ -21,8 +21,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from persres_lite.paths import data_dir
 from persres_lite.registry import BASES, Base
+from persres_lite.support.paths import data_dir
 
 
 def load_base(

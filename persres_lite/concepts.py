@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from persres_lite.images import Picture, read_images, read_mask
-from persres_lite.paths import data_dir
+from persres_lite.support.images import Picture, read_images, read_mask
+from persres_lite.support.paths import data_dir
 
 RARE_TOKEN = "sks"
 """A word that CLIP's vocabulary holds as one token and that hardly means anything; the paper leaves its choice open."""
@@ -107,7 +107,7 @@ def load_concept(
         If there is no such folder, file or shipped concept.
     ValueError
         If no macro class is known, the card is not JSON, a picture or mask cannot be read (see
-        :mod:`persres_lite.images`), there is no picture at all, or only some pictures have a mask.
+        :mod:`persres_lite.support.images`), there is no picture at all, or only some pictures have a mask.
 
     Warns
     -----

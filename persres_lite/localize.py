@@ -15,13 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from persres_lite.adapters import adapter_layers
 from persres_lite.lag import Lag, Run
+from persres_lite.lora import adapter_layers
 from persres_lite.masks import Rule, find_rule, read_mask
 from persres_lite.projections import add_low_rank, find_proj_outs, unet_of
 from persres_lite.prompts import watch_prompts
-from persres_lite.rare_token import rare_token_attached
 from persres_lite.residuals import Residuals
+from persres_lite.support.rare_token import rare_token_attached
 from persres_lite.watch import watch_attention
 
 

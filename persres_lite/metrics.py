@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from persres_lite.bases import entry
-from persres_lite.paths import data_dir
+from persres_lite.support.paths import data_dir
 
 JUDGES = {"toybox": ("toybox-clip", "toybox-dino")}
 """A base's own CLIP- and DINO-like encoders, in the data folder."""

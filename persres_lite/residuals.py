@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from persres_lite.files import read_tensors, write_tensors
 from persres_lite.projections import add_low_rank, find_proj_outs, plain_layer, structure, unet_of
-from persres_lite.rare_token import ENCODERS, rare_token_attached
+from persres_lite.support.files import read_tensors, write_tensors
+from persres_lite.support.rare_token import ENCODERS, rare_token_attached
 
 FORMAT = "personalized-residuals"
 VERSION = 1

@@ -24,12 +24,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from persres_lite.bases import entry
-from persres_lite.checkpoint import State, read_checkpoint, restore, snapshot, write_checkpoint
 from persres_lite.concepts import Concept
-from persres_lite.images import square_crop
 from persres_lite.objective import TrainingSet, diffusion_loss, encode_images, encode_prompt
-from persres_lite.rare_token import rare_token_rows
 from persres_lite.residuals import Residuals
+from persres_lite.support.checkpoint import State, read_checkpoint, restore, snapshot, write_checkpoint
+from persres_lite.support.images import square_crop
+from persres_lite.support.rare_token import rare_token_rows
 
 HALF: dict[str | None, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 CHECKPOINT_EVERY = 25  # steps; the file is a few megabytes, and at most this much work is lost

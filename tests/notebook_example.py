@@ -64,7 +64,7 @@ def example(first_cell: str | None = None) -> NotebookNode:
         text(OPENING),
         text("## Theory\n\n$$1 + 1 = 2$$"),
         text("## Practice\n\nThe package's checks, see the [glossary](glossary.md)."),
-        code("from persres_lite import check"),
+        code("from persres_lite.course import check"),
         text(PREDICT),
         code("print(2 + 2)", metadata={"tags": ["nbval-check-output"]}),
         text("## Discussion\n\nFour is enough."),

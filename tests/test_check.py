@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from persres_lite import check
+from persres_lite.course import check
 
 
 def _frozen(module):

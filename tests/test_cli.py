@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from persres_lite import Residuals, commands, training
-from persres_lite.cli import main
+from persres_lite import Residuals, training
+from persres_lite.cli import commands, main
 from persres_lite.masks import RULES
 from tests.test_training import make_concept
 from tests.tiny import tiny_pipeline

@@ -10,7 +10,7 @@ from PIL import Image
 
 from persres_lite import Concept, load_concept
 from persres_lite.concepts import shipped_concepts
-from persres_lite.paths import data_dir
+from persres_lite.support.paths import data_dir
 
 
 @pytest.fixture

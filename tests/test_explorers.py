@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from persres_lite import explorers
-from persres_lite.figures import heat_picture
+from persres_lite.course import explorers
+from persres_lite.course.figures import heat_picture
 from persres_lite.masks import RULES
 from persres_lite.record import AttentionRecord
 

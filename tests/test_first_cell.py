@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from persres_lite import notebook
+from persres_lite.course import start as notebook
 from persres_lite.maintain import notebooks
 from tests.notebook_example import example
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from persres_lite.images import MAX_PIXELS, read_image, read_images, read_mask, square_crop
+from persres_lite.support.images import MAX_PIXELS, read_image, read_images, read_mask, square_crop
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 EXIF_ORIENTATION = 0x0112

@@ -12,7 +12,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from persres_lite.interop import export_lora, import_lora
+from persres_lite.lora import export_lora, import_lora
 from persres_lite.residuals import Residuals
 from tests.tiny import sample, tiny_pipeline
 

@@ -14,7 +14,7 @@ def ran(tmp_path_factory):
     """The example, run for saving in a fresh kernel, with a progress bar, a widget, and two prints in one cell."""
     made = example(first_cell="print('a')\nprint('b')\nprint('0%|   | 0/2\\r100%|###| 2/2', file=sys.stderr)")
     cell = nbformat.v4.new_code_cell(
-        "from PIL import Image\nfrom persres_lite import explorers, figures\n"
+        "from PIL import Image\nfrom persres_lite.course import explorers, figures\n"
         "pictures = {0.0: {'LAG': Image.new('RGB', (64, 64))}, 1.0: {'LAG': Image.new('RGB', (64, 64), 'red')}}\n"
         "explorers.compare(pictures)"
     )
@@ -121,7 +121,7 @@ def test_an_accepted_wrong_answer_and_a_failing_solution_are_found():
     stub.metadata.persres.wrong = ["def delta(A, B):\n    return 1 * A @ B"]
     refusing, solving = code_cells(exercises.with_solutions(made))[-2:]
     names: dict = {}
-    exec("from persres_lite import check", names)
+    exec("from persres_lite.course import check", names)
     with pytest.raises(RuntimeError, match="exercise 4.1: wrong answer 1 was accepted"):
         exec(refusing.source, names)
     silent = nbformat.v4.new_notebook(cells=[stub, solving])

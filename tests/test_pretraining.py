@@ -24,7 +24,7 @@ from persres_lite.maintain.pretraining import __main__ as main
 from persres_lite.maintain.pretraining import dataset, judge, ship, trainer
 from persres_lite.maintain.pretraining.muon import Muon, optimizers_of
 from persres_lite.maintain.pretraining.text import clip_parts, lengthen_unused, make_tokenizer
-from persres_lite.paths import data_dir
+from persres_lite.support.paths import data_dir
 from persres_lite.toybox.judge import Judge
 from persres_lite.toybox.world import NAMES, RARE_TOKENS, vocabulary
 

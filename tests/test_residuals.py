@@ -429,7 +429,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, sd1, monkeypatch):
         name.write_bytes(b"half of it")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("persres_lite.files.save_file", fail)
+    monkeypatch.setattr("persres_lite.support.files.save_file", fail)
     with pytest.raises(OSError, match="no space"):
         random_residuals(sd1).save(path)
     assert path.read_bytes() == before

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from persres_lite.paths import data_dir
+from persres_lite.support.paths import data_dir
 from persres_lite.toybox import concepts, world
 from persres_lite.toybox.judge import READINGS, labels_of
 from persres_lite.toybox.models import MAX_LENGTH, make_tokenizer

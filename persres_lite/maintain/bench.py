@@ -29,10 +29,10 @@ from typing import Any
 import torch
 
 from persres_lite import Residuals
-from persres_lite.files import whole_file
 from persres_lite.maintain.bench_runs import MODELS, measure_memory, sampling_run, take_turns, training_step
 from persres_lite.maintain.runs import machine
-from persres_lite.paths import data_dir
+from persres_lite.support.files import whole_file
+from persres_lite.support.paths import data_dir
 
 TRAINING = ("residuals", "lora", "full", "floor")
 SAMPLING = ("original", "residual", "lag")

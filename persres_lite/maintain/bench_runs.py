@@ -17,9 +17,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from persres_lite import Residuals, load_base, localized
 from persres_lite.bases import entry
-from persres_lite.checkpoint import State, snapshot
 from persres_lite.objective import TrainingSet, diffusion_loss, encode_prompt
-from persres_lite.paths import data_dir
+from persres_lite.support.checkpoint import State, snapshot
+from persres_lite.support.paths import data_dir
 from persres_lite.training import _step
 
 WORDS = "sks cat"

@@ -24,12 +24,12 @@ from transformers.utils import logging
 from persres_lite import load_base, load_concept, localized, personalize
 from persres_lite.bases import entry
 from persres_lite.concepts import Concept, shipped_concepts
-from persres_lite.figures import grid, outline_picture
-from persres_lite.figures.style import DPI, Drawing
+from persres_lite.course.figures import grid, outline_picture
+from persres_lite.course.figures.style import DPI, Drawing
 from persres_lite.masks import average, resize
 from persres_lite.metrics import background_distance
-from persres_lite.paths import data_dir
 from persres_lite.residuals import Residuals
+from persres_lite.support.paths import data_dir
 from persres_lite.toybox.judge import Judge
 
 CONCEPT = "comet-rocket"

@@ -19,8 +19,8 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from persres_lite.files import whole_file
 from persres_lite.maintain import exercises, links, runs
+from persres_lite.support.files import whole_file
 
 ROOT = Path(__file__).resolve().parents[2]
 BRANCH = "main"
@@ -44,7 +44,7 @@ if not homes and importlib.util.find_spec("persres_lite") is None:
         raise RuntimeError(f"Could not fetch {{address}}: is there a network, and is git installed?")
 sys.path[:0] = [str(home) for home in homes[:1]]
 
-from persres_lite.notebook import start
+from persres_lite.course.start import start
 
 HOME, BASE = start(BASE)"""
 

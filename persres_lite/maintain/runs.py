@@ -135,7 +135,7 @@ def refuse(notebook: NotebookNode) -> None:
             other = [kind for kind in output.get("data", {}) if kind.startswith("image/") and kind != "image/png"]
             if other:
                 raise ValueError(
-                    f"cell {number} shows {other[0]}, but only PNG figures are kept: use persres_lite.figures"
+                    f"cell {number} shows {other[0]}, but only PNG figures are kept: use persres_lite.course.figures"
                 )
     size = len(nbformat.writes(notebook).encode())
     if size > MAX_BYTES:

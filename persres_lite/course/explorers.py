@@ -1,7 +1,7 @@
 """Widgets to play with: maps by word, step and block; mask rules; the scale of a residual. Core ipywidgets only.
 
 An explorer looks at what was recorded before and computes no new picture with the model, so a slider answers at once.
-Its callbacks are plain functions of the controls' values. For each there is a still figure (`persres_lite.figures`:
+Its callbacks are plain functions of the controls' values. For each there is a still figure (`course.figures`:
 map_table, mask_table, scale_table) for readers who see the notebook on GitHub.
 """
 
@@ -18,8 +18,8 @@ import torch
 from IPython.display import display
 from PIL import Image
 
-from persres_lite.figures.pictures import enlarge, heat_picture, outline_picture
-from persres_lite.figures.stills import short_name
+from persres_lite.course.figures.pictures import enlarge, heat_picture, outline_picture
+from persres_lite.course.figures.stills import short_name
 from persres_lite.masks import RULES, make_mask
 
 ALL = "all"

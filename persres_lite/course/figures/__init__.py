@@ -7,11 +7,11 @@ bars, singular values), `diagram` (a U-Net drawn from its own structure), `still
 who cannot move its sliders).
 """
 
-from persres_lite.figures.diagram import unet_diagram
-from persres_lite.figures.pictures import enlarge, grid, heat_picture, heats, outline_picture, outlines
-from persres_lite.figures.plots import bars, curves, loss_by_noise_level, singular_values
-from persres_lite.figures.stills import map_table, mask_table, scale_table
-from persres_lite.figures.style import Drawing
+from persres_lite.course.figures.diagram import unet_diagram
+from persres_lite.course.figures.pictures import enlarge, grid, heat_picture, heats, outline_picture, outlines
+from persres_lite.course.figures.plots import bars, curves, loss_by_noise_level, singular_values
+from persres_lite.course.figures.stills import map_table, mask_table, scale_table
+from persres_lite.course.figures.style import Drawing
 
 __all__ = [
     "Drawing",

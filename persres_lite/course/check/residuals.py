@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from persres_lite.check.answers import call, exercise, random, require, same
+from persres_lite.course.check.answers import call, exercise, random, require, same
 
 
 @exercise

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from persres_lite.figures.style import WIDTH, Drawing, as_array, captioned, fits, picture_axes
+from persres_lite.course.figures.style import WIDTH, Drawing, as_array, captioned, fits, picture_axes
 
 HEAT = "inferno"
 SHOWN = 192

@@ -8,7 +8,7 @@ A folder and not one file, because a lesson's checks are read beside the lesson:
 `residuals` (02, 03), `maps` (04, 05), and `answers`, the mechanism.
 """
 
-from persres_lite.check.diffusion import (
+from persres_lite.course.check.diffusion import (
     alignment,
     choice,
     ddim_step,
@@ -18,7 +18,7 @@ from persres_lite.check.diffusion import (
     timestep_of,
     v_target,
 )
-from persres_lite.check.maps import (
+from persres_lite.course.check.maps import (
     as_picture,
     attention_map,
     background_distance,
@@ -31,7 +31,7 @@ from persres_lite.check.maps import (
     quantile_mask,
     weights,
 )
-from persres_lite.check.residuals import (
+from persres_lite.course.check.residuals import (
     delta,
     energy,
     factor_gradients,

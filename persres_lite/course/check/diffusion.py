@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from persres_lite.check.answers import call, exercise, random, require, same
+from persres_lite.course.check.answers import call, exercise, random, require, same
 
 
 @exercise

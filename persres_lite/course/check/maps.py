@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from persres_lite.check.answers import call, exercise, random, require, same
+from persres_lite.course.check.answers import call, exercise, random, require, same
 
 
 @exercise

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from persres_lite.files import read_tensors, write_tensors
+from persres_lite.support.files import read_tensors, write_tensors
 
 KEY = "persres_lite_checkpoint"
 

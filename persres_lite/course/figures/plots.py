@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from persres_lite.figures.style import COLORS, Drawing, as_array, captioned, new_plot
+from persres_lite.course.figures.style import COLORS, Drawing, as_array, captioned, new_plot
 
 
 def _legend(axes) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from persres_lite.figures.pictures import grid, heat_picture, outlines
-from persres_lite.figures.style import Drawing
+from persres_lite.course.figures.pictures import grid, heat_picture, outlines
+from persres_lite.course.figures.style import Drawing
 from persres_lite.masks import RULES, make_mask
 
 

@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 from persres_lite import Residuals, load_base, load_concept, localized
 from persres_lite import personalize as learn
 from persres_lite.bases import entry
-from persres_lite.files import read_tensors, whole_file
-from persres_lite.interop import PREFIX, export_lora, import_lora
+from persres_lite.lora import PREFIX, export_lora, import_lora
 from persres_lite.masks import average
 from persres_lite.residuals import FORMAT
+from persres_lite.support.files import read_tensors, whole_file
 
 
 def personalize(chosen: Namespace) -> None:

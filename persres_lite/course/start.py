@@ -16,9 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from persres_lite.paths import data_dir
+from persres_lite.support.paths import data_dir
 
-HOME = Path(__file__).resolve().parents[1]
+HOME = Path(__file__).resolve().parents[2]
 
 KEPT = ("torch", "numpy", "ipywidgets")
 """Packages that a running Colab has already loaded or that match its front end: replacing one breaks the session."""

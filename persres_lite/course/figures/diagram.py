@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from persres_lite.figures.style import COLORS, WIDTH, Drawing, captioned, new_figure
+from persres_lite.course.figures.style import COLORS, WIDTH, Drawing, captioned, new_figure
 from persres_lite.projections import find_proj_outs
 
 TRANSFORMER, RESIDUAL, CHANGE = "#cfe3f1", "#e8e8e8", "#ffffff"

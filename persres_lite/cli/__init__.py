@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     chosen = _parser().parse_args(arguments)
     try:
-        from persres_lite import commands  # seconds of torch and diffusers, which --help does not wait for
+        from persres_lite.cli import commands  # seconds of torch and diffusers, which --help does not wait for
 
         getattr(commands, chosen.command)(chosen)
     except KeyboardInterrupt:

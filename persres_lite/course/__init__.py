@@ -1,0 +1,1 @@
+"""What only the notebooks use: their start, explorers, figures, and checks of the exercises' answers."""

@@ -1,0 +1,1 @@
+"""What no lesson teaches: pictures, files and paths, checkpoints, the embedding of a rare token."""
