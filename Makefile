@@ -35,7 +35,7 @@ bench: $(READY)  ## time and memory of sampling and training, against the altern
 	$(BIN)/python -m persres_lite.maintain.bench $(ARGS)
 
 pretrain: $(READY)  ## make Toybox from nothing and score it (five hours; stops and resumes at any point)
-	$(BIN)/python -m persres_lite.toybox.pretrain $(ARGS)
+	$(BIN)/python -m persres_lite.maintain.pretraining $(ARGS)
 	$(BIN)/python -m persres_lite.maintain.toybox_scores
 
 setup: $(READY)  ## only the virtual environment
