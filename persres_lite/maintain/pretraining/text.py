@@ -98,7 +98,7 @@ def train_text(folder: Path, pictures: Shards, minutes: float) -> None:
 
 @torch.no_grad()
 def lengthen_unused(clip: Any) -> None:
-    """Give the token embeddings that no caption has used the mean length of those of `NAMES`, in place.
+    """Give the token embeddings that no caption has used the mean length of a word's, in place.
 
     Rare tokens are among them. They keep the direction that chance gave them, but at the length that they start with,
     less than half of a word's, a rare token changed what the text encoder says of the word behind it as little as a
@@ -107,8 +107,8 @@ def lengthen_unused(clip: Any) -> None:
     tokenizer, weight = make_tokenizer(), clip.text_model.embeddings.token_embedding.weight
     used = {i for word in vocabulary() for i in tokenizer(word).input_ids}  # start and end are among them
     unused = torch.tensor([i for i in range(len(weight)) if i not in used])
-    names = torch.tensor([tokenizer(name).input_ids[1] for name in NAMES])
-    weight[unused] = F.normalize(weight[unused], dim=-1) * weight[names].norm(dim=-1).mean()
+    words = torch.tensor([tokenizer(word).input_ids[1] for word in vocabulary() if word not in NAMES])
+    weight[unused] = F.normalize(weight[unused], dim=-1) * weight[words].norm(dim=-1).mean()
 
 
 def trained_text(folder: Path) -> Any:
