@@ -203,7 +203,7 @@ def square_crops(
         The pictures and their masks; no masks if none were given.
     """
     _tell_small(images, size)
-    cut = [_cut(image, size, mask) for image, mask in zip(images, masks or [None] * len(images), strict=True)]
+    cut = [_cut(image, size, mask) for image, mask in zip(images, masks or (None,) * len(images), strict=True)]
     return [image for image, _ in cut], [mask for _, mask in cut if mask is not None]
 
 
@@ -226,7 +226,7 @@ def _tell_small(images: Sequence[Image.Image], size: int) -> None:
         what = f"{_name(small[0])} is {_shape(small[0].size)} and is enlarged to {size} x {size}: it will look soft."
         tell(what)
     elif small:
-        names = _names([_name(image) for image in small])
+        names = some_names([_name(image) for image in small])
         tell(f"{len(small)} pictures are enlarged to {size} x {size} and will look soft: {names}.")
 
 
@@ -250,7 +250,7 @@ def _read_folder(folder: Path) -> tuple[list[Image.Image], list[str]]:
     pictures, others = picture_files(folder)
     skipped = [path.name for path in others]
     if not pictures:
-        what = f": {len(skipped)} files there are no pictures ({_names(skipped)})" if skipped else ""
+        what = f": {len(skipped)} files there are no pictures ({some_names(skipped)})" if skipped else ""
         raise ValueError(f"There is no picture in {folder}{what}. Put three to five pictures of the concept in it.")
     return [read_image(path) for path in pictures], skipped
 
@@ -327,7 +327,7 @@ def _decoded(image: Image.Image, reduce: bool = False) -> Image.Image:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """How to put a picture upright; whatever else its EXIF holds, and of what type, is nobody's business here."""
     try:
-        return TURNS.get(image.getexif().get(ORIENTATION))
+        return TURNS.get(image.getexif()[ORIENTATION])
     except Exception:  # EXIF that cannot be read says nothing
         return None
 
@@ -372,9 +372,8 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
                 image = image.convert("RGB")
             if image.mode == mode:
                 ours = ImageCms.createProfile("sRGB")
-                return ImageCms.profileToProfile(  # type: ignore[return-value]  # not None: it is not in place
-                    image, theirs, ours, ImageCms.Intent.RELATIVE_COLORIMETRIC, "RGB", flags=BLACK_STAYS_BLACK
-                )
+                intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+                return ImageCms.profileToProfile(image, theirs, ours, intent, "RGB", flags=BLACK_STAYS_BLACK)  # type: ignore
         except Exception:  # as for EXIF: the picture is there without it
             pass
     return image.convert("RGB")
@@ -397,7 +396,8 @@ def _natural(path: Path) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part.lower()) for part in re.split(r"(\d+)", path.name) if part]
 
 
-def _names(names: Sequence[str], most: int = 5) -> str:
+def some_names(names: Sequence[str], most: int = 5) -> str:
+    """The first names of a list that may be long."""
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
