@@ -100,7 +100,7 @@ def test_toys_fill_what_the_scene_asks_for():
     assert min(heights) < 0.50 and max(heights) > 0.75 and 0.55 < np.mean(heights) < 0.70
 
 
-def test_toys_stand_where_a_centered_disc_misses_them():
+def test_toys_do_not_all_stand_in_the_middle():
     across = (np.arange(128) + 0.5) / 64 - 1
     disc = (across[:, None] ** 2 + across**2) <= 1 / np.pi  # a quarter of the picture's area
     missed, reach, said = [], [], []

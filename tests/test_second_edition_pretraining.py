@@ -116,7 +116,9 @@ def test_a_stage_begins_anew_where_one_that_it_needs_has_learned_since(tmp_path,
     run("first", 0.2)
     state = run("second", 0.05, needs=("first",))
     assert state["step"] == 3 and state["needed"] == {"first": 12}
-    assert (weights[-1] - weights[2]).abs().max() < 0.5  # it went on from what it knew
+    assert (
+        weights[-1] - weights[2]
+    ).abs().max() < 0.05  # it went on from what it knew, at a rate that has just begun to rise
 
 
 def test_drawn_pictures_are_cached_and_completed(tmp_path, monkeypatch):

@@ -1,1 +1,1 @@
-"""How the shipped Toybox is made, from nothing: ``make pretrain``. In a checkout only; the package does without it."""
+"""The stages that train the second edition; `__main__` runs them in their order."""

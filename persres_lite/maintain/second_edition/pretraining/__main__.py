@@ -1,4 +1,6 @@
-"""How the shipped Toybox was made: ``make pretrain``, from nothing, with no network.
+"""How the second edition is made from nothing, with no network.
+
+Run by ``python -m persres_lite.maintain.second_edition.pretraining``.
 
 Stages, each with a fixed budget of minutes and a checkpoint that it goes on from after a kill:
 

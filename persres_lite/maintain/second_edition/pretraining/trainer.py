@@ -123,9 +123,7 @@ def trained(name: str, module: nn.Module, folder: Path) -> Any:
         If the stage has not begun.
     """
     if not load_trained(name, module, folder):
-        raise FileNotFoundError(
-            f"Stage {name} has left nothing in {folder}: run `make pretrain`, or --stage {name} first."
-        )
+        raise FileNotFoundError(f"Stage {name} has left nothing in {folder}: train it first, with --stage {name}.")
     return module.requires_grad_(False)
 
 

@@ -105,7 +105,7 @@ class Judge:
     def __init__(self, data: str | Path = "data"):
         folder = Path(data) / "toybox-dino"
         if not (folder / "readings.safetensors").is_file():
-            raise FileNotFoundError(f"{folder} holds no judge: run `make pretrain`, or take the project's data folder.")
+            raise FileNotFoundError(f"{folder} holds no judge: take the one of data/second-edition, or train it.")
         self.encoder = ResNetModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
         self.readings = Readings(self.encoder.config).eval().requires_grad_(False)
         state = load_file(folder / "readings.safetensors")
