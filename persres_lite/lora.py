@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from persres_lite.projections import find_proj_outs, plain_layer, unet_of
-from persres_lite.residuals import FORMAT, Residuals, refuse_absurd
+from persres_lite.residuals import FORMAT, Residuals, refuse_absurd, refuse_other_weights
 from persres_lite.support.files import read_tensors, write_tensors
 
 Format = Literal["diffusers", "kohya"]
@@ -165,6 +165,7 @@ def import_lora(path: str | Path, base: Any, *, only_proj_out: bool = False) -> 
         residuals.A[name].data.copy_(pair["A"])
         residuals.B[name].data.copy_(pair["B"])
     ours = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
+    refuse_other_weights(f"The residuals of {path}", ours, unet_of(base))
     residuals.metadata |= {key: ours[key] for key in ("base", "token", "macro_class", "rank") if key in ours}
     return residuals
 

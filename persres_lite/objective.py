@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+"""What a base may have been trained to predict."""
+
 
 @dataclass
 class TrainingSet:
@@ -137,7 +140,11 @@ def diffusion_loss(
     noisy = scheduler.add_noise(latents, noise, timesteps).to(unet.dtype)
     batch = _expanded(condition, len(latents))
     predicted = unet(noisy, timesteps, return_dict=False, **batch)[0].float()
-    kind = scheduler.config.prediction_type
+    kind = scheduler.config.get("prediction_type")
+    if kind not in PREDICTIONS:
+        raise ValueError(
+            f"The target {kind!r} is not one of DDPM's ({', '.join(PREDICTIONS)}): take another scheduler."
+        )
     if kind == "v_prediction":
         target = scheduler.get_velocity(latents, noise, timesteps)
     else:

@@ -15,14 +15,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from string import hexdigits
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from persres_lite.projections import add_low_rank, find_proj_outs, plain_layer, structure, unet_of
 from persres_lite.support.files import read_tensors, write_tensors
-from persres_lite.support.rare_token import ENCODERS, rare_token_attached
+from persres_lite.support.rare_token import ENCODERS, rare_token_attached, rare_token_rows
 
 FORMAT = "personalized-residuals"
 VERSION = 1
@@ -38,7 +40,7 @@ class Residuals:
     Parameters
     ----------
     unet : Module or pipeline
-        Where the residuals will be attached; only its shapes and its device are read.
+        Where the residuals will be attached; its shapes, its device and a fingerprint of its weights are read.
     rank : float, int or dict
         A fraction of each layer's width (0.05 is the paper's: 16, 32, 64 for widths 320, 640, 1280), a whole number
         for all layers, or a number by module name.
@@ -77,6 +79,7 @@ class Residuals:
     ) -> None:
         if init not in ("lora", "random"):
             raise ValueError(f"Unknown init {init!r}: choose 'lora' or 'random'.")
+        scheduler = getattr(unet, "scheduler", None)
         unet = unet_of(unet)
         generator = torch.Generator().manual_seed(seed)
         self.A: dict[str, nn.Parameter] = {}
@@ -97,7 +100,10 @@ class Residuals:
             "rank": rule,
             "init": init,
             "seed": str(seed),
+            "fingerprint": fingerprint(unet),
         }
+        if scheduler is not None:
+            self.metadata["prediction_type"] = str(scheduler.config.get("prediction_type", "epsilon"))
         self.rows: dict[str, nn.Parameter] = {}
         self.history: list[float] = []
         self.samples: dict[int, Any] = {}
@@ -141,15 +147,17 @@ class Residuals:
         Raises
         ------
         ValueError
-            If names or widths differ, or if these residuals are folded into this model.
+            If names, widths, the kind of layers or the weights differ, or if these residuals are folded into this
+            model.
         """
-        modules = find_proj_outs(unet_of(base))
+        unet = unet_of(base)
+        modules, here = find_proj_outs(unet), structure(unet)
         widths = {name: plain_layer(module).weight.shape[0] for name, module in modules.items()}
-        if widths != {name: A.shape[0] for name, A in self.A.items()}:
+        if widths != {name: A.shape[0] for name, A in self.A.items()} or self.metadata["structure"] != here:
             raise ValueError(
-                f"These residuals were made for a U-Net with {self.metadata['structure']}; "
-                f"this one has {structure(unet_of(base))}."
+                f"These residuals were made for a U-Net with {self.metadata['structure']}; this one has {here}."
             )
+        refuse_other_weights("These residuals", self.metadata, unet)
         weights = {id(plain_layer(module).weight) for module in modules.values()}
         if any(id(weight) in weights for weight, _, _ in self._folded):
             raise ValueError("These residuals are folded into this model already: call `unfold()` first.")
@@ -235,8 +243,9 @@ class Residuals:
         tensors, metadata = read_tensors(path)
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} does not hold personalized residuals; a LoRA file must be imported first.")
-        if int(metadata.get("version", 0)) > VERSION:
-            raise ValueError(f"{path} is of version {metadata['version']}, newer than {VERSION}: update the package.")
+        if metadata.get("version", "0") not in map(str, range(VERSION + 1)):
+            version = metadata["version"][:80]
+            raise ValueError(f"{path} is of version {version}, newer than {VERSION}: update the package.")
         unet = unet_of(base)
         here = structure(unet)
         if metadata.get("structure") != here:
@@ -245,19 +254,23 @@ class Residuals:
                 f"with {metadata.get('structure')}; "
                 f"this one has {here}."
             )
+        refuse_other_weights(f"The residuals of {path}", metadata, unet)
         widths = {name: plain_layer(module).weight.shape[0] for name, module in find_proj_outs(unet).items()}
         rows = {encoder: tensors.pop(f"{encoder}.rows") for encoder in ENCODERS if f"{encoder}.rows" in tensors}
+        _check_rows(path, rows, metadata.get("token", ""), base)
         expected = {f"{name}.{factor}" for name in widths for factor in "AB"}
         for difference, names in (("lacks", expected - set(tensors)), ("has an extra", set(tensors) - expected)):
             if names:
                 raise ValueError(f"{path} {difference} tensor {sorted(names)[0]!r} ({len(names)} in all).")
         for name, m in widths.items():
             A, B = tensors[f"{name}.A"], tensors[f"{name}.B"]
-            if A.ndim != 2 or A.shape[0] != m or B.shape != A.shape[::-1]:
+            if A.ndim != 2 or A.shape[0] != m or B.shape != A.shape[::-1] or not 1 <= A.shape[1] <= m:
                 raise ValueError(
                     f"{path} has factors of shapes {tuple(A.shape)} and {tuple(B.shape)} for {name!r}, "
                     f"where ({m}, r) and (r, {m}) were expected."
                 )
+            if not (A.is_floating_point() and B.is_floating_point()):
+                raise ValueError(f"{path} has factors of whole or complex numbers for {name!r}: it is damaged.")
             refuse_absurd(path, name, A.float(), B.float())
         residuals = cls(unet, rank={name: tensors[f"{name}.B"].shape[0] for name in widths})
         for name in widths:
@@ -265,9 +278,80 @@ class Residuals:
             residuals.B[name].data.copy_(tensors[f"{name}.B"])
         device = next(residuals.parameters()).device
         residuals.rows = {encoder: nn.Parameter(row.float().to(device)) for encoder, row in rows.items()}
-        residuals.history = json.loads(metadata.pop("history", "[]"))
+        residuals.history = _numbers(path, metadata.pop("history", "[]"))
         residuals.metadata = metadata
         return residuals
+
+
+def _numbers(path: str | os.PathLike, text: str) -> list[float]:
+    """A list of numbers from a file's metadata."""
+    try:
+        numbers = json.loads(text)
+    except (ValueError, RecursionError):
+        numbers = None
+    if not isinstance(numbers, list) or not all(isinstance(each, (int, float)) for each in numbers):
+        raise ValueError(f"{path} has a history that is no list of losses: it is damaged.")
+    return numbers
+
+
+def _check_rows(path: str | os.PathLike, rows: Mapping[str, torch.Tensor], token: str, base: Any) -> None:
+    """Refuse an embedding of V* that does not fit the base's text encoders, where there are some."""
+    known = rare_token_rows(base, token) if rows and not isinstance(base, nn.Module) else {}
+    for encoder, row in rows.items():
+        expected = tuple(known[encoder].shape) if encoder in known else tuple(row.shape)
+        if not (row.is_floating_point() and row.ndim == 2 and tuple(row.shape) == expected):
+            raise ValueError(
+                f"{path} has an embedding of shape {tuple(row.shape)} for {token!r} in {encoder}, where {expected} was "
+                "expected: it is damaged, or belongs to another text encoder."
+            )
+        if row.abs().max() > LARGEST:
+            raise ValueError(f"{path} has an embedding of {token!r} beyond all others: it is damaged.")
+
+
+def fingerprint(unet: Any) -> str:
+    """The signs of 64 weights of each projection, as hexadecimal digits: the same in every precision.
+
+    Training moves a model's weights too little to turn many signs, and so does folding a residual in; two models that
+    were trained apart agree in half of them. Empty for a model without numbers (built without weights, or offloaded).
+    """
+    signs = []
+    for module in find_proj_outs(unet).values():
+        weight = plain_layer(module).weight.detach()
+        if weight.is_meta:
+            return ""
+        at = torch.linspace(0, weight.numel() - 1, 64, dtype=torch.float64).long().to(weight.device)
+        chosen = weight[at // weight.shape[1], at % weight.shape[1]]
+        signs.append(chosen.flatten().float().cpu() > 0)
+    return np.packbits(torch.cat(signs).numpy()).tobytes().hex()
+
+
+def refuse_other_weights(whose: str, metadata: Mapping[str, str], unet: Any) -> None:
+    """Residuals go on the model that they were trained on, or on one that was fine-tuned from it.
+
+    Parameters
+    ----------
+    whose : str
+        The beginning of the sentence.
+    metadata : dict of str to str
+        Of the residuals. Those of older files have no fingerprint, and go anywhere where their shapes fit.
+    unet : Module
+        Where they are to go.
+
+    Raises
+    ------
+    ValueError
+        If the fingerprints have less than two thirds in common.
+    """
+    stored, here = metadata.get("fingerprint", ""), fingerprint(unet)
+    if not stored or not here:
+        return
+    known = len(stored) == len(here) and not set(stored) - set(hexdigits)
+    differing = (int(stored, 16) ^ int(here, 16)).bit_count() if known else 4 * len(here)
+    if differing > 4 * len(here) / 3:
+        raise ValueError(
+            f"{whose} were trained on other weights than those of this model, though of the same shapes: load "
+            f"{metadata.get('base', 'the base that they came from')}, or a model that was fine-tuned from it."
+        )
 
 
 def refuse_absurd(path: str | os.PathLike, name: str, A: torch.Tensor, B: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ pictures mirrored at random: the paper names the loss, the rate, the batch and t
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,8 @@ from tqdm.auto import tqdm
 
 from persres_lite.bases import entry
 from persres_lite.concepts import Concept
-from persres_lite.objective import TrainingSet, diffusion_loss, encode_images, encode_prompt
+from persres_lite.objective import PREDICTIONS, TrainingSet, diffusion_loss, encode_images, encode_prompt
+from persres_lite.projections import unet_of
 from persres_lite.residuals import Residuals
 from persres_lite.support.checkpoint import State, read_checkpoint, restore, snapshot, write_checkpoint
 from persres_lite.support.images import square_crop
@@ -107,17 +110,21 @@ def personalize(
     Raises
     ------
     ValueError
-        If an argument is out of range, masks are asked for and missing, or `checkpoint` belongs to another training.
+        If an argument is out of range, masks are asked for and missing, `checkpoint` belongs to another training, or
+        the base is none that learns from pictures and words alone by DDPM's noise (models for inpainting and editing,
+        XL's refiner, distilled ones, EDM, flow matching).
     Diverged
         If the loss or a gradient is no longer finite. The last good state is in the error, and in `checkpoint`.
     KeyboardInterrupt
         Passed on, after the state is written to `checkpoint` if given.
     """
+    _refuse_untrainable(base, sample_every)
+    scheduler = _training_scheduler(base)
     known = entry(base)
     given = {"steps": steps, "batch_size": batch_size, "lr": lr, "rank": rank}
     recipe = known.recipe | {name: value for name, value in given.items() if value is not None}
     _check(recipe, sample_every, mixed_precision)
-    residuals = Residuals(base.unet, rank=recipe["rank"], init=init, seed=seed)
+    residuals = Residuals(base, rank=recipe["rank"], init=init, seed=seed)
     residuals.metadata.update(base=known.name, token=concept.token, macro_class=concept.macro_class)
     if train_token:
         residuals.rows = rare_token_rows(base, concept.token)
@@ -146,7 +153,6 @@ def personalize(
         restore(state, read_checkpoint(checkpoint, settings))
         if len(state.history) > recipe["steps"]:
             raise ValueError(f"{checkpoint} already has {len(state.history)} steps: ask for at least as many.")
-    scheduler = DDPMScheduler.from_config(base.scheduler.config)  # training's, whatever samples later
     done, title = len(state.history), f"personalize {concept}"
     bar = tqdm(total=recipe["steps"], initial=done, desc=title, unit="step", disable=not progress)
     good = snapshot(state)
@@ -195,6 +201,88 @@ def _check(recipe: dict[str, Any], sample_every: int | None, mixed_precision: st
         raise ValueError(f"sample_every must be at least 1, not {sample_every}; None makes no samples.")
     if mixed_precision is not None and mixed_precision not in HALF:
         raise ValueError(f"Unknown mixed_precision {mixed_precision!r}: choose 'fp16', 'bf16' or None.")
+
+
+def _refuse_untrainable(base: Any, sample_every: int | None) -> None:
+    """Many pipelines hold a U-Net of the right kind that needs more than a noisy picture and words."""
+    unet: Any = unet_of(base).config
+    channels = getattr(getattr(getattr(base, "vae", None), "config", None), "latent_channels", None)
+    more = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim")
+    asked = [name for name in more if unet.get(name) is not None]
+    if channels is None:
+        reason = f"{type(base).__name__} has no autoencoder for latents"
+    elif (unet.in_channels, unet.out_channels) != (channels, channels):
+        reason = (
+            f"its U-Net takes {unet.in_channels} channels and gives {unet.out_channels}, where latents have "
+            f"{channels}, as in models for inpainting and editing"
+        )
+    elif asked:
+        reason = f"its U-Net asks for more ({asked[0]} is {unet[asked[0]]!r}), as distilled or conditioned models do"
+    elif unet.addition_embed_type not in (None, "text_time"):
+        reason = f"its U-Net asks for more (addition_embed_type is {unet.addition_embed_type!r})"
+    elif unet.addition_embed_type and unet.projection_class_embeddings_input_dim != (
+        base.text_encoder_2.config.projection_dim + 6 * unet.addition_time_embed_dim
+    ):
+        reason = "its U-Net is told other things than two sizes and a corner, as XL's refiner is"
+    elif getattr(base, "tokenizer", None) is None:
+        reason = f"{type(base).__name__} has no tokenizer for them"
+    else:
+        if sample_every and "image" in inspect.signature(base.__call__).parameters:
+            raise ValueError(
+                f"sample_every draws from words alone, and {type(base).__name__} wants a picture too: leave it out, or "
+                "pass the text-to-image pipeline of these models."
+            )
+        return
+    raise ValueError(
+        f"This base cannot learn from pictures and words alone, since {reason}: personalize the text-to-image model "
+        "that it was made from."
+    )
+
+
+def _training_scheduler(base: Any) -> DDPMScheduler:
+    """The noise that the base was trained with, as the scheduler that trains, whatever samples.
+
+    Raises
+    ------
+    ValueError
+        If the base's scheduler stands for another process, or for other noise than the one that the model came with.
+    """
+    kind, scheduler = type(base.scheduler).__name__, _as_ddpm(base.scheduler)
+    if scheduler is None:
+        raise ValueError(
+            f"{kind} stands for another process than DDPM's noise, in which residuals are trained here: put the "
+            "model's own scheduler back, or choose a Stable Diffusion base."
+        )
+    try:
+        config = DDPMScheduler.load_config(base.name_or_path, subfolder="scheduler", local_files_only=True)
+        own = _as_ddpm(getattr(diffusers, config["_class_name"]).from_config(config))
+    except (OSError, ValueError):  # made in memory, or no longer on this machine
+        return scheduler
+    if own is None or not _alike(own, scheduler) or own.config.prediction_type != scheduler.config.prediction_type:
+        raise ValueError(
+            f"The scheduler that is set, {kind}, has other noise or another target than the {config['_class_name']} "
+            f"that the model came with: make it from that one's configuration, as in {kind}.from_config(…)."
+        )
+    return scheduler
+
+
+def _as_ddpm(scheduler: Any) -> DDPMScheduler | None:
+    """The same noise levels and target as a DDPM scheduler; None for another process (EDM, flow matching, …)."""
+    config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+    other = config.get("use_flow_sigmas") or config.get("timestep_type") == "continuous"
+    if other or not hasattr(scheduler, "alphas_cumprod") or config.get("prediction_type", "epsilon") not in PREDICTIONS:
+        return None
+    try:
+        ddpm = DDPMScheduler.from_config(config)
+    except NotImplementedError:  # a schedule that DDPM does not know
+        return None
+    return ddpm if _alike(ddpm, scheduler) else None
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two schedulers have the same noise levels; some put a tiny number in the place of a last zero."""
+    a, b = one.alphas_cumprod.float().cpu(), other.alphas_cumprod.float().cpu()
+    return a.shape == b.shape and torch.allclose(a, b, atol=1e-4)
 
 
 def _prepare(base: Any, concept: Concept, size: int, masked_loss: bool) -> tuple[TrainingSet, str]:

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from persres_lite.lora import export_lora, import_lora
 from persres_lite.residuals import Residuals
+from persres_lite.training import personalize
+from tests.test_training import make_concept
 from tests.tiny import KINDS, sample, tiny_pipeline, tiny_unet
 
 FORMATS = ("diffusers", "kohya")
@@ -246,6 +248,17 @@ def test_other_tools_file_it_under_the_right_family(unets, tmp_path, format, kin
     if format == "kohya":
         assert metadata["ss_network_module"] == "networks.lora"
         assert metadata["ss_network_dim"] == metadata["ss_network_alpha"] == str(max(residuals.ranks.values()))
+
+
+def test_what_a_base_predicts_is_kept_from_training_to_export(tmp_path):
+    """Of SD 2.1 there is one that predicts noise and one that predicts v."""
+    base, path = tiny_pipeline("sd2"), tmp_path / "cat.safetensors"
+    residuals = personalize(base, make_concept(1), steps=1, batch_size=1, progress=False)
+    residuals.save(path)
+    export_lora(Residuals.load(path, base), path)
+    assert import_lora(path, base).metadata["prediction_type"] == "v_prediction"
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["ss_base_model_version"] == "sd_v2_v"
 
 
 # Files of others
@@ -546,14 +559,17 @@ def test_alphas_that_are_stated_twice_or_left_to_pefts_default(unets, tmp_path):
 
 def test_no_damage_gives_anything_but_one_sentence(unets, tmp_path):
     """Bits, names, shapes, kinds and metadata changed at random: read, or refused as a ValueError."""
-    base, random = unets["sd1"], Random(0)
+    base, random = tiny_pipeline("sd1"), Random(0)
     residuals = make_residuals(base)
     for format in FORMATS:
         export_lora(residuals, tmp_path / f"{format}.safetensors", format)
+    residuals.history = [0.5, 0.25]
+    residuals.rows = {"text_encoder": torch.nn.Parameter(torch.randn(1, 32))}
+    residuals.save(tmp_path / "native.safetensors")
     words = ["", "nan", "-1", "1e999", "{", "[]", "null", '{"a":' * 3000, "9" * 5000, "\u0000", "é"]
     kinds = [torch.float16, torch.float8_e4m3fn, torch.float64, torch.int8, torch.bool, torch.complex64, torch.uint8]
     for number in range(300):
-        name = random.choice(FORMATS)
+        name = random.choice(["native", *FORMATS])
         path = tmp_path / "damaged.safetensors"
         if number % 2:
             content = bytearray((tmp_path / f"{name}.safetensors").read_bytes())
@@ -584,6 +600,6 @@ def test_no_damage_gives_anything_but_one_sentence(unets, tmp_path):
                 del tensors[key]
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
         try:
-            import_lora(path, base)
+            (Residuals.load if name == "native" else import_lora)(path, base)
         except ValueError as error:
             assert str(path) in str(error) and str(error).endswith("."), error

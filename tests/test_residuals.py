@@ -10,8 +10,10 @@ import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from persres_lite.localize import localized
+from persres_lite.lora import export_lora, import_lora
 from persres_lite.projections import add_low_rank, find_proj_outs
-from persres_lite.residuals import Residuals
+from persres_lite.residuals import Residuals, fingerprint
 from tests.reference import reference
 from tests.tiny import KINDS, sample, tiny_pipeline, tiny_unet
 
@@ -358,6 +360,77 @@ def test_residuals_of_another_shape_are_refused(sd1, sdxl):
     assert hooks_of(sdxl.unet) == 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_residuals_of_other_weights_are_refused(tmp_path, kind):
+    """The same shapes, and another model: a picture would come out, and not of this concept."""
+    base, other = tiny_pipeline(kind), tiny_pipeline(kind, seed=1)
+    residuals = random_residuals(base)
+    residuals.metadata["base"] = "sd-1.4"
+    sentence = "were trained on other weights than those of this model, though of the same shapes: load sd-1.4, or a"
+    path = residuals.save(tmp_path / "cat.safetensors")
+    with pytest.raises(ValueError, match=f"These residuals {sentence}"), residuals.attached(other):
+        pass
+    with pytest.raises(ValueError, match=sentence), localized(other, residuals, "sks cat"):
+        pass
+    with pytest.raises(ValueError, match=sentence):
+        residuals.fold(other.unet)
+    with pytest.raises(ValueError, match=f"The residuals of {path} {sentence}"):
+        Residuals.load(path, other)
+    for format in ("diffusers", "kohya"):
+        export_lora(residuals, path, format)
+        with pytest.raises(ValueError, match=f"The residuals of {path} {sentence}"):
+            import_lora(path, other)
+    assert hooks_of(other.unet) == 0
+
+
+def test_convolutions_and_linear_layers_of_the_same_names_and_widths(sd1):
+    residuals = Residuals(sd1)
+    with pytest.raises(ValueError, match="with 16 convolutions 32x10 64x6.* this one has 16 linear layers 32x10 64x6"):
+        with residuals.attached(tiny_pipeline("sd2")):
+            pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_the_same_weights_in_another_precision_are_the_same_model(pipeline, dtype):
+    residuals = random_residuals(pipeline)
+    pipeline.unet.to(dtype)
+    assert residuals.layers_in(pipeline)
+    agreeing = 1 - (int(fingerprint(pipeline.unet), 16) ^ int(residuals.metadata["fingerprint"], 16)).bit_count() / (
+        4 * len(residuals.metadata["fingerprint"])
+    )
+    assert agreeing > 0.9
+
+
+def test_a_fine_tuned_model_is_still_the_same_one(sd1):
+    """As LoRAs are carried over to models that were made from theirs; and a folded residual is a change, too."""
+    residuals = random_residuals(sd1)
+    for seed in (2, 3):
+        random_residuals(sd1, seed=seed).fold(sd1)
+    assert residuals.layers_in(sd1)
+    torch.manual_seed(0)
+    for module in find_proj_outs(sd1.unet).values():
+        module.weight.data += 0.3 * module.weight.std() * torch.randn_like(module.weight)
+    assert residuals.layers_in(sd1)
+
+
+def test_files_and_models_without_a_fingerprint_go_where_they_fit(tmp_path, sd1):
+    residuals = random_residuals(sd1)
+    del residuals.metadata["fingerprint"]  # as the first edition wrote them
+    path = residuals.save(tmp_path / "cat.safetensors")
+    assert Residuals.load(path, tiny_pipeline("sd1", seed=1)).layers_in(tiny_pipeline("sd1", seed=2))
+    with torch.device("meta"):
+        empty = tiny_unet("sd1")
+    assert Residuals(empty).metadata["fingerprint"] == "" and random_residuals(sd1).layers_in(empty)
+
+
+@pytest.mark.parametrize("stored", ["zz" * 128, "ab", "0x" + "f" * 254, "é" * 256])
+def test_a_fingerprint_that_is_none_fits_nothing(sd1, stored):
+    residuals = random_residuals(sd1)
+    residuals.metadata["fingerprint"] = stored
+    with pytest.raises(ValueError, match="trained on other weights"):
+        residuals.layers_in(sd1)
+
+
 # Folding
 
 
@@ -455,8 +528,38 @@ def other_shape(tensors, metadata):
     tensors[f"{FIRST}.A"] = torch.zeros(32, 5)
 
 
+def flipped(tensors, metadata):
+    """One bit of an exponent: 0.06 becomes 2e37."""
+    tensors[f"{FIRST}.A"] += 1e-3
+    tensors[f"{FIRST}.B"].view(torch.int32)[0, 0] ^= 1 << 30
+
+
 def newer(tensors, metadata):
     metadata["version"] = "2"
+
+
+def no_version(tensors, metadata):
+    metadata["version"] = "one"
+
+
+def no_history(tensors, metadata):
+    metadata["history"] = "[" * 5000
+
+
+def no_losses(tensors, metadata):
+    metadata["history"] = '{"a": 1}'
+
+
+def whole_numbers(tensors, metadata):
+    tensors[f"{FIRST}.A"] = torch.zeros(32, 2, dtype=torch.int8)
+
+
+def other_rows(tensors, metadata):
+    tensors["text_encoder.rows"] = torch.zeros(3, 32)
+
+
+def huge_rows(tensors, metadata):
+    tensors["text_encoder.rows"] = torch.full((1, 32), 1e30)
 
 
 def a_lora(tensors, metadata):
@@ -474,13 +577,21 @@ def other_base(tensors, metadata):
         (extra, r"has an extra tensor 'somewhere.A' \(1 in all\)"),
         (not_a_number, f"holds NaN or infinity in '{FIRST}.B'"),
         (other_shape, rf"has factors of shapes \(32, 5\) and \(2, 32\) for '{FIRST}', where \(32, r\) and \(r, 32\)"),
+        (flipped, f"would change weights of '{FIRST}' by up to .e.3.*the file is damaged, or the training"),
         (newer, "is of version 2, newer than 1: update the package"),
+        (no_version, "is of version one, newer than 1"),
+        (no_history, "has a history that is no list of losses: it is damaged"),
+        (no_losses, "has a history that is no list of losses"),
+        (whole_numbers, f"has factors of whole or complex numbers for '{FIRST}': it is damaged"),
+        (other_rows, r"has an embedding of shape \(3, 32\) for 'sks' in text_encoder, where \(1, 32\) was expected"),
+        (huge_rows, "has an embedding of 'sks' beyond all others: it is damaged"),
         (a_lora, "does not hold personalized residuals; a LoRA file must be imported first"),
         (other_base, "made for another base, sd-1.4, with 16 convolutions 320x5 .* this one has 16 convolutions 32x10"),
     ],
 )
 def test_wrong_files_are_refused_with_the_difference(tmp_path, sd1, change, message):
     residuals = Residuals(sd1)
+    residuals.metadata["token"] = "sks"
     tensors = load_file(residuals.save(tmp_path / "right.safetensors"))
     metadata = {key: str(value) for key, value in residuals.metadata.items()} | {"history": json.dumps([])}
     change(tensors, metadata)

@@ -13,16 +13,35 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny, DDPMScheduler
+from diffusers import (
+    AutoencoderTiny,
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionInstructPix2PixPipeline,
+    TCDScheduler,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 from torch.func import functional_call
 
 from persres_lite import training
+from persres_lite.bases import load_base
 from persres_lite.concepts import Concept
 from persres_lite.localize import localized
 from persres_lite.objective import TrainingSet, diffusion_loss, encode_images, encode_prompt
 from persres_lite.residuals import Residuals
 from persres_lite.training import Diverged, personalize
+from tests.test_pipelines import NO_CHECKER, img2img, refiner, with_unet
 from tests.tiny import sample, tiny_pipeline
 
 FAST = {"steps": 3, "batch_size": 1, "lr": 1e-2, "progress": False}
@@ -414,6 +433,110 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_factors(sd1, concept, 
 def test_bad_arguments_are_refused_in_one_sentence(sd1, concept, arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         personalize(sd1, concept, **FAST | arguments)
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"in_channels": 9}, "takes 9 channels and gives 4, where latents have 4, as in models for inpainting"),
+        ({"in_channels": 8}, "takes 8 channels and gives 4"),
+        ({"out_channels": 8}, "takes 4 channels and gives 8"),
+        ({"time_cond_proj_dim": 8}, "asks for more .time_cond_proj_dim is 8., as distilled or conditioned models do"),
+        ({"num_class_embeds": 10}, "asks for more .num_class_embeds is 10."),
+        ({"class_embed_type": "timestep"}, "asks for more .class_embed_type is 'timestep'."),
+        ({"addition_embed_type": "text"}, "asks for more .addition_embed_type is 'text'."),
+    ],
+)
+def test_models_that_ask_for_more_than_pictures_and_words_are_refused(sd1, concept, changes, reason):
+    sd1.register_modules(unet=with_unet(sd1, **changes)["unet"])
+    with pytest.raises(ValueError, match=f"cannot learn from pictures and words alone, since its U-Net {reason}.*"):
+        personalize(sd1, concept, **FAST)
+
+
+def test_xls_refiner_and_editing_pipelines_are_refused(concept):
+    with pytest.raises(ValueError, match="than two sizes and a corner, as XL's refiner is: personalize the text-to-im"):
+        personalize(refiner()[0], concept, **FAST)
+    parts = with_unet(tiny_pipeline("sd1"), in_channels=8)
+    editing = StableDiffusionInstructPix2PixPipeline(**parts, **NO_CHECKER)
+    with pytest.raises(ValueError, match="takes 8 channels .* as in models for inpainting and editing"):
+        personalize(editing, concept, **FAST)
+
+
+def test_a_pipeline_that_starts_from_pictures_trains_but_cannot_sample_along_the_way(concept):
+    """The models are those of text to image: the same residuals come out."""
+    base, (other, _) = tiny_pipeline("sd1"), img2img()
+    assert same(personalize(base, concept, **FAST), personalize(other, concept, **FAST))
+    with pytest.raises(ValueError, match="sample_every draws from words alone, and StableDiffusionImg2ImgPipeline"):
+        personalize(other, concept, sample_every=1, **FAST)
+
+
+# The forward process
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EDMEulerScheduler(),
+        EDMDPMSolverMultistepScheduler(),
+        FlowMatchEulerDiscreteScheduler(),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
+        EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
+        CogVideoXDDIMScheduler(),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_another_process_is_refused(sdxl, concept, scheduler):
+    sdxl.scheduler = scheduler
+    with pytest.raises(ValueError, match=f"{type(scheduler).__name__} stands for another process than DDPM's noise"):
+        personalize(sdxl, concept, **FAST)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        EulerAncestralDiscreteScheduler,
+        EulerDiscreteScheduler,
+        HeunDiscreteScheduler,
+        LCMScheduler,
+        PNDMScheduler,
+        TCDScheduler,
+        UniPCMultistepScheduler,
+    ],
+)
+def test_whatever_samples_the_noise_of_training_is_the_same(sd1, kind):
+    """Also where a class has the noise of Stable Diffusion by default and therefore does not list it."""
+    expected = DDPMScheduler.from_config(sd1.scheduler.config).alphas_cumprod
+    options = {} if kind in (LCMScheduler, TCDScheduler) else sd1.scheduler.config
+    sd1.scheduler = kind.from_config(options)
+    torch.testing.assert_close(training._training_scheduler(sd1).alphas_cumprod, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"beta_schedule": "linear"}, {"prediction_type": "v_prediction"}, {"rescale_betas_zero_snr": True}]
+)
+def test_other_noise_than_the_one_that_the_model_came_with_is_refused(sd1, concept, tmp_path, changes):
+    sd1.save_pretrained(tmp_path)
+    base = load_base(tmp_path, device="cpu")
+    base.scheduler = EulerDiscreteScheduler.from_config(base.scheduler.config)
+    personalize(base, concept, **FAST)
+    base.scheduler = DDIMScheduler.from_config(base.scheduler.config, **changes)
+    with pytest.raises(
+        ValueError, match="DDIMScheduler, has other noise or another target than the DDIMScheduler that"
+    ):
+        personalize(base, concept, **FAST)
+    base.save_pretrained(tmp_path / "own")  # meant so: then it is the model's
+    personalize(load_base(tmp_path / "own", device="cpu"), concept, **FAST)
+
+
+def test_the_loss_names_a_target_that_it_does_not_know(sd1):
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.add_noise = lambda latents, noise, timesteps: latents
+    latents, condition = torch.zeros(1, 4, 16, 16), encode_prompt(sd1, "a cat", 64)
+    with pytest.raises(ValueError, match="target None is not one of DDPM's .epsilon, v_pred.*: take another"):
+        diffusion_loss(sd1.unet, scheduler, latents, condition, latents, torch.tensor([3]))
 
 
 def test_a_concept_without_pictures_is_refused(sd1):
