@@ -35,27 +35,13 @@ from PIL import Image
 from torch.func import functional_call
 
 from persres_lite import training
-from persres_lite.bases import load_base
+from persres_lite.bases import encode_images, encode_prompt, load_base
 from persres_lite.concepts import Concept
 from persres_lite.localize import localized
-from persres_lite.objective import TrainingSet, diffusion_loss, encode_images, encode_prompt
 from persres_lite.residuals import Residuals
-from persres_lite.training import Diverged, personalize
-from tests.test_pipelines import NO_CHECKER, img2img, refiner, with_unet
+from persres_lite.training import Diverged, TrainingSet, diffusion_loss, personalize
+from tests.helpers import FAST, NO_CHECKER, img2img, make_concept, refiner, with_unet
 from tests.tiny import sample, tiny_pipeline
-
-FAST = {"steps": 3, "batch_size": 1, "lr": 1e-2, "progress": False}
-
-
-def make_concept(pictures=3, size=64, masks=False, **words):
-    """Smooth random pictures, with a centered square as object."""
-    rng = np.random.default_rng(0)
-    blocks = (rng.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(pictures))
-    images = [Image.fromarray(block).resize((size, size)) for block in blocks]
-    square = Image.new("L", (size, size))
-    square.paste(255, (size // 4, size // 4, 3 * size // 4, 3 * size // 4))
-    words = {"macro_class": "cat", "token": "sks"} | words
-    return Concept("test", images=images, masks=[square] * pictures if masks else None, **words)
 
 
 def digest(base):
@@ -92,7 +78,7 @@ def test_only_the_factors_learn(pipeline, concept):
     assert all(p.grad is None and not p.requires_grad for p in pipeline.unet.parameters())
     for name, parameter in residuals.named_parameters().items():
         assert parameter.dtype == torch.float32 and not torch.equal(parameter, start.named_parameters()[name]), name
-    assert len(residuals.history) == 3 and all(0 < loss < 10 for loss in residuals.history)
+    assert len(residuals.losses) == 3 and all(0 < loss < 10 for loss in residuals.losses)
     wanted = {"token": "sks", "macro_class": "cat", "base": "unnamed", "rank": "0.05"}
     assert wanted.items() <= residuals.metadata.items()
 
@@ -121,19 +107,19 @@ def test_training_on_one_batch_lowers_its_loss(sd1, concept):
 
 def test_the_recipe_comes_from_the_registry(sd1, concept, monkeypatch):
     recipe = {"steps": 3, "batch_size": 1, "lr": 1e-3, "rank": 2}
-    known = training.entry(sd1)
+    known = training.settings_of(sd1)
     assert known.recipe == {"steps": 150, "batch_size": 4, "lr": 1e-3, "rank": 0.05}  # the paper's
-    monkeypatch.setattr(training, "entry", lambda base: replace(known, recipe=recipe))
+    monkeypatch.setattr(training, "settings_of", lambda base: replace(known, recipe=recipe))
     default = personalize(sd1, concept, progress=False)
-    assert len(default.history) == 3 and set(default.ranks.values()) == {2}
+    assert len(default.losses) == 3 and set(default.ranks.values()) == {2}
     assert same(default, personalize(sd1, concept, **recipe, progress=False))
-    assert len(personalize(sd1, concept, steps=1, progress=False).history) == 1
+    assert len(personalize(sd1, concept, steps=1, progress=False).losses) == 1
 
 
 # What is computed
 
 
-def test_gradients_equal_those_through_folded_weights(pipeline, concept):
+def test_gradients_equal_those_through_merged_weights(pipeline, concept):
     """The slow way, W' = W + A B for every layer, without any hook."""
     unet = pipeline.unet
     residuals = Residuals(unet, rank=0.25, init="random")
@@ -146,17 +132,17 @@ def test_gradients_equal_those_through_folded_weights(pipeline, concept):
         diffusion_loss(unet, scheduler, latents, condition, noise, timesteps).backward()
     fast = {name: p.grad.clone() for name, p in residuals.named_parameters().items()}
 
-    folded = {}
+    merged = {}
     for name in residuals.A:
         weight = unet.get_submodule(name).weight
-        folded[f"{name}.weight"] = weight + (residuals.A[name] @ residuals.B[name]).view_as(weight)
+        merged[f"{name}.weight"] = weight + (residuals.A[name] @ residuals.B[name]).view_as(weight)
     alphas = scheduler.alphas_cumprod[timesteps].view(2, 1, 1, 1)
     arguments = {
         "encoder_hidden_states": condition["encoder_hidden_states"].repeat(2, 1, 1),
         "added_cond_kwargs": {k: v.repeat(2, 1) for k, v in condition.get("added_cond_kwargs", {}).items()} or None,
     }
     noisy = alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
-    predicted = functional_call(unet, folded, (noisy, timesteps), arguments).sample
+    predicted = functional_call(unet, merged, (noisy, timesteps), arguments).sample
     v = alphas.sqrt() * noise - (1 - alphas).sqrt() * latents
     target = v if pipeline.scheduler.config.prediction_type == "v_prediction" else noise
     for p in residuals.parameters():
@@ -288,7 +274,7 @@ def test_interrupted_between_steps_it_resumes_to_the_same_tensors(pipeline, conc
         personalize(pipeline, concept, **FAST, checkpoint=path, on_step=interrupt)
     steps = []
     resumed = personalize(pipeline, concept, **FAST, checkpoint=path, on_step=lambda step, *_: steps.append(step))
-    assert steps == [3] and same(whole, resumed) and resumed.history == whole.history
+    assert steps == [3] and same(whole, resumed) and resumed.losses == whole.losses
 
 
 def test_interrupted_in_the_middle_of_an_update_it_resumes_to_the_same_tensors(sd1, concept, tmp_path, monkeypatch):
@@ -300,7 +286,7 @@ def test_interrupted_in_the_middle_of_an_update_it_resumes_to_the_same_tensors(s
         count.append(1)
         result = step(self, *arguments, **options)
         if len(count) == 2:
-            raise KeyboardInterrupt  # A and B have moved, the loss is not yet in the history
+            raise KeyboardInterrupt  # A and B have moved, the loss is not yet among the losses
         return result
 
     monkeypatch.setattr(torch.optim.Adam, "step", half_done)
@@ -313,7 +299,7 @@ def test_interrupted_in_the_middle_of_an_update_it_resumes_to_the_same_tensors(s
 KILLED = """
 import os, signal, sys
 from persres_lite import training
-from tests.test_training import FAST, make_concept
+from tests.helpers import FAST, make_concept
 from tests.tiny import tiny_pipeline
 training.CHECKPOINT_EVERY = 2
 def kill(step, loss, residuals):
@@ -392,7 +378,7 @@ def test_a_loss_that_is_not_finite_stops_it_with_the_last_good_state(sd1, concep
     sentence = r"loss became nan at step 3: try a rate below 0\.01.*state\.safetensors"
     with pytest.raises(Diverged, match=sentence) as caught:
         personalize(sd1, concept, **FAST, checkpoint=path)
-    assert same(caught.value.residuals, whole) and len(caught.value.residuals.history) == 2
+    assert same(caught.value.residuals, whole) and len(caught.value.residuals.losses) == 2
     assert same(personalize(sd1, concept, **FAST | {"steps": 2}, checkpoint=path), whole)
 
 
@@ -548,21 +534,21 @@ def test_a_concept_without_pictures_is_refused(sd1):
 
 
 def test_on_step_samples_and_bar(sd1, concept, capsys, monkeypatch):
-    known = training.entry(sd1)
+    known = training.settings_of(sd1)
     quick = replace(known, sampling=known.sampling | {"num_inference_steps": 2})
-    monkeypatch.setattr(training, "entry", lambda base: quick)
+    monkeypatch.setattr(training, "settings_of", lambda base: quick)
     calls = []
     residuals = personalize(
         sd1,
         concept,
         **FAST | {"progress": True},
         sample_every=2,
-        on_step=lambda step, loss, residuals: calls.append((step, loss, len(residuals.history))),
+        on_step=lambda step, loss, residuals: calls.append((step, loss, len(residuals.losses))),
     )
-    assert calls == [(i + 1, loss, i + 1) for i, loss in enumerate(residuals.history)]
+    assert calls == [(i + 1, loss, i + 1) for i, loss in enumerate(residuals.losses)]
     assert sorted(residuals.samples) == [2] and residuals.samples[2].size == (64, 64)
     shown = capsys.readouterr().err
-    assert "personalize sks cat" in shown and f"loss={residuals.history[-1]:.3f}" in shown
+    assert "personalize sks cat" in shown and f"loss={residuals.losses[-1]:.3f}" in shown
     assert sd1._progress_bar_config == {"disable": True}
     assert same(residuals, personalize(sd1, concept, **FAST))  # looking changes nothing
 
@@ -619,7 +605,7 @@ def test_mixed_precision_keeps_what_learns_in_fp32(sd1, concept, precision):
     exact = personalize(sd1, concept, **two)
     mixed = personalize(sd1, concept, **two, mixed_precision=precision)
     assert all(p.dtype == torch.float32 for p in mixed.parameters()) and not same(exact, mixed)
-    assert mixed.history == pytest.approx(exact.history, rel=0.05)
+    assert mixed.losses == pytest.approx(exact.losses, rel=0.05)
     assert sd1.unet.dtype == torch.float32
 
 
@@ -633,7 +619,7 @@ def test_a_base_in_half_precision(sd1, concept, dtype, tmp_path):
     personalize(sd1, concept, **two | {"steps": 1}, checkpoint=path)
     halved = personalize(sd1, concept, **two, checkpoint=path)  # the scale of the loss is resumed, too
     assert all(p.dtype == torch.float32 for p in halved.parameters())
-    assert halved.history == pytest.approx(exact.history, rel=0.1)
+    assert halved.losses == pytest.approx(exact.losses, rel=0.1)
     assert digest(sd1) == before
     assert same(halved, personalize(sd1, concept, **two))
 
@@ -645,8 +631,8 @@ def test_the_tokens_embedding_learns_on_request(pipeline, token, tmp_path):
     residuals = personalize(pipeline, concept, **FAST | {"steps": 2}, train_token=True)
     assert digest(pipeline) == before
     encoders = {"text_encoder", "text_encoder_2"} if hasattr(pipeline, "text_encoder_2") else {"text_encoder"}
-    assert set(residuals.rows) == encoders
-    for encoder, rows in residuals.rows.items():
+    assert set(residuals.token_embeddings) == encoders
+    for encoder, rows in residuals.token_embeddings.items():
         tokenizer = pipeline.tokenizer if encoder == "text_encoder" else pipeline.tokenizer_2
         pieces = tokenizer(token, add_special_tokens=False).input_ids
         assert len(pieces) == {"sks": 1, "zwx": 3}[token]
@@ -662,7 +648,7 @@ def test_the_tokens_embedding_learns_on_request(pipeline, token, tmp_path):
         learned = sample(pipeline, prompt, steps=1)
     with loaded.attached(pipeline):
         assert torch.equal(learned, sample(pipeline, prompt, steps=1))
-    loaded.rows = {}
+    loaded.token_embeddings = {}
     with loaded.attached(pipeline):
         assert not torch.equal(learned, sample(pipeline, prompt, steps=1))  # the rows do matter
     assert torch.equal(plain, sample(pipeline, prompt, steps=1))

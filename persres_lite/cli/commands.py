@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from persres_lite import Residuals, load_base, load_concept, localized
 from persres_lite import personalize as learn
-from persres_lite.bases import entry
+from persres_lite.bases import settings_of
 from persres_lite.lora import PREFIX, export_lora, import_lora
 from persres_lite.masks import average
 from persres_lite.residuals import FORMAT
@@ -50,7 +50,7 @@ def personalize(chosen: Namespace) -> None:
         _write_picture(picture, chosen.out.with_name(f"{chosen.out.stem}-{step:04d}.png"))
     print(
         f"{chosen.out}: {residuals.num_parameters():,} parameters for {str(concept)!r}, learned from "
-        f"{len(concept.images)} pictures in {len(residuals.history)} steps and {time.perf_counter() - start:.0f} s."
+        f"{len(concept.images)} pictures in {len(residuals.losses)} steps and {time.perf_counter() - start:.0f} s."
     )
 
 
@@ -119,7 +119,7 @@ def _draw(
     chosen: Namespace, base: Any, residuals: Residuals, prompt: str, seed: int, mode: str
 ) -> tuple[Image.Image, Image.Image]:
     """One picture, and where the residual was applied: the mean over steps and blocks, of the picture's size."""
-    options = dict(entry(base).sampling) | {"generator": torch.Generator().manual_seed(seed)}
+    options = dict(settings_of(base).sampling) | {"generator": torch.Generator().manual_seed(seed)}
     if chosen.steps is not None:
         options["num_inference_steps"] = chosen.steps
     if chosen.guidance is not None:

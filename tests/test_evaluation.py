@@ -17,9 +17,9 @@ from transformers import (
     ViTModel,
 )
 
-from persres_lite import metrics
+from persres_lite import evaluation
 from persres_lite.concepts import load_concept
-from persres_lite.metrics import background_distance, iou, load_judges, pointing
+from persres_lite.evaluation import background_distance, iou, load_judges, pointing_game
 from tests.tiny import tiny_tokenizer
 
 
@@ -113,7 +113,7 @@ def test_a_base_chooses_its_judges(monkeypatch, sd1):
         asked.append(str(where))
         return torch.nn.Identity()
 
-    monkeypatch.setattr(metrics, "_load", record)
+    monkeypatch.setattr(evaluation, "_load", record)
     for base in ("sd-1.4", "sdxl", sd1):
         asked.clear()
         load_judges(base)
@@ -162,9 +162,9 @@ def test_pointing_by_the_highest_position():
     inside, outside = torch.zeros(8, 8), torch.zeros(8, 8)
     inside[1, 2], outside[6, 6] = 5, 5
     outside[1, 2] = 4
-    assert pointing(torch.stack([inside, outside]), truth).tolist() == [1.0, 0.0]
+    assert pointing_game(torch.stack([inside, outside]), truth).tolist() == [1.0, 0.0]
     coarse = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    assert pointing(coarse, truth).tolist() == [1.0] and pointing(coarse.flip(0), truth).tolist() == [0.0]
+    assert pointing_game(coarse, truth).tolist() == [1.0] and pointing_game(coarse.flip(0), truth).tolist() == [0.0]
 
 
 def test_background_distance_leaves_the_object_out():

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from persres_lite.bases import entry
+from persres_lite.bases import settings_of
 from persres_lite.support.paths import data_dir
 
 JUDGES = {"toybox": ("toybox-clip", "toybox-dino")}
@@ -126,7 +126,7 @@ def load_judges(
     OSError
         If a folder is missing, or the hub is out of reach and nothing was fetched before.
     """
-    name = entry(base).name
+    name = settings_of(base).name
     own = [data_dir() / folder for folder in JUDGES[name]] if name in JUDGES else PAPER_JUDGES
     clip, dino = clip or own[0], dino or own[1]
     device = device or getattr(base, "device", "cpu")
@@ -161,7 +161,7 @@ def iou(mask: Any, truth: Any) -> Tensor:
     return torch.where(either == 0, 1.0, both / either.clamp(min=1))
 
 
-def pointing(map: Any, truth: Any) -> Tensor:
+def pointing_game(map: Any, truth: Any) -> Tensor:
     """Whether the highest position of each map lies inside the true mask; the mean is the pointing accuracy.
 
     Parameters
