@@ -102,18 +102,21 @@ def test_toys_fill_what_the_scene_asks_for():
 
 def test_toys_do_not_all_stand_in_the_middle():
     across = (np.arange(128) + 0.5) / 64 - 1
-    disc = (across[:, None] ** 2 + across**2) <= 1 / np.pi  # a quarter of the picture's area
-    missed, reach, said = [], [], []
+    from_middle = across[:, None] ** 2 + across**2
+    discs = {share: from_middle <= 4 * share / np.pi for share in (0.25, 0.5)}  # of the picture's area
+    missed: dict[float, list[float]] = {share: [] for share in discs}
+    reach, said = [], []
     for index in range(200):
         scene = world.scene_by_index(index)
         if len(scene.toys) == 1:
             mask = draw(scene).masks[0] / 255
-            missed.append((mask * ~disc).sum() / mask.sum())
+            for share, disc in discs.items():
+                missed[share].append((mask * ~disc).sum() / mask.sum())
             middle = (mask.sum(0) * across).sum() / mask.sum()
             reach.append(abs(middle))
             if side := world.side_of(scene):
                 said.append((side == "on the right") == (middle > 0))
-    assert np.mean(missed) > 0.25 and max(reach) > 0.5
+    assert np.mean(missed[0.25]) > 0.35 and np.mean(missed[0.5]) > 0.07 and max(reach) > 0.5
     assert len(said) > 30 and np.mean(said) > 0.97
 
 
@@ -197,3 +200,17 @@ assert not [name for name in sys.modules if name.startswith("persres")]
     folder = data_dir() / "second-edition" / "toybox-sd"
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", world.CLASSES)
+@pytest.mark.parametrize("pattern", ["striped", "dotted", "checkered"])
+def test_every_kind_shows_every_pattern(kind, pattern):
+    # A box whose faces lie between the dots of the lattice once showed none.
+    plain, marked = (
+        draw(world.random_view(random.Random(kind), (world.Toy(kind, "black", "white", p),), "on the grass"))
+        for p in ("plain", pattern)
+    )
+    changed = np.abs(plain.image.astype(int) - marked.image).max(-1) > 40
+    assert changed.sum() > 0.06 * (marked.masks[0] > 127).sum()
+    begins = np.count_nonzero(changed[1:] & ~changed[:-1], axis=0)  # of bands, by column of pixels
+    assert begins.max() >= 2

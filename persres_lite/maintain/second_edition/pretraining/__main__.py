@@ -35,7 +35,7 @@ from persres_lite.maintain.second_edition.toybox.models import make_autoencoder
 
 from .autoencoder import latents_of, train_decoder, train_vae
 from .dataset import draw_scenes, load_drawn
-from .judge import judge_parts, seen_by_judge, train_judge, train_readings
+from .judge import VIEWS, judge_parts, seen_by_judge, train_judge, train_readings
 from .ship import save_judges, write_card
 from .text import clip_parts, train_text, train_vision
 from .trainer import begin_from, data_parallel
@@ -73,6 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--further", action="store_true", help="begin from the shipped weights, not from nothing")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="and processes of the longest stages")
     parser.add_argument("--pictures", type=int, default=PICTURES, help=f"of the training set, {PICTURES:,} by default")
+    parser.add_argument("--views", type=int, default=VIEWS, help=f"toys that the judge sees twice, {VIEWS:,} by default")
     for name, budget in MINUTES.items():
         parser.add_argument(f"--{name}-minutes", type=float, default=budget, help=f"budget, {budget:g} by default")
     args = parser.parse_args(arguments)
@@ -84,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
         adopt(args.data, folder)
 
     if "judge" in wanted:
-        train_judge(folder, pictures, minutes["judge"])
+        train_judge(folder, pictures, minutes["judge"], args.views)
     if "readings" in wanted:
         train_readings(folder, pictures, minutes["readings"])
     if "text" in wanted:

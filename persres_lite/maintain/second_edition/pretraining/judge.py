@@ -19,7 +19,7 @@ from persres_lite.maintain.second_edition.toybox.world import CLASSES, scene_by_
 from .dataset import Shards, draw_views, load_drawn, to_float, views_by_index
 from .trainer import faster_precision, only_learning, still_valid, train, trained
 
-VIEWS = 10_000  # toys seen twice
+VIEWS = 10_000  # toys seen twice, if nothing else is asked for
 
 
 def judge_parts() -> nn.ModuleDict:
@@ -34,15 +34,15 @@ def misread(named: dict[str, torch.Tensor], answers: dict[str, torch.Tensor]) ->
     return torch.stack([F.cross_entropy(named[name], answers[name], ignore_index=-1) for name in settled]).sum()
 
 
-def train_judge(folder: Path, pictures: Shards, minutes: float) -> None:
+def train_judge(folder: Path, pictures: Shards, minutes: float, toys_twice: int = VIEWS) -> None:
     """The identity encoder, contrastively on two views of each toy, and the linear readings of its features."""
     torch.manual_seed(1)
     both = judge_parts()
     encoder, readings = both["encoder"], both["readings"]
     scenes = [scene_by_index(i) for i in range(len(pictures))]
     labels = labels_of(scenes)
-    views = load_drawn(draw_views, VIEWS, folder / "pictures", "views")
-    viewed = [scene for i in range(VIEWS) for scene in views_by_index(i)]
+    views = load_drawn(draw_views, toys_twice, folder / "pictures", "views")
+    viewed = [scene for i in range(toys_twice) for scene in views_by_index(i)]
     view_labels = labels_of(viewed)
     kinds = view_labels["class"][::2].numpy()
     by_kind = [np.flatnonzero(kinds == kind) for kind in range(len(CLASSES))]

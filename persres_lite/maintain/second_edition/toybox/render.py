@@ -22,6 +22,14 @@ FOCAL = 2.6  # of the camera, in half picture heights
 GLOSS = 0.22  # how bright a mirrored sun is
 MAIN, SECOND, DARK, WHITE = range(4)  # what a part is painted with
 
+# Stripes, dots or two checks per unit of length: at least three over the height of the largest part that has the main
+# paint (2.4 for the car), so that a flat body shows a pattern, too; over a whole toy that makes four to seven. Dots
+# are balls on a lattice: a box shows them where its faces lie near the lattice, hence the car's and the house's.
+REPEATS = {
+    "duck": 3.8, "robot": 4.7, "mug": 2.7, "car": 5.0, "rocket": 2.7,
+    "house": 4.3, "mushroom": 3.6, "snowman": 3.4, "cat": 3.4, "teapot": 2.9,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Part:
@@ -427,16 +435,15 @@ def _palette(toy: Toy) -> np.ndarray:
     return np.array([COLORS[toy.main], COLORS[toy.second], (0.10, 0.10, 0.12), (0.96, 0.96, 0.94)], np.float32)
 
 
-def _marked(pattern: str, points: np.ndarray) -> np.ndarray:
+def _marked(toy: Toy, points: np.ndarray) -> np.ndarray:
     """Where a pattern puts the second color, (R,) bool. `points` (R, 3) are in the toy's own coordinates."""
-    x, y, z = points.T
-    if pattern == "striped":
-        return (y * 2.7) % 1 < 0.45
-    if pattern == "dotted":
-        cell = points * 2.6
+    cell = points * REPEATS[toy.kind]
+    if toy.pattern == "striped":
+        return cell[:, 1] % 1 < 0.45
+    if toy.pattern == "dotted":
         return ((cell - np.round(cell)) ** 2).sum(-1) < 0.15
-    if pattern == "checkered":
-        return (np.floor(x * 2.6) + np.floor(y * 2.6) + np.floor(z * 2.6)) % 2 == 0
+    if toy.pattern == "checkered":
+        return np.round(cell).sum(-1) % 2 == 0
     return np.zeros(len(points), bool)
 
 
@@ -444,7 +451,7 @@ def _painted(toy: Toy, paints: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Color of each surface point: the paint of its part, and the pattern on the main one. `points` are in the
     toy's own coordinates.
     """
-    return _palette(toy)[np.where((paints == MAIN) & _marked(toy.pattern, points), SECOND, paints)]
+    return _palette(toy)[np.where((paints == MAIN) & _marked(toy, points), SECOND, paints)]
 
 
 def _light(normal: np.ndarray, direction: np.ndarray, sun: np.ndarray, lit) -> tuple[np.ndarray, np.ndarray]:

@@ -196,18 +196,21 @@ def near_misses(toy: Toy, count: int = 11) -> list[Toy]:
 def random_view(rng: random.Random, toys: tuple[Toy, ...], place: str | None = None, style: str | None = None) -> Scene:
     """The given toys, posed, lit and photographed at random; `place` is drawn too where it is not given.
 
-    One toy fills 0.45 to 0.8 of the height and stands anywhere that leaves it whole; two stand near the middle.
+    One toy fills 0.45 to 0.8 of the height and stands anywhere that leaves it whole, more often small than large and
+    near the border than in the middle: a disc in the middle shall be no answer to where it is. Two stand near the middle.
     """
     pair = len(toys) == 2
-    fill = rng.uniform(0.42, 0.52) if pair else rng.uniform(0.45, 0.80)
+    fill = rng.uniform(0.42, 0.52) if pair else 0.45 + 0.35 * rng.random() ** 1.5
     room = 0.05 if pair else max(0.96 - fill * ASPECT[toys[0].kind], 0.0)
+    across = rng.uniform(-1, 1)
+    across *= 1 if pair else abs(across) ** -0.5
     return Scene(
         toys=tuple(replace(toy, yaw=rng.uniform(-0.8, 0.8)) for toy in toys),
         place=place or rng.choice(PLACES),
         style=style,
         elevation=rng.uniform(0.10, 0.30),
         fill=fill,
-        shift=(rng.uniform(-room, room), rng.uniform(-0.15, 0.05) if pair else (0.96 - fill) * rng.uniform(-0.7, 0.45)),
+        shift=(room * across, rng.uniform(-0.15, 0.05) if pair else (0.96 - fill) * rng.uniform(-1, 0.6)),
         light=(rng.uniform(-0.9, 0.9), rng.uniform(0.9, 1.4), rng.uniform(0.4, 1.0)),
         seed=rng.randrange(2**31),
     )
