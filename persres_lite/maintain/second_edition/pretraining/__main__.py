@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--further", action="store_true", help="begin from the shipped weights, not from nothing")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="and processes of the longest stages")
     parser.add_argument("--pictures", type=int, default=PICTURES, help=f"of the training set, {PICTURES:,} by default")
-    parser.add_argument("--views", type=int, default=VIEWS, help=f"toys that the judge sees twice, {VIEWS:,} by default")
+    parser.add_argument("--views", type=int, default=VIEWS, help=f"toys that the judge sees twice, {VIEWS:,}")
     for name, budget in MINUTES.items():
         parser.add_argument(f"--{name}-minutes", type=float, default=budget, help=f"budget, {budget:g} by default")
     args = parser.parse_args(arguments)

@@ -197,7 +197,8 @@ def random_view(rng: random.Random, toys: tuple[Toy, ...], place: str | None = N
     """The given toys, posed, lit and photographed at random; `place` is drawn too where it is not given.
 
     One toy fills 0.45 to 0.8 of the height and stands anywhere that leaves it whole, more often small than large and
-    near the border than in the middle: a disc in the middle shall be no answer to where it is. Two stand near the middle.
+    near the border than in the middle: a disc in the middle shall be no answer to where it is. Two stand near the
+    middle.
     """
     pair = len(toys) == 2
     fill = rng.uniform(0.42, 0.52) if pair else 0.45 + 0.35 * rng.random() ** 1.5
