@@ -1,4 +1,4 @@
-"""How well pictures fit their prompt and their concept, and how well masks fit the truth.
+"""Lesson 06: does it work? The same noise drawn in several ways, and scores for pictures and masks.
 
 The three alignment scores of the paper's first table are cosines between features of pretrained encoders: CLIP-T
 (picture and prompt), CLIP-I and DINO-I (picture and reference pictures). Here they are plain cosines between -1 and 1;
@@ -8,7 +8,10 @@ the beach", since no CLIP knows what "sks" is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from persres_lite.bases import settings_of
+from persres_lite.concepts import Concept
+from persres_lite.localize import Lag, localized
+from persres_lite.masks import average, resize
+from persres_lite.residuals import Residuals
 from persres_lite.support.paths import data_dir
+
+Way = Callable[[], AbstractContextManager]
+"""Opens a context in which the pipeline draws in some way: ``lambda: residuals.attached(base, scale=0.6)``."""
 
 JUDGES = {"toybox": ("toybox-clip", "toybox-dino")}
 """A base's own CLIP- and DINO-like encoders, in the data folder."""
@@ -138,6 +149,189 @@ def load_judges(
         clip_processor=_load_processor(clip),
         dino=_load(AutoModel, dino).to(device),
         dino_processor=_load_processor(dino),
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Pictures drawn in several ways from the same noises; made by :func:`compare`.
+
+    Attributes
+    ----------
+    prompts : list of str
+        One for each picture of a way.
+    seeds : list of int
+        Of the noise, one for each picture of a way.
+    pictures : dict of str to list of PIL.Image.Image
+        By way.
+    masks : dict of str to tensor (pictures, h, w)
+        Of the ways that localize: where the residuals were applied, the mean over steps and blocks.
+    seconds : dict of str to float
+        What each way took in all.
+    concept : Concept or str
+        As it was given.
+    """
+
+    prompts: list[str]
+    seeds: list[int]
+    pictures: dict[str, list[Image.Image]]
+    masks: dict[str, Tensor]
+    seconds: dict[str, float]
+    concept: Concept | str
+
+    def scores(
+        self,
+        judges: Judges,
+        where: Callable[[list[Image.Image]], Tensor] | None = None,
+        references: Pictures | None = None,
+    ) -> dict[str, dict[str, float]]:
+        """Mean scores by way.
+
+        Parameters
+        ----------
+        judges : Judges
+            From :func:`load_judges`.
+        where : callable, optional
+            Gives where the object is, (n, h, w) in [0, 1], for n pictures: then "background moved" is how far the
+            background, which neither picture's object covers, is from that of the first way's picture.
+        references : list of pictures, optional
+            To compare with; by default the concept's own, which flatters what was trained on them.
+
+        Returns
+        -------
+        dict of str to dict of str to float
+            "CLIP-T" of prompts without the rare token; "CLIP-I" and "DINO-I" if there are references; "background
+            moved" with `where`.
+        """
+        references = getattr(self.concept, "images", None) if references is None else references
+        plain = getattr(self.concept, "macro_class", None)
+        prompts = [prompt.replace(str(self.concept), plain) if plain else prompt for prompt in self.prompts]
+        first = next(iter(self.pictures.values()))
+        scores = {}
+        for way, images in self.pictures.items():
+            row = {"CLIP-T": judges.text_alignment(images, prompts).mean().item()}
+            if references:
+                row["CLIP-I"] = judges.image_alignment(images, references).mean().item()
+                row["DINO-I"] = judges.identity(images, references).mean().item()
+            if where is not None:
+                objects = torch.maximum(where(images), where(first))
+                row["background moved"] = background_distance(images, first, objects).mean().item()
+            scores[way] = row
+        return scores
+
+    def sheet(self) -> Image.Image:
+        """One row a noise, one column a way, and beside a way that localizes its mean mask; the prompt above each
+        row.
+        """
+        columns: dict[str, list[Image.Image]] = {}
+        for way, pictures in self.pictures.items():
+            columns[way] = pictures
+            if way in self.masks:
+                shown = resize(self.masks[way].float().cpu(), pictures[0].size[::-1])
+                columns[f"mean mask of {way}"] = [Image.fromarray((m * 255).round().byte().numpy()) for m in shown]
+        return _sheet(list(columns), list(zip(self.prompts, zip(*columns.values(), strict=True), strict=True)))
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        file = io.BytesIO()
+        self.sheet().save(file, "PNG")
+        return file.getvalue()
+
+
+def compare(
+    base: Any,
+    residuals: Residuals,
+    concept: Concept | str,
+    places: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0, 1),
+    *,
+    prompts: Sequence[str] | None = None,
+    ways: Mapping[str, Way] | None = None,
+    scale: float = 1.0,
+    lag: Mapping[str, Any] | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+    **sampling: Any,
+) -> Comparison:
+    """Draw prompts with the original model, the residual everywhere, and LAG, each from the same noises.
+
+    Parameters
+    ----------
+    base : pipeline
+        From :func:`persres_lite.load_base`.
+    residuals : Residuals
+        The concept's.
+    concept : Concept or str
+        Its words ("sks cat").
+    places : list of str, optional
+        Each makes a prompt, "a photo of a sks cat" and the place. By default the first four of the base's own.
+    seeds : list of int
+        Noises of each prompt.
+    prompts : list of str, optional
+        Whole prompts, instead of `places`.
+    ways : dict of str to callable, optional
+        Further ways: each opens a context in which the pipeline draws.
+    scale : float
+        Strength of the residual, everywhere and with LAG.
+    lag : dict, optional
+        Further options of :func:`persres_lite.localized`.
+    batch_size : int, optional
+        Pictures drawn at once; the base's own number by default. A noise does not depend on it.
+    progress : bool
+        Whether to show a bar.
+    **sampling
+        Of the pipeline call, instead of the base's own settings.
+
+    Returns
+    -------
+    Comparison
+        A picture a way for each prompt and, within it, each seed.
+
+    Raises
+    ------
+    ValueError
+        If there are no prompts or seeds, if both places and prompts are given, or if a prompt lacks the concept's
+        words.
+    """
+    settings = settings_of(base)
+    if places is not None and prompts is not None:
+        raise ValueError("Give places or whole prompts, not both.")
+    if prompts is None:
+        prompts = [f"a photo of a {concept} {place}" for place in (settings.places[:4] if places is None else places)]
+    each = [(prompt, seed) for prompt in prompts for seed in seeds]
+    if not each:
+        raise ValueError("There is nothing to draw: give at least one place or prompt, and one seed.")
+    opened: dict[str, Way] = {
+        "original": nullcontext,
+        "residual": lambda: residuals.attached(base, scale=scale),
+        "LAG": lambda: localized(base, residuals, concept, scale=scale, **lag or {}),
+        **(ways or {}),
+    }
+    options = settings.sampling | sampling
+    size = batch_size or settings.images_per_prompt
+    pictures: dict[str, list[Image.Image]] = {}
+    masks: dict[str, list[Tensor]] = {}
+    seconds: dict[str, float] = {}
+    with tqdm(total=len(opened) * len(each), desc="comparing", unit="picture", disable=not progress) as bar:
+        for way, context in opened.items():
+            begun = time.perf_counter()
+            for start in range(0, len(each), size):
+                part = each[start : start + size]
+                noise = [torch.Generator().manual_seed(seed) for _, seed in part]
+                with context() as used:
+                    drawn = base([prompt for prompt, _ in part], generator=noise, **options).images
+                pictures.setdefault(way, []).extend(drawn)
+                if isinstance(used, Lag) and used.masks:
+                    masks.setdefault(way, []).append(average([mask.float().cpu() for mask in used.masks.values()]))
+                bar.update(len(part))
+            seconds[way] = time.perf_counter() - begun
+    return Comparison(
+        prompts=[prompt for prompt, _ in each],
+        seeds=[seed for _, seed in each],
+        pictures=pictures,
+        masks={way: torch.cat(parts) for way, parts in masks.items()},
+        seconds=seconds,
+        concept=concept,
     )
 
 
@@ -263,3 +457,21 @@ def _resized(maps: Tensor, size: Sequence[int], mode: str) -> Tensor:
     if maps.shape[-2:] == tuple(size):
         return maps
     return F.interpolate(maps[:, None], size=tuple(size), mode=mode)[:, 0]
+
+
+def _sheet(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
+    """Pictures in rows, a title above each column, the words of each row above it."""
+    gap, line = 8, 18
+    width, height = rows[0][1][0].size
+    shown = max(width, 128)  # narrower, titles would run into one another
+    height = height * shown // width
+    sheet = Image.new("RGB", (len(titles) * (shown + gap) + gap, line + len(rows) * (height + line + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        draw.text((gap + column * (shown + gap), 3), title, "black")
+    for number, (words, pictures) in enumerate(rows):
+        top = line + number * (height + line + gap)
+        draw.text((gap, top + 3), words, "gray")
+        for column, picture in enumerate(pictures):
+            sheet.paste(picture.resize((shown, height)), (gap + column * (shown + gap), top + line))
+    return sheet

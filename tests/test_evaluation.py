@@ -1,6 +1,10 @@
-"""Alignment scores against the encoders used by hand, mask and background scores against cases counted by hand."""
+"""Alignment scores against the encoders used by hand, mask and background scores against cases counted by hand, and the
+same noise drawn in several ways.
+"""
 
 from __future__ import annotations
+
+import io
 
 import numpy as np
 import pytest
@@ -17,10 +21,11 @@ from transformers import (
     ViTModel,
 )
 
-from persres_lite import evaluation
+from persres_lite import Residuals, evaluation, localized
 from persres_lite.concepts import load_concept
-from persres_lite.evaluation import background_distance, iou, load_judges, pointing_game
-from tests.tiny import tiny_tokenizer
+from persres_lite.evaluation import background_distance, compare, iou, load_judges, pointing_game
+from tests.helpers import make_concept, random_residuals
+from tests.tiny import tiny_pipeline, tiny_tokenizer
 
 
 def pictures(count, seed=0):
@@ -183,3 +188,64 @@ def test_pictures_that_cannot_be_compared_are_refused():
         background_distance(a, Image.new("RGB", (4, 4)), square())
     with pytest.raises(ValueError, match="covers the whole picture"):
         background_distance(a, a, torch.ones(8, 8))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_pipeline("sd1")
+
+
+def drawn(base, residuals, **options):
+    # The same batch each time: another size may round otherwise.
+    given = {"num_inference_steps": 2, "height": 32, "width": 32, "batch_size": 4, "progress": False}
+    return compare(base, residuals, "sks cat", ["on the beach", "at night"], [3, 4], **given | options)
+
+
+def test_all_ways_start_from_the_same_noise(tiny):
+    nothing = Residuals(tiny, rank=1)  # one factor is zero: the original model
+    made = drawn(tiny, nothing)
+    first, *others = made.pictures.values()
+    assert list(made.pictures) == ["original", "residual", "LAG"] == list(made.seconds)
+    assert others == [first, first] and len({picture.tobytes() for picture in first}) == 4
+    assert made.prompts[1:3] == ["a photo of a sks cat on the beach", "a photo of a sks cat at night"]
+    assert made.seeds == [3, 4, 3, 4] and list(made.masks) == ["LAG"] and len(made.masks["LAG"]) == 4
+
+
+def test_ways_differ_where_the_residual_is_not_zero(tiny):
+    residuals = random_residuals(tiny)
+    ones = torch.ones(1, 4, 4)
+    ways = {
+        "off": lambda: residuals.attached(tiny, scale=0.0),
+        "everywhere": lambda: localized(tiny, residuals, fixed_mask=ones),
+    }
+    made = drawn(tiny, residuals, ways=ways, scale=2.0)
+    assert made.pictures["off"] == made.pictures["original"] != made.pictures["residual"]
+    assert set(made.masks) == {"LAG", "everywhere"} and (made.masks["everywhere"] == 1).all()
+    assert 0.3 < made.masks["LAG"].mean() < 0.7
+    assert made.pictures["LAG"] not in (made.pictures["original"], made.pictures["residual"])
+
+
+def test_a_comparison_draws_and_scores_itself(tiny, judges):
+    concept = make_concept()
+    made = compare(
+        tiny, random_residuals(tiny), concept, prompts=["a sks cat"], seeds=[0], num_inference_steps=2, progress=False
+    )
+    scores = made.scores(judges, where=lambda images: torch.zeros(len(images), 8, 8))
+    assert set(scores) == set(made.pictures)
+    assert set(scores["LAG"]) == {"CLIP-T", "CLIP-I", "DINO-I", "background moved"}
+    assert scores["original"]["background moved"] == 0 < scores["residual"]["background moved"]
+    assert scores["LAG"]["CLIP-T"] == judges.text_alignment(made.pictures["LAG"], "a cat").mean().item()
+    assert scores["LAG"]["DINO-I"] == judges.identity(made.pictures["LAG"], concept.images).mean().item()
+    sheet = made.sheet()
+    assert sheet.width > 4 * 128 and sheet.width // sheet.height >= 2
+    assert Image.open(io.BytesIO(made._repr_png_())).size == sheet.size
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [({"prompts": ["a sks cat"]}, "not both"), ({"seeds": []}, "nothing to draw"), ({"lag": {"mask": "no"}}, "no")],
+)
+def test_what_cannot_be_compared_is_refused(tiny, options, message):
+    given = {"places": ["at night"], "seeds": [0], "num_inference_steps": 1, "progress": False} | options
+    with pytest.raises(ValueError, match=message):
+        compare(tiny, random_residuals(tiny), "sks cat", **given)

@@ -29,7 +29,7 @@ from persres_lite.bases import BASES
 BASES["sd-1.4"].sampling["num_inference_steps"] = 6  # an unknown folder takes its settings from this entry
 BASES["sd-1.4"].recipe["steps"] = 4
 from persres_lite import evaluation
-evaluation.PAPER_JUDGES = tuple(str(HOME / "data" / folder) for folder in evaluation.JUDGES["toybox"])  # without a network
+evaluation.PAPER_JUDGES = tuple(str(HOME / "data" / folder) for folder in evaluation.JUDGES["toybox"])
 """
 
 PATHS = notebooks.notebook_paths()

@@ -5,19 +5,18 @@ from __future__ import annotations
 import re
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
-from tqdm.auto import tqdm
+from PIL import Image
 
 from persres_lite import Residuals, load_base, load_concept, localized
+from persres_lite import compare as side_by_side
 from persres_lite import personalize as learn
 from persres_lite.bases import settings_of
 from persres_lite.lora import PREFIX, export_lora, import_lora
-from persres_lite.masks import average
 from persres_lite.residuals import FORMAT
 from persres_lite.support.files import read_tensors, whole_file
 
@@ -62,7 +61,7 @@ def sample(chosen: Namespace) -> None:
     for prompt in _prompts(chosen, residuals):
         for k in range(chosen.images):
             seed = chosen.seed + k
-            picture, _ = _draw(chosen, base, residuals, prompt, seed, chosen.mode)
+            picture = _draw(chosen, base, residuals, prompt, seed)
             slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
             path = chosen.out / f"{slug}-{chosen.mode}-{seed}.png"
             _write_picture(picture, path)
@@ -73,18 +72,20 @@ def compare(chosen: Namespace) -> None:
     """Draw each prompt three times from the same noise: original, residual everywhere, LAG; and LAG's mean mask."""
     _needs_suffix(chosen.out, ".png")
     base, residuals = _load(chosen)
-    prompts = [prompt for prompt in _prompts(chosen, residuals) for _ in range(chosen.images)]
-    rows = []
-    with tqdm(total=3 * len(prompts), desc="compare", unit="picture", disable=chosen.quiet) as bar:
-        for i, prompt in enumerate(prompts):
-            row = []
-            for mode in ("original", "residual", "lag"):
-                picture, mask = _draw(chosen, base, residuals, prompt, chosen.seed + i % chosen.images, mode)
-                row.append(picture)
-                bar.update()
-            rows.append((prompt, [*row, mask]))  # the last one's, LAG's
-    _write_picture(_sheet(("original", "residual", "LAG", "mean mask of LAG"), rows), chosen.out)
-    print(f"{chosen.out}: {len(rows)} rows, each from one noise.")
+    comparison = side_by_side(
+        base,
+        residuals,
+        _words(chosen, residuals),
+        prompts=_prompts(chosen, residuals),
+        seeds=range(chosen.seed, chosen.seed + chosen.images),
+        scale=chosen.scale,
+        lag=_rule(chosen),
+        batch_size=1,  # as `sample` draws them
+        progress=not chosen.quiet,
+        **_sampling(chosen),
+    )
+    _write_picture(comparison.sheet(), chosen.out)
+    print(f"{chosen.out}: {len(comparison.prompts)} rows, each from one noise.")
 
 
 def export(chosen: Namespace) -> None:
@@ -115,45 +116,27 @@ def _prompts(chosen: Namespace, residuals: Residuals) -> list[str]:
     return [prompt.replace("{}", _words(chosen, residuals)) if "{}" in prompt else prompt for prompt in chosen.prompt]
 
 
-def _draw(
-    chosen: Namespace, base: Any, residuals: Residuals, prompt: str, seed: int, mode: str
-) -> tuple[Image.Image, Image.Image]:
-    """One picture, and where the residual was applied: the mean over steps and blocks, of the picture's size."""
-    options = dict(settings_of(base).sampling) | {"generator": torch.Generator().manual_seed(seed)}
-    if chosen.steps is not None:
-        options["num_inference_steps"] = chosen.steps
-    if chosen.guidance is not None:
-        options["guidance_scale"] = chosen.guidance
-    if mode == "original":
-        picture = base(prompt, **options).images[0]
-        return picture, Image.new("L", picture.size, 0)
-    if mode == "residual":
-        with residuals.attached(base, scale=chosen.scale):
-            picture = base(prompt, **options).images[0]
-        return picture, Image.new("L", picture.size, 255)
-    rule = {"mask": chosen.mask, "window": tuple(chosen.window), **dict(chosen.mask_option)}
-    with localized(base, residuals, _words(chosen, residuals), scale=chosen.scale, **rule) as lag:
-        picture = base(prompt, **options).images[0]
-    mask = average([mask.float().cpu() for mask in lag.masks.values()])[0]
-    return picture, Image.fromarray((mask * 255).round().to(torch.uint8).numpy()).resize(picture.size)
+def _rule(chosen: Namespace) -> dict[str, Any]:
+    """The options of LAG that were given."""
+    return {"mask": chosen.mask, "window": tuple(chosen.window), **dict(chosen.mask_option)}
 
 
-def _sheet(titles: Sequence[str], rows: list[tuple[str, list[Image.Image]]]) -> Image.Image:
-    """Pictures in rows, a title above each column, the prompt above each row."""
-    gap, line = 8, 18
-    width, height = rows[0][1][0].size
-    shown = max(width, 128)  # Toybox's 64 pixels are shown twice as large
-    height = height * shown // width
-    sheet = Image.new("RGB", (len(titles) * (shown + gap) + gap, line + len(rows) * (height + line + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        draw.text((gap + column * (shown + gap), 3), title, "black")
-    for number, (prompt, pictures) in enumerate(rows):
-        top = line + number * (height + line + gap)
-        draw.text((gap, top + 3), prompt, "gray")
-        for column, picture in enumerate(pictures):
-            sheet.paste(picture.resize((shown, height)), (gap + column * (shown + gap), top + line))
-    return sheet
+def _sampling(chosen: Namespace) -> dict[str, Any]:
+    """The options of the pipeline call that were given."""
+    given = {"num_inference_steps": chosen.steps, "guidance_scale": chosen.guidance}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _draw(chosen: Namespace, base: Any, residuals: Residuals, prompt: str, seed: int) -> Image.Image:
+    """One picture in the mode that was chosen."""
+    ways = {
+        "original": nullcontext,
+        "residual": lambda: residuals.attached(base, scale=chosen.scale),
+        "lag": lambda: localized(base, residuals, _words(chosen, residuals), scale=chosen.scale, **_rule(chosen)),
+    }
+    options = settings_of(base).sampling | _sampling(chosen)
+    with ways[chosen.mode]():
+        return base(prompt, generator=torch.Generator().manual_seed(seed), **options).images[0]
 
 
 def _write_picture(picture: Image.Image, path: Path) -> None:

@@ -11,24 +11,19 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image
 from transformers.utils import logging
 
-from persres_lite import load_base, load_concept, localized, personalize
+from persres_lite import compare, load_base, load_concept, personalize
 from persres_lite.bases import settings_of
 from persres_lite.concepts import Concept, shipped_concepts
 from persres_lite.course.figures import grid, outline_picture
 from persres_lite.course.figures.style import DPI, Drawing
-from persres_lite.evaluation import background_distance
-from persres_lite.masks import average, resize
-from persres_lite.residuals import Residuals
+from persres_lite.evaluation import Comparison, background_distance
+from persres_lite.masks import resize
 from persres_lite.support.paths import data_dir
 from persres_lite.toybox.judge import Judge
 
@@ -36,40 +31,10 @@ CONCEPT = "comet-rocket"
 PLACES = 4
 
 
-@dataclass
-class Comparison:
-    """Pictures from the same noise, by mode, one for each prompt; the seconds that each mode took; LAG's mean masks."""
-
-    prompts: list[str]
-    pictures: dict[str, list[Image.Image]]
-    seconds: dict[str, float]
-    masks: torch.Tensor  # (prompts, h, w): the mean over steps and blocks
-
-
-def compare(
-    base: Any, residuals: Residuals, concept: Concept, prompts: list[str], seed: int, **sampling: Any
-) -> Comparison:
-    """Draw every prompt with the original model, the residual everywhere, and LAG, from the same noise."""
-    modes: dict[str, AbstractContextManager] = {
-        "original model": nullcontext(),
-        "residual everywhere": residuals.attached(base),
-        "LAG": localized(base, residuals, concept),
-    }
-    result = Comparison(prompts, {}, {}, torch.empty(0))
-    for mode, context in modes.items():
-        noise = [torch.Generator().manual_seed(seed + number) for number in range(len(prompts))]
-        start = time.perf_counter()
-        with context as lag:
-            result.pictures[mode] = base(prompts, generator=noise, **sampling).images
-        result.seconds[mode] = time.perf_counter() - start
-    result.masks = average(list(lag.masks.values()))
-    return result
-
-
 def draw(concept: Concept, places: list[str], comparison: Comparison) -> Drawing:
     """One row for each place, with a reference at its left."""
     lag = comparison.pictures["LAG"]
-    masks = resize(comparison.masks.cpu(), lag[0].size[::-1])
+    masks = resize(comparison.masks["LAG"], lag[0].size[::-1])
     outlined = [outline_picture(picture, mask) for picture, mask in zip(lag, masks, strict=True)]
     columns = {"a reference": concept.images, **comparison.pictures, "LAG's mask": outlined}
     table = [list(row) for row in islice(zip_longest(*columns.values()), len(places))]
@@ -83,7 +48,7 @@ def draw(concept: Concept, places: list[str], comparison: Comparison) -> Drawing
 def report(judge: Judge, concept: Concept, places: list[str], comparison: Comparison) -> list[str]:
     """The table of scores, as lines."""
     pictures, seconds = comparison.pictures, comparison.seconds
-    original = pictures["original model"]
+    original = pictures["original"]
     references = judge.identity(concept.images)
     lines = ["                      seconds   identity   background moved   place right"]
     for mode, images in pictures.items():
@@ -104,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__.splitlines()[0])
     parser.add_argument("--concept", default=CONCEPT, help=f"{', '.join(shipped_concepts())} (default: {CONCEPT})")
     parser.add_argument("--steps", type=int, help="of training; default: the base's recipe")
-    parser.add_argument("--seed", type=int, default=0, help="of training and of the first picture's noise")
+    parser.add_argument("--seed", type=int, default=0, help="of training and of the pictures' noise")
     parser.add_argument("--out", type=Path, default=Path("build/demo.png"), help="default: build/demo.png")
     chosen = parser.parse_args(arguments)
     begun = time.perf_counter()
@@ -124,9 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"{residuals.num_parameters():,} parameters, {share:.1%} of the U-Net's, which stayed frozen.",
         flush=True,
     )
-    prompts = [f"a photo of a {concept} {place}" for place in places]
-    comparison = compare(base, residuals, concept, prompts, chosen.seed, **settings_of(base).sampling)
-    print(f"Drew {len(prompts)} prompts three times from the same noise:")
+    comparison = compare(base, residuals, concept, places, [chosen.seed], progress=False)
+    print(f"Drew {len(places)} prompts three times, each time from the same noise:")
     print("\n".join(report(judge, concept, places, comparison)))
     save(draw(concept, places, comparison), chosen.out)
     print(f"Picture: {chosen.out} ({time.perf_counter() - begun:.0f} s in all)")
