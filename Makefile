@@ -21,6 +21,7 @@ demo: $(READY)  ## personalize Toybox on a shipped concept, write one picture, p
 
 test: $(READY)  ## style, types, every test, and every notebook against its saved outputs
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 	HF_HUB_OFFLINE=1 PERSRES_BASE=toybox $(BIN)/python -m pytest --nbval-lax --nbval-current-env notebooks

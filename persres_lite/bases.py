@@ -35,6 +35,7 @@ from persres_lite.support.rare_token import ENCODERS
 class UnfitBase(ValueError):
     """The model is whole, and of a kind that is not meant here."""
 
+
 PAPER_RECIPE = {"steps": 150, "batch_size": 4, "lr": 1e-3, "rank": 0.05}
 """The paper's, for Stable Diffusion 1.4; taken over unchanged for the other Stable Diffusion models."""
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -29,6 +29,7 @@ from persres_lite.localize import Lag, localized
 from persres_lite.masks import average, resize
 from persres_lite.residuals import Residuals
 from persres_lite.support.paths import data_dir
+from persres_lite.support.sheet import sheet
 
 Way = Callable[[], AbstractContextManager]
 """Opens a context in which the pipeline draws in some way: ``lambda: residuals.attached(base, scale=0.6)``."""
@@ -229,7 +230,7 @@ class Comparison:
             if way in self.masks:
                 shown = resize(self.masks[way].float().cpu(), pictures[0].size[::-1])
                 columns[f"mean mask of {way}"] = [Image.fromarray((m * 255).round().byte().numpy()) for m in shown]
-        return _sheet(list(columns), list(zip(self.prompts, zip(*columns.values(), strict=True), strict=True)))
+        return sheet(list(zip(*columns.values(), strict=True)), list(columns), self.prompts, gap=8, shown=128)
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""
@@ -457,21 +458,3 @@ def _resized(maps: Tensor, size: Sequence[int], mode: str) -> Tensor:
     if maps.shape[-2:] == tuple(size):
         return maps
     return F.interpolate(maps[:, None], size=tuple(size), mode=mode)[:, 0]
-
-
-def _sheet(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
-    """Pictures in rows, a title above each column, the words of each row above it."""
-    gap, line = 8, 18
-    width, height = rows[0][1][0].size
-    shown = max(width, 128)  # narrower, titles would run into one another
-    height = height * shown // width
-    sheet = Image.new("RGB", (len(titles) * (shown + gap) + gap, line + len(rows) * (height + line + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        draw.text((gap + column * (shown + gap), 3), title, "black")
-    for number, (words, pictures) in enumerate(rows):
-        top = line + number * (height + line + gap)
-        draw.text((gap, top + 3), words, "gray")
-        for column, picture in enumerate(pictures):
-            sheet.paste(picture.resize((shown, height)), (gap + column * (shown + gap), top + line))
-    return sheet

@@ -334,7 +334,7 @@ def test_what_was_not_recorded(recorded, arguments, message):
     [
         ({"blocks": ["nowhere"]}, "Unknown block 'nowhere': the U-Net has down_blocks.0.attentions.0.proj_out"),
         ({"halves": ("both",)}, "Unknown half 'both': choose 'cond' or 'uncond'"),
-        ({"prompt": "a dog", "words": ["cat"]}, 'The prompt "a dog" does not contain \'cat\''),
+        ({"prompt": "a dog", "words": ["cat"]}, "The prompt \"a dog\" does not contain 'cat'"),
     ],
 )
 def test_bad_arguments(sd1, arguments, message):

@@ -586,8 +586,8 @@ def test_bad_arguments(sd1, arguments, message):
 @pytest.mark.parametrize(
     ("prompt", "arguments", "message"),
     [
-        ("a photo of a dog", {}, '"a photo of a dog" does not contain \'sks\', \'cat\': it needs the words "sks cat"'),
-        (["a sks cat", "a sks dog"], {}, 'The prompt "a sks dog" does not contain \'cat\''),
+        ("a photo of a dog", {}, "\"a photo of a dog\" does not contain 'sks', 'cat': it needs the words \"sks cat\""),
+        (["a sks cat", "a sks dog"], {}, "The prompt \"a sks dog\" does not contain 'cat'"),
         ("a dog", {"fixed_mask": torch.zeros(3, 8, 8)}, "Got 3 fixed masks for 1 images: give 1 or as many"),
     ],
 )

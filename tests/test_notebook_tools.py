@@ -176,10 +176,10 @@ def test_the_table_is_made_from_the_notebooks(ran, tmp_path):
     )
     assert measured["machine"] in rows[-1]
     assert "not run" in runs.table([(tmp_path / NAME, example())])
-    text = f"before\n{runs.BEGIN}\nold\n{runs.END}\nafter"
-    assert runs.between_markers(text, "new") == f"before\n{runs.BEGIN}\nnew\n{runs.END}\nafter"
-    with pytest.raises(ValueError, match="markers|needs one line"):
-        runs.between_markers("nothing", "new")
+    text = "before\n<!-- it: begin -->\nold\n<!-- it: end -->\nafter"
+    assert runs.between(text, "it", "new") == text.replace("old", "new")
+    with pytest.raises(ValueError, match="one line <!-- notebooks: begin -->"):
+        runs.between("nothing", "notebooks", "new")
 
 
 def test_links_are_checked_offline(tmp_path):
@@ -209,7 +209,7 @@ def test_links_are_checked_offline(tmp_path):
 def test_the_commands_write_files_and_say_what_is_wrong(tmp_path, monkeypatch, capsys):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "pyproject.toml").write_text('[project.urls]\nRepository = "https://github.com/someone/fork"\n')
-    (tmp_path / "README.md").write_text(f"git clone {ADDRESS}\n{runs.BEGIN}\n{runs.END}\n")
+    (tmp_path / "README.md").write_text(f"git clone {ADDRESS}\n<!-- notebooks: begin -->\n<!-- notebooks: end -->\n")
     (tmp_path / "notebooks" / "glossary.md").write_text("# Glossary")
     nbformat.write(example(), tmp_path / "notebooks" / NAME)
     monkeypatch.setattr(notebooks, "ROOT", tmp_path)

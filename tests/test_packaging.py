@@ -188,9 +188,16 @@ def test_only_what_tools_demand_is_at_the_top():
 
 def test_no_file_names_a_place_of_one_machine_or_a_package_host():
     home = r"(?:/home|/Users|/root|/work|/opt|/tmp|/mnt)/\w"
-    host = "|".join(re.escape(".".join(parts)) for parts in (
-        ("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org"), ("debian", "org"), ("download", "pytorch", "org"),
-    ))
+    host = "|".join(
+        re.escape(".".join(parts))
+        for parts in (
+            ("pypi", "org"),
+            ("pythonhosted", "org"),
+            ("npmjs", "org"),
+            ("debian", "org"),
+            ("download", "pytorch", "org"),
+        )
+    )
     pattern = re.compile(rf"(?<![\w.}}/]){home}|{host}")
     found = []
     for path in tracked():

@@ -29,6 +29,8 @@ PROMPT = "a photo of a sks cat on the beach"
 AT = [5, 6]  # sks cat
 HALF = Image.new("L", (64, 64))
 HALF.paste(255, (0, 0, 32, 64))
+
+
 def controlnet_for(base):
     """A ControlNet that does something: a fresh one adds zeros."""
     torch.manual_seed(1)

@@ -43,7 +43,7 @@ def test_token_positions(prompt, words, expected):
 @pytest.mark.parametrize(
     ("prompt", "words", "message"),
     [
-        ("a photo of a dog", "sks cat", 'The prompt "a photo of a dog" does not contain \'sks\', \'cat\': .*"sks cat"'),
+        ("a photo of a dog", "sks cat", "The prompt \"a photo of a dog\" does not contain 'sks', 'cat': .*\"sks cat\""),
         ("a photo of a cat", "sks cat", "does not contain 'sks': it needs the words \"sks cat\""),
         ("a photo of cats", "cat", "does not contain 'cat'"),
         ("a wombat", "bat", "does not contain 'bat'"),

@@ -16,6 +16,7 @@ from persres_lite import Residuals, load_base, load_concept, localized
 from persres_lite import compare as side_by_side
 from persres_lite import personalize as learn
 from persres_lite.bases import settings_of
+from persres_lite.evaluation import Way
 from persres_lite.lora import PREFIX, export_lora, import_lora
 from persres_lite.residuals import FORMAT
 from persres_lite.support.files import read_tensors, whole_file
@@ -129,7 +130,7 @@ def _sampling(chosen: Namespace) -> dict[str, Any]:
 
 def _draw(chosen: Namespace, base: Any, residuals: Residuals, prompt: str, seed: int) -> Image.Image:
     """One picture in the mode that was chosen."""
-    ways = {
+    ways: dict[str, Way] = {
         "original": nullcontext,
         "residual": lambda: residuals.attached(base, scale=chosen.scale),
         "lag": lambda: localized(base, residuals, _words(chosen, residuals), scale=chosen.scale, **_rule(chosen)),

@@ -21,6 +21,7 @@ from PIL import Image
 from persres_lite.course.figures.pictures import enlarge, heat_picture, outline_picture
 from persres_lite.course.figures.stills import short_name
 from persres_lite.masks import RULES, make_mask
+from persres_lite.support.sheet import sheet
 
 ALL = "all"
 SIDE = 256
@@ -150,7 +151,9 @@ def compare(
     def draw(scale: float, reference: bool) -> tuple[Image.Image, str]:
         shown = [*pictures[scale].values(), *(list(references or [])[:1] if reference else [])]
         words = [*names, *(["reference"] if reference and references else [])]
-        return _beside(shown), f"left to right: {', '.join(words)}; scale {scale:g}"
+        return sheet(
+            [[enlarge(picture.convert("RGB"), SIDE) for picture in shown]], gap=6
+        ), f"left to right: {', '.join(words)}; scale {scale:g}"
 
     return Explorer(
         draw,
@@ -173,14 +176,3 @@ def _resized(truth: Any, shape: Sequence[int]) -> torch.Tensor:
     values = np.asarray(truth.convert("L"), dtype=float) / 255 if isinstance(truth, Image.Image) else truth
     values = torch.as_tensor(values).float()[None, None]
     return (torch.nn.functional.interpolate(values, tuple(shape), mode="area")[0, 0] > 0.5).float()
-
-
-def _beside(pictures: Sequence[Image.Image], gap: int = 6) -> Image.Image:
-    large = [enlarge(picture.convert("RGB"), SIDE) for picture in pictures]
-    height = max(picture.height for picture in large)
-    whole = Image.new("RGB", (sum(picture.width + gap for picture in large) - gap, height), "white")
-    x = 0
-    for picture in large:
-        whole.paste(picture, (x, 0))
-        x += picture.width + gap
-    return whole

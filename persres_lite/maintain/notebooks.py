@@ -154,7 +154,7 @@ def table_file(root: Path = ROOT) -> dict[Path, str]:
     """What `table` writes: the README with the table of notebooks between its two markers."""
     readme = root / "README.md"
     rows = runs.table([(path, read(path)) for path in notebook_paths(root)])
-    return {readme: runs.between_markers(readme.read_text(encoding="utf-8"), rows)}
+    return {readme: runs.between(readme.read_text(encoding="utf-8"), "notebooks", rows)}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,7 +16,6 @@ from nbformat import NotebookNode
 MAX_BYTES = 1_000_000
 """GitHub shows larger notebooks slowly or not at all."""
 
-BEGIN, END = "<!-- notebooks: begin -->", "<!-- notebooks: end -->"
 TIME_LINE = "**Time and memory:**"
 
 _PEAK = """\
@@ -186,18 +185,19 @@ def opening(notebook: NotebookNode) -> tuple[str, str]:
     return title.group(1).strip(), aim.group(1).strip()
 
 
-def between_markers(text: str, new: str) -> str:
-    """Replace what stands between the two markers of the README.
+def between(text: str, name: str, new: str) -> str:
+    """`text` with what stands between the two marks called `name` replaced.
 
     Raises
     ------
     ValueError
-        If the markers are missing.
+        If there is not one mark of each kind.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"README.md needs one line {BEGIN} and one line {END}")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{new}\n{END}{rest.split(END)[1]}"
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"there must be one line {begin} and one line {end}")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{new}\n{end}{rest.split(end)[1]}"
 
 
 def machine() -> str:

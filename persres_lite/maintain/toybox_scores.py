@@ -26,8 +26,9 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 from persres_lite.attention import record_attention
 from persres_lite.bases import load_base, settings_of
 from persres_lite.maintain.pretraining.dataset import draw_scenes, draw_views, to_float, views_by_index
-from persres_lite.maintain.pretraining.ship import between
+from persres_lite.maintain.runs import between
 from persres_lite.masks import median
+from persres_lite.support.sheet import sheet
 from persres_lite.toybox.judge import READINGS, Judge, labels_of
 from persres_lite.toybox.render import draw
 from persres_lite.toybox.world import (
@@ -215,7 +216,7 @@ def score_attention(base, count: int = 256) -> dict[str, float]:
         for name, mask in masks.items():
             found.setdefault(f"median mask, {name}", []).append(((truth * mask).sum() / truth.sum()).item())
         where = F.interpolate(record.map(word)[None, None].float(), size=len(truth), mode="bilinear")[0, 0]
-        found.setdefault("pointing", []).append(truth.ravel()[where.argmax().item()].item() > 0.5)
+        found.setdefault("pointing", []).append(truth.ravel()[int(where.argmax())].item() > 0.5)
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
@@ -248,13 +249,8 @@ def score_patterns(base, judge: Judge, count: int = 1000) -> dict[str, float]:
     return scores
 
 
-def sheet(images: list[Image.Image], columns: int = 8) -> Image.Image:
-    """The pictures in reading order on one sheet."""
-    size = images[0].width
-    out = Image.new("RGB", (columns * size, -(-len(images) // columns) * size))
-    for index, image in enumerate(images):
-        out.paste(image, (index % columns * size, index // columns * size))
-    return out
+def _rows(images: list[Image.Image], columns: int = 8) -> list[list[Image.Image]]:
+    return [images[start : start + columns] for start in range(0, len(images), columns)]
 
 
 def seconds_of(base, repeats: int = 3) -> float:
@@ -276,9 +272,9 @@ def main() -> None:
     base, judge = load_base(str(args.data / "toybox-sd")), Judge(args.data)
     rows = prompts()
     images = sample(base, rows)
-    sheet(images[:64]).save(results / "toybox-sheet.png", optimize=True)
+    sheet(_rows(images[:64])).save(results / "toybox-sheet.png", optimize=True)
     world = [Image.fromarray(draw(scene_by_index(i), supersample=4).image) for i in range(32)]
-    sheet(world).save(results / "toybox-world.png", optimize=True)
+    sheet(_rows(world)).save(results / "toybox-world.png", optimize=True)
     judged = score_judge(args.data, judge)
     patterns = score_patterns(base, judge)
     drawn, through = patterns.values()
@@ -302,7 +298,7 @@ def main() -> None:
         "\n".join(["Made by `python -m persres_lite.maintain.toybox_scores`.", "", *table, ""])
     )
     card = args.data / "toybox-sd" / "README.md"
-    card.write_text(between(card.read_text(), "scores", table))
+    card.write_text(between(card.read_text(), "scores", "\n".join(table)))
     found = {"pictures": scores, "judge": judged | patterns, "attention": attention, "prompts": rows}
     (results / "toybox.json").write_text(json.dumps(found, indent=1) + "\n")
     print("\n".join(table))

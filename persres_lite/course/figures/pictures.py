@@ -19,7 +19,6 @@ SHOWN = 192
 ORANGE, WHITE = (1.0, 0.55, 0.0), (1.0, 1.0, 1.0)
 
 
-
 def grid(
     pictures: Sequence[Image.Image] | Sequence[Sequence[Image.Image | None]],
     rows: Sequence[str] | None = None,

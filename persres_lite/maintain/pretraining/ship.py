@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessor
 
+from persres_lite.maintain.runs import between
 from persres_lite.toybox.models import make_autoencoder, make_scheduler, make_tokenizer
 from persres_lite.toybox.render import SIZE
 
@@ -87,13 +88,6 @@ def save_judges(data: Path, folder: Path) -> None:
         _replace_folder(new, data / name)
 
 
-def between(text: str, name: str, lines: list[str]) -> str:
-    """`text` with what stands between the two marks called `name` replaced."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, rest = text.split(begin)
-    return "\n".join([before + begin, *lines, end + rest.split(end)[1]])
-
-
 def write_card(data: Path, folder: Path, stages: list[str], further: bool) -> None:
     """Put into the model card how long each stage was trained, as its checkpoint says; a run that goes `further` adds
     its rows to those of the runs before.
@@ -112,4 +106,4 @@ def write_card(data: Path, folder: Path, stages: list[str], further: bool) -> No
                 minutes = f"{state['seconds'] / 60:.0f}"
                 label = f"{name}, further" if further else name
                 lines.append(f"| {label} | {minutes} | {state['step']:,} | {state['pictures']:,} |")
-    card.write_text(between(card.read_text(), "training", lines))
+    card.write_text(between(card.read_text(), "training", "\n".join(lines)))

@@ -1,0 +1,60 @@
+"""Pictures in rows on one sheet, for files and sliders; figures for notebooks are drawn by `course.figures`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw
+
+LINE = 18  # pixels of a line of words
+
+
+def sheet(
+    rows: Sequence[Sequence[Image.Image]],
+    titles: Sequence[str] = (),
+    words: Sequence[str] = (),
+    gap: int = 0,
+    shown: int = 0,
+) -> Image.Image:
+    """Paste pictures into a table.
+
+    Parameters
+    ----------
+    rows : list of list of PIL.Image.Image
+        The last row may be shorter.
+    titles : list of str, optional
+        Above the columns.
+    words : list of str, optional
+        Above each row.
+    gap : int
+        Pixels between pictures and, where there are titles or words, around them.
+    shown : int
+        Width to which narrower pictures are enlarged; under titles 128 keeps them apart.
+
+    Returns
+    -------
+    PIL.Image.Image
+        RGB, white where nothing is.
+    """
+    width = max(shown, max(picture.width for row in rows for picture in row))
+    height = max(picture.height * width // picture.width for row in rows for picture in row)
+    edge = gap if titles or words else 0
+    above, beside = (LINE if titles else 0), (LINE if words else 0)
+    columns = max(len(row) for row in rows)
+    size = (
+        2 * edge + columns * (width + gap) - gap,
+        above + edge + len(rows) * (beside + height + gap) - gap,
+    )
+    whole = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(whole)
+    for column, title in enumerate(titles):
+        draw.text((edge + column * (width + gap), 3), title, "black")
+    for number, row in enumerate(rows):
+        top = above + number * (beside + height + gap)
+        if words:
+            draw.text((edge, top + 3), words[number], "gray")
+        for column, picture in enumerate(row):
+            if picture.width != width:
+                picture = picture.resize((width, picture.height * width // picture.width))
+            whole.paste(picture, (edge + column * (width + gap), top + beside))
+    return whole
