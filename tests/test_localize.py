@@ -68,16 +68,26 @@ def test_agrees_with_the_reference_for_batches_of_different_prompts(pipeline):
     assert all(len(mask) == 4 for mask in lag.masks.values())
 
 
+def both_halves(pipeline) -> torch.Tensor:
+    """What the pipeline encodes the negative prompt and `PROMPT` to, as one batch."""
+    with torch.no_grad():
+        positive, negative = pipeline.encode_prompt(
+            PROMPT, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
+        )[:2]
+    return torch.cat([negative, positive])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_agree_with_the_reference(kind):
     pipeline = tiny_pipeline(kind)
+    arguments = call_arguments(kind) | {"encoder_hidden_states": both_halves(pipeline)}
     residuals = random_residuals(pipeline)
     A = {name: value.detach().clone().requires_grad_() for name, value in residuals.A.items()}
     B = {name: value.detach().clone().requires_grad_() for name, value in residuals.B.items()}
     with localized(pipeline, residuals, "sks cat", prompts=PROMPT):
-        pipeline.unet(**call_arguments(kind)).sample.square().mean().backward()
+        pipeline.unet(**arguments).sample.square().mean().backward()
     with reference(pipeline.unet, A, B, [AT]):
-        pipeline.unet(**call_arguments(kind)).sample.square().mean().backward()
+        pipeline.unet(**arguments).sample.square().mean().backward()
     for ours, slow in ((residuals.A, A), (residuals.B, B)):
         for name in ours:
             largest = slow[name].grad.abs().max().item()
@@ -182,7 +192,7 @@ def block_masks(lag, step=0):
 def test_policies_for_the_unconditional_half(sd1, policy):
     """One U-Net call with two rows: what the negative row does is what it would do with that mask alone."""
     residuals = random_residuals(sd1)
-    arguments = call_arguments("sd1")
+    arguments = call_arguments("sd1") | {"encoder_hidden_states": both_halves(sd1)}
     with localized(sd1, residuals, "sks cat", prompts=PROMPT, unconditional=policy) as lag:
         ours = sd1.unet(**arguments).sample
     masks = block_masks(lag)
@@ -194,7 +204,8 @@ def test_policies_for_the_unconditional_half(sd1, policy):
         rule = lambda maps: next(blocks)  # noqa: E731
     else:
         rule = rules[policy]
-    with localized(sd1, residuals, "sks cat", prompts=PROMPT, mask=rule):
+    # The negative row in a call of its own, with a mask of its own that is made by this rule.
+    with localized(sd1, residuals, "sks cat", prompts=PROMPT, unconditional="own", mask=rule):
         expected = sd1.unet(**alone).sample
     torch.testing.assert_close(ours[:1], expected, atol=1e-4, rtol=1e-4)
     with localized(sd1, residuals, "sks cat", prompts=PROMPT):  # the positive half is never touched by the policy
