@@ -282,9 +282,18 @@ def _device(device: str | torch.device | None) -> torch.device:
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device is None:
         return torch.device(next(kind for kind in present if present[kind]))
-    device = torch.device(device)
-    if not present.get(device.type, True):
-        raise ValueError(f"This machine, or this build of torch, has no {device.type} device: choose device='cpu'.")
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"There is no kind of device {device!r}: choose cpu, cuda or mps.") from None
+    try:
+        if not present.get(device.type, device.type != "meta"):
+            raise RuntimeError
+        torch.empty(1, device=device)  # the second GPU of a machine with one
+    except (RuntimeError, NotImplementedError, AssertionError):
+        raise ValueError(
+            f"This machine, or this build of torch, has no {device} device: choose device='cpu'."
+        ) from None
     return device
 
 

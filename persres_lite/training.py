@@ -31,7 +31,8 @@ from persres_lite.objective import PREDICTIONS, TrainingSet, diffusion_loss, enc
 from persres_lite.projections import unet_of
 from persres_lite.residuals import Residuals
 from persres_lite.support.checkpoint import State, read_checkpoint, restore, snapshot, write_checkpoint
-from persres_lite.support.images import square_crop
+from persres_lite.support.images import square_crops
+from persres_lite.support.notices import tell
 from persres_lite.support.rare_token import rare_token_rows
 
 HALF: dict[str | None, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -115,8 +116,15 @@ def personalize(
         XL's refiner, distilled ones, EDM, flow matching).
     Diverged
         If the loss or a gradient is no longer finite. The last good state is in the error, and in `checkpoint`.
+    OSError
+        If `checkpoint` cannot be written.
     KeyboardInterrupt
         Passed on, after the state is written to `checkpoint` if given.
+
+    Warns
+    -----
+    UserWarning
+        If pictures have to be enlarged, or the loss ends far above where it began.
     """
     _refuse_untrainable(base, sample_every)
     scheduler = _training_scheduler(base)
@@ -188,6 +196,7 @@ def personalize(
             restore(state, good)
             if checkpoint is not None:
                 write_checkpoint(checkpoint, good, settings)
+    _tell_of_worse(residuals.history, recipe["lr"])
     return residuals
 
 
@@ -285,19 +294,24 @@ def _alike(one: Any, other: Any) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, atol=1e-4)
 
 
+def _tell_of_worse(losses: list[float], lr: float) -> None:
+    """A rate can be too high without ever leaving the finite numbers."""
+    end = float(np.median(losses[-max(1, len(losses) // 5) :]))
+    # Five times the first loss is beyond the noise of a batch; twice 1 is worse than to predict nothing at all.
+    if end > min(5 * losses[0], 2 * max(1, losses[0])):
+        tell(
+            f"The loss ended at {end:.3g}, far above {losses[0]:.3g} where it began: the residuals are of no use; try a "
+            f"rate below {lr:g}."
+        )
+
+
 def _prepare(base: Any, concept: Concept, size: int, masked_loss: bool) -> tuple[TrainingSet, str]:
     """The concept's latents, and a digest by which a checkpoint knows its pictures."""
     if not concept.images:
         raise ValueError(f"The concept {concept.name} has no pictures: give three to five.")
     if masked_loss and concept.masks is None:
         raise ValueError(f"masked_loss needs masks, and {concept.name} has none: put them into its folder's masks/.")
-    masks: list[Any] = []
-    if concept.masks is None:
-        images = [square_crop(image, size) for image in concept.images]
-    else:  # around the object
-        pairs = zip(concept.images, concept.masks, strict=True)
-        cut = [square_crop(image, size, mask) for image, mask in pairs]
-        images, masks = [image for image, _ in cut], [mask for _, mask in cut]
+    images, masks = square_crops(concept.images, size, concept.masks)  # around the object, where that is known
     mean, std = encode_images(base, images)
     weights = None
     if masked_loss:
