@@ -30,7 +30,7 @@ from persres_lite.concepts import Concept
 from persres_lite.objective import PREDICTIONS, TrainingSet, diffusion_loss, encode_images, encode_prompt
 from persres_lite.projections import unet_of
 from persres_lite.residuals import Residuals
-from persres_lite.support.checkpoint import State, read_checkpoint, restore, snapshot, write_checkpoint
+from persres_lite.support.checkpoint import Snapshot, State, read_checkpoint, restore, snapshot, write_checkpoint
 from persres_lite.support.images import square_crops
 from persres_lite.support.notices import tell
 from persres_lite.support.rare_token import rare_token_rows
@@ -117,7 +117,7 @@ def personalize(
     Diverged
         If the loss or a gradient is no longer finite. The last good state is in the error, and in `checkpoint`.
     OSError
-        If `checkpoint` cannot be written.
+        If `checkpoint` cannot be written before the first step; later on that is a warning.
     KeyboardInterrupt
         Passed on, after the state is written to `checkpoint` if given.
 
@@ -177,7 +177,7 @@ def personalize(
                 good = snapshot(state)
                 step = len(state.history)
                 if checkpoint is not None and step % CHECKPOINT_EVERY == 0:
-                    write_checkpoint(checkpoint, good, settings)
+                    _keep_state(checkpoint, good, settings)
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}")
                 if sample_every and step % sample_every == 0:
@@ -195,7 +195,7 @@ def personalize(
             state.optimizer.zero_grad()
             restore(state, good)
             if checkpoint is not None:
-                write_checkpoint(checkpoint, good, settings)
+                _keep_state(checkpoint, good, settings)
     _tell_of_worse(residuals.history, recipe["lr"])
     return residuals
 
@@ -294,14 +294,22 @@ def _alike(one: Any, other: Any) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, atol=1e-4)
 
 
+def _keep_state(checkpoint: str | Path, good: Snapshot, settings: dict[str, Any]) -> None:
+    """Write the checkpoint; a disk that has filled up meanwhile does not end a training, whose result is in memory."""
+    try:
+        write_checkpoint(checkpoint, good, settings)
+    except OSError as error:
+        tell(f"{error} The training goes on, and could not be taken up again from here.")
+
+
 def _tell_of_worse(losses: list[float], lr: float) -> None:
     """A rate can be too high without ever leaving the finite numbers."""
     end = float(np.median(losses[-max(1, len(losses) // 5) :]))
     # Five times the first loss is beyond the noise of a batch; twice 1 is worse than to predict nothing at all.
     if end > min(5 * losses[0], 2 * max(1, losses[0])):
         tell(
-            f"The loss ended at {end:.3g}, far above {losses[0]:.3g} where it began: the residuals are of no use; try a "
-            f"rate below {lr:g}."
+            f"The loss ended at {end:.3g}, far above {losses[0]:.3g} where it began: the residuals are of no use; "
+            f"try a rate below {lr:g}."
         )
 
 

@@ -213,15 +213,40 @@ def test_a_base_out_of_reach_exits_with_1(world, capsys):
     assert "Connect to the network once" in capsys.readouterr().err
 
 
-def test_too_little_memory_is_a_sentence_and_a_bug_is_not(world, capsys, monkeypatch):
-    def fail(chosen, *_):
+@pytest.mark.parametrize(
+    ("reason", "arguments", "advised", "not_advised"),
+    [
+        ("CUDA out of memory. Tried to allocate", [], "--device cpu", "--dtype"),
+        ("CUDA out of memory. Tried to allocate", ["--dtype", "float32"], "--dtype bfloat16", "--batch-size"),
+        ("DefaultCPUAllocator: can't allocate memory", [], "--dtype bfloat16", "--device"),
+        ("DefaultCPUAllocator: not enough memory", ["--dtype", "bfloat16"], "close what else", "--"),
+    ],
+)
+def test_too_little_memory_is_a_sentence(world, capsys, monkeypatch, reason, arguments, advised, not_advised):
+    def fail(*_, **__):
         raise RuntimeError(reason)
 
+    monkeypatch.setattr(commands, "load_base", fail)
+    assert main(draw(world, "sample", "a {}", *arguments)) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("persres-lite: out of memory: ") and advised in shown and not_advised not in shown
+
+
+def test_a_training_without_memory_advises_what_was_not_yet_asked_for(world, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(training, "_step", fail)
+    assert main(learn(world, "--gradient-checkpointing", out="no.safetensors")) == 1
+    shown = capsys.readouterr().err
+    assert "--batch-size 1" in shown and "--gradient-checkpointing" not in shown
+
+
+def test_a_mistake_of_the_program_itself_is_not_hidden(world, monkeypatch):
+    def fail(chosen):
+        raise RuntimeError("something nobody thought of")
+
     monkeypatch.setattr(commands, "sample", fail)
-    reason = "CUDA out of memory. Tried to allocate"
-    assert main(draw(world, "sample", "a {}")) == 1
-    assert "out of memory: try" in capsys.readouterr().err
-    reason = "something nobody thought of"
     with pytest.raises(RuntimeError, match="nobody"):
         main(draw(world, "sample", "a {}"))
 

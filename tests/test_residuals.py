@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -498,11 +499,12 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, sd1, monkeypatch):
     path = Residuals(sd1).save(tmp_path / "cat.safetensors")
     before = path.read_bytes()
 
-    def fail(tensors, name, metadata):
-        name.write_bytes(b"half of it")
+    def fail(self, content):
+        with open(self, "wb") as file:
+            file.write(b"half of it")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("persres_lite.support.files.save_file", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="no space"):
         random_residuals(sd1).save(path)
     assert path.read_bytes() == before

@@ -69,13 +69,6 @@ LONGEST = 2000  # letters of a message: the name of a tensor in someone's file m
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 """How torch's devices put it."""
 
-MEMORY = {
-    "personalize": "try --gradient-checkpointing, or --batch-size 1",
-    "sample": "close what else uses the memory, or try --dtype float16",
-    "compare": "close what else uses the memory, or try --dtype float16",
-    "export": "try --device cpu",
-}
-
 
 class Failed(Exception):
     """The work failed, for a reason that the message says."""
@@ -127,12 +120,26 @@ def _complaint(error: Exception, chosen: argparse.Namespace) -> tuple[str, int] 
     if isinstance(error, OSError):  # no network, no space
         return what, 1
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(sign in what for sign in NO_MEMORY):
-        return f"out of memory: {MEMORY[chosen.command]}.", 1
+        return f"out of memory: {_smaller(chosen, on_processor='CPU' in what or not what)}.", 1
     return None
 
 
+def _smaller(chosen: argparse.Namespace, on_processor: bool) -> str:
+    """What needs less memory than the command that ran out of it, apart from what was asked for already."""
+    tries = []
+    if chosen.command == "personalize":
+        tries += ["--gradient-checkpointing"] * (not chosen.gradient_checkpointing)
+        tries += ["--batch-size 1"] * (chosen.batch_size != 1)
+    halved = chosen.dtype in ("float16", "bfloat16")
+    if not halved and (on_processor or chosen.dtype == "float32"):  # on a GPU it is the default
+        tries.append("--dtype bfloat16")
+    if not on_processor and chosen.command != "personalize":
+        tries.append("--device cpu")
+    return f"close what else uses it{', or try ' if tries else ''}{', or '.join(tries)}"
+
+
 def _as_typed(what: str, chosen: argparse.Namespace) -> str:
-    """A sentence that advises an argument of Python's, with the option that it has here: device='cpu' is --device cpu."""
+    """A sentence that advises an argument of Python's, with the option that stands for it here."""
     for name in vars(chosen):
         option = "--" + name.removeprefix("macro_").replace("_", "-")
         what = re.sub(rf"\b{name}=True\b", option, what)

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from persres_lite import Residuals, load_base, load_concept, localized
 from persres_lite import personalize as learn
-from persres_lite.bases import BASES, Base, entry
+from persres_lite.bases import BASES, entry
 from persres_lite.cli import Failed
 from persres_lite.lora import PREFIX, export_lora, import_lora
 from persres_lite.masks import average, find_rule
@@ -33,11 +33,6 @@ from persres_lite.residuals import FORMAT
 from persres_lite.support.files import check_place, read_tensors, whole_file
 from persres_lite.support.notices import tell
 from persres_lite.training import Diverged
-
-TERAFLOPS = {"sd-1.4": 0.80, "sd-1.5": 0.80, "sd-2.1": 2.15, "sdxl": 6.76}
-"""What one picture costs in one pass of the U-Net, at the base's own size: counted with torch's FlopCounterMode."""
-
-OFTEN = 120  # seconds that a command may take on a processor before it is worth a word
 
 
 def personalize(chosen: Namespace) -> None:
@@ -48,7 +43,7 @@ def personalize(chosen: Namespace) -> None:
     for path in places:
         check_place(path)
     concept = load_concept(_one_or_many(chosen.concept), chosen.macro_class, chosen.token)
-    base = _base(chosen, chosen.base, lambda known: _passes_of_training(chosen, known))
+    base = _base(chosen)
     recipe = entry(base).recipe
     rank = recipe["rank"] if chosen.rank is None else chosen.rank
     room = 4 * Residuals(base.unet, rank=rank).num_parameters()
@@ -90,9 +85,9 @@ def sample(chosen: Namespace) -> None:
     if chosen.out.is_file():
         raise ValueError(f"{chosen.out} is a file: --out names a folder for the pictures.")
     check_place(chosen.out / "picture.png")
-    base, residuals = _load(chosen, len(chosen.prompt) * chosen.images)
+    base, residuals = _load(chosen)
     prompts = _prompts(chosen, base, residuals, [chosen.mode])
-    check_place(chosen.out / "picture.png", len(prompts) * chosen.images * 4 * entry(base).size ** 2)
+    check_place(chosen.out / "picture.png", 3 * entry(base).size ** 2)
     for prompt in prompts:
         for k in range(chosen.images):
             seed = chosen.seed + k
@@ -104,7 +99,7 @@ def compare(chosen: Namespace) -> None:
     """Draw each prompt three times from the same noise: original, residual everywhere, LAG; and LAG's mean mask."""
     _needs_suffix(chosen.out, ".png")
     check_place(chosen.out)
-    base, residuals = _load(chosen, 3 * len(chosen.prompt) * chosen.images)
+    base, residuals = _load(chosen)
     modes = ("original", "residual", "lag")
     prompts = [prompt for prompt in _prompts(chosen, base, residuals, modes) for _ in range(chosen.images)]
     check_place(chosen.out, len(prompts) * 4 * 4 * entry(base).size ** 2)
@@ -128,19 +123,21 @@ def export(chosen: Namespace) -> None:
     _needs_suffix(chosen.out, ".safetensors")
     _are_two_files(chosen, "out", "residuals")
     check_place(chosen.out)
-    _, residuals = _load(chosen, 0)
+    _, residuals = _load(chosen)
     print(export_lora(residuals, chosen.out, chosen.format))
 
 
-def _load(chosen: Namespace, pictures: int) -> tuple[Any, Residuals]:
+def _load(chosen: Namespace) -> tuple[Any, Residuals]:
     """The base and the residuals of a file: our own, or a LoRA on the output projections."""
     path = chosen.residuals
     _, metadata = read_tensors(path)
     ours = metadata.get("format") == FORMAT
     named = metadata.get("base") if ours else metadata.get(PREFIX + "base")
-    if named and not chosen.base and named not in BASES:  # a file does not choose what is fetched and run
-        raise ValueError(f"{path} names a base of its own, {named!r}: if you know and want it, give it with --base.")
-    base = _base(chosen, chosen.base or named, lambda known: pictures * _passes_of_sampling(chosen, known))
+    if named not in BASES:  # a file does not choose what is fetched and run
+        own, named = named, os.environ.get("PERSRES_BASE")
+        if own and not named and not chosen.base:
+            raise ValueError(f"{path} names a base of its own, {own!r}: if you know and want it, give it with --base.")
+    base = _base(chosen, named)
     try:
         if ours:
             return base, Residuals.load(path, base)
@@ -153,49 +150,10 @@ def _load(chosen: Namespace, pictures: int) -> tuple[Any, Residuals]:
         raise ValueError(f"{path} cannot be used as residuals or a LoRA ({error or type(error).__name__}).") from error
 
 
-def _base(chosen: Namespace, name: str | None, passes: Callable[[Base], int]) -> Any:
-    """The frozen model; what the work costs without a GPU is said first, where that is known before it is loaded."""
-    name = name or os.environ.get("PERSRES_BASE") or "toybox"
-    if name in BASES:
-        _tell_cost(chosen, BASES[name], passes)
+def _base(chosen: Namespace, name: str | None = None) -> Any:
+    """The frozen model: the one asked for, else the one that a file names."""
     with _silence():
-        base = load_base(name, chosen.device, _dtype(chosen.dtype))
-    if name not in BASES:
-        _tell_cost(chosen, entry(base), passes)
-    return base
-
-
-def _tell_cost(chosen: Namespace, known: Base, passes: Callable[[Base], int]) -> None:
-    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    if known.size <= 128 or (gpu and not str(chosen.device).startswith("cpu")):
-        return
-    like = BASES["sdxl" if known.size >= 1024 else "sd-1.4"]
-    one = TERAFLOPS.get(known.name) or TERAFLOPS[like.name] * (known.size / like.size) ** 2
-    seconds = passes(known) * one / _teraflops_a_second()
-    if seconds > OFTEN:
-        time_ = f"{seconds / 3600:.0f} hours" if seconds > 5400 else f"{seconds / 60:.0f} minutes"
-        tell(
-            f"without a GPU this takes about {time_} on this machine; --base toybox is made for one, and takes seconds."
-        )
-
-
-def _teraflops_a_second() -> float:
-    """What this machine reaches in a U-Net: three quarters of what it reaches in a product of matrices."""
-    matrix = torch.rand(1024, 1024)
-    matrix @ matrix  # the first one also sets up threads
-    start = time.perf_counter()
-    for _ in range(3):
-        matrix @ matrix
-    return 0.75 * 3 * 2 * 1024**3 / 1e12 / (time.perf_counter() - start)
-
-
-def _passes_of_training(chosen: Namespace, known: Base) -> int:
-    recipe = known.recipe
-    return 3 * (chosen.steps or recipe["steps"]) * (chosen.batch_size or recipe["batch_size"])  # and back
-
-
-def _passes_of_sampling(chosen: Namespace, known: Base) -> int:
-    return 2 * (chosen.steps or known.sampling["num_inference_steps"])  # guidance doubles
+        return load_base(chosen.base or name, chosen.device, _dtype(chosen.dtype))
 
 
 @contextmanager
@@ -281,8 +239,8 @@ def _picture(base: Any, prompt: str, options: dict[str, Any]) -> Image.Image:
         values = base(prompt, output_type="np", **options).images  # (1, h, w, 3) in 0..1
     if not np.isfinite(values).all() or values.min() == values.max():
         raise Failed(
-            f'The picture of "{prompt}" is no picture: numbers became too large. Try --dtype float32 or a --scale below '
-            "1; if --mode original fails as well, the base is broken, otherwise the residuals are."
+            f'The picture of "{prompt}" is no picture: numbers became too large. Try --dtype float32 or a --scale '
+            "below 1; if --mode original fails as well, the base is broken, otherwise the residuals are."
         )
     return base.image_processor.numpy_to_pil(values)[0]
 

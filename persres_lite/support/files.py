@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,6 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
+
+TRIAL = 1 << 24  # bytes that are written to try a place: quotas do not show in the room that a disk says it has
 
 
 @contextmanager
@@ -24,16 +29,25 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         If it cannot be written, of the system's own kind, with a sentence that names `path`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # the same ending, by which libraries choose a format
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _new_file(path.parent, path.suffix)
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _new_file(folder: Path, suffix: str) -> Path:
+    """An empty file of a name that nobody can foresee, and put a link in the place of; the umask says who reads it."""
+    path = folder / f".{secrets.token_hex(8)}{suffix}"  # the same ending, by which libraries choose a format
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    return path
 
 
 def check_place(path: str | os.PathLike, room: int = 1) -> None:
@@ -53,23 +67,24 @@ def check_place(path: str | os.PathLike, room: int = 1) -> None:
     OSError
         As :func:`whole_file`.
     """
-    path = Path(path)
+    path, trial = Path(path), None
     try:
         folder = path.parent
         while not folder.exists():
             folder = folder.parent
-        trial = folder / f".{os.getpid()}-{path.name}"
-        try:
-            with open(trial, "wb") as file:
-                for start in range(0, room, 1 << 20):
-                    file.write(bytes(min(1 << 20, room - start)))
-                file.flush()
-                os.fsync(file.fileno())  # some systems tell only now that there is no room
-        finally:
-            with suppress(OSError):
-                trial.unlink(missing_ok=True)
+        trial = _new_file(folder, path.suffix)
+        if shutil.disk_usage(folder).free < room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with open(trial, "wb") as file:
+            file.write(bytes(min(room, TRIAL)))
+            file.flush()
+            os.fsync(file.fileno())  # some systems tell only now that there is no room
     except OSError as error:
         raise _unwritable(path, error) from error
+    finally:
+        if trial is not None:
+            with suppress(OSError):
+                trial.unlink(missing_ok=True)
 
 
 def _unwritable(path: Path, error: OSError) -> OSError:

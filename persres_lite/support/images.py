@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import overload
 
@@ -327,9 +328,26 @@ def _decoded(image: Image.Image, reduce: bool = False) -> Image.Image:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """How to put a picture upright; whatever else its EXIF holds, and of what type, is nobody's business here."""
     try:
-        return TURNS.get(image.getexif()[ORIENTATION])
-    except Exception:  # EXIF that cannot be read says nothing
+        found = _orientation(image.info.get("exif") or b"")
+        return TURNS.get(image.getexif()[ORIENTATION] if found is None else found)  # Pillow knows where else it may be
+    except Exception:  # what cannot be read says nothing
         return None
+
+
+def _orientation(exif: bytes) -> int | None:
+    """The one field of EXIF that counts; Pillow gives up on all of them where one is damaged."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    mark = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    if mark is None:
+        return None
+    with suppress(struct.error):  # cut short
+        (start,) = struct.unpack_from(f"{mark}I", exif, 4)
+        (count,) = struct.unpack_from(f"{mark}H", exif, start)
+        for field in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(f"{mark}HH", exif, field)
+            if tag == ORIENTATION:
+                return struct.unpack_from(mark + {1: "B", 3: "H", 4: "I"}.get(kind, "H"), exif, field + 8)[0]
+    return None
 
 
 def _kept(size: tuple[int, int]) -> tuple[int, int]:
