@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 the work failed or was interrupted; 2 the input was wrong,
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import math
 import os
@@ -117,8 +118,8 @@ def _complaint(error: Exception, chosen: argparse.Namespace) -> tuple[str, int] 
         return what, 1
     if isinstance(error, ValueError | FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError):
         return _as_typed(what, chosen), 2
-    if isinstance(error, OSError):  # no network, no space
-        return what, 1
+    if isinstance(error, OSError):  # no network, no space; or a name that no file can have
+        return what, 2 if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else 1
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(sign in what for sign in NO_MEMORY):
         return f"out of memory: {_smaller(chosen, on_processor='CPU' in what or not what)}.", 1
     return None
