@@ -1,6 +1,7 @@
 """Personalized residuals for text-to-image models (Ham et al., CVPR 2024, arXiv 2405.12978), small enough to read.
 
-The names below are imported on first use, so that `import persres_lite` itself costs nothing.
+The names below stand in the order of the lessons that teach them. They are imported on first use, so that
+`import persres_lite` itself costs nothing.
 """
 
 from __future__ import annotations
@@ -10,42 +11,55 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from persres_lite.attention import record_attention
-    from persres_lite.bases import load_base
+    from persres_lite.bases import load_base, settings_of
     from persres_lite.concepts import Concept, load_concept
+    from persres_lite.evaluation import compare, load_judges
     from persres_lite.localize import localized
+    from persres_lite.lora import export_lora, import_lora
     from persres_lite.masks import make_mask
     from persres_lite.residuals import Residuals
     from persres_lite.training import personalize
 
 __version__ = "0.1.0"
 
-_ROOMS = {
-    "load_base": "bases",
+#: By name: the module that has it.
+_MODULES = {
+    "load_base": "bases",  # lesson 01
+    "settings_of": "bases",
+    "Residuals": "residuals",  # lesson 02
+    "Concept": "concepts",  # lesson 03
     "load_concept": "concepts",
-    "Concept": "concepts",
-    "Residuals": "residuals",
     "personalize": "training",
+    "record_attention": "attention",  # lesson 04
+    "make_mask": "masks",  # lesson 05
     "localized": "localize",
-    "record_attention": "attention",
-    "make_mask": "masks",
+    "compare": "evaluation",  # lesson 06
+    "load_judges": "evaluation",
+    "export_lora": "lora",  # lesson 08
+    "import_lora": "lora",
 }
 
 __all__ = [
-    "Concept",
-    "Residuals",
     "load_base",
+    "settings_of",
+    "Residuals",
+    "Concept",
     "load_concept",
-    "localized",
-    "make_mask",
     "personalize",
     "record_attention",
+    "make_mask",
+    "localized",
+    "compare",
+    "load_judges",
+    "export_lora",
+    "import_lora",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

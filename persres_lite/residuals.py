@@ -1,4 +1,4 @@
-"""Personalized residuals: dW_i = A_i B_i on the output projection of every transformer block of a U-Net.
+"""Lesson 02, `notebooks/02_residual_injection.ipynb`: dW_i = A_i B_i on the output projection of every block i.
 
 The factors are named as in the paper (Ham et al., CVPR 2024): A is (m x r), B is (r x m). PEFT and diffusers name
 them the other way round: their lora_A is our B, their lora_B is our A.
@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from string import hexdigits
@@ -22,13 +22,165 @@ import numpy as np
 import torch
 from torch import nn
 
-from persres_lite.projections import add_low_rank, find_proj_outs, plain_layer, structure, unet_of
 from persres_lite.support.files import read_tensors, write_tensors
-from persres_lite.support.rare_token import ENCODERS, rare_token_attached, rare_token_rows
+from persres_lite.support.rare_token import ENCODERS, rare_token_attached, rare_token_embeddings
 
 FORMAT = "personalized-residuals"
-VERSION = 1
+VERSION = 2  # 1 called the losses "history" and the token embeddings "rows"; it is still read
 LARGEST = 1e3  # of a change of one weight; the weights themselves stay below 10
+
+
+def unet_of(base: Any) -> nn.Module:
+    """The U-Net of a diffusers pipeline; a module is returned as it is, and a compiled one as the one inside."""
+    if isinstance(base, nn.Module):
+        return getattr(base, "_orig_mod", base)
+    if isinstance(getattr(base, "unet", None), nn.Module):
+        return unet_of(base.unet)
+    if getattr(base, "transformer", None) is not None:
+        _refuse_transformer(base.transformer)
+    raise TypeError(f"{type(base).__name__} has no U-Net: pass a Stable Diffusion pipeline or its `unet`.")
+
+
+def refuse_compiled(base: Any) -> None:
+    """Refuse a U-Net that would not call what is attached to it: compiled code knows the hooks of its first call only.
+
+    Raises
+    ------
+    ValueError
+        If it or a part of it was compiled (pytorch #117758).
+    """
+    unet = base if isinstance(base, nn.Module) else base.unet
+    for module in unet.modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                "This U-Net was compiled by torch.compile, and compiled code does not call what is attached to its "
+                "layers: merge the residuals into its weights (`residuals.merge(base)`), or load it without compiling."
+            )
+
+
+def refuse_offloaded(base: Any, also_whole: bool = False) -> None:
+    """Refuse a U-Net whose weights are not there between its calls.
+
+    Parameters
+    ----------
+    base : pipeline or Module
+        What was loaded.
+    also_whole : bool
+        Refuse one that is moved as a whole, too (`enable_model_cpu_offload`): its weights are there, on the CPU.
+
+    Raises
+    ------
+    ValueError
+        If it is so.
+    """
+    unet = unet_of(base)
+    hook = getattr(unet, "_hf_hook", None)
+    moved = getattr(hook, "offload", False) or type(hook).__name__ == "CpuOffload"
+    if any(parameter.is_meta for parameter in unet.parameters()) or also_whole and moved:
+        raise ValueError(
+            "The weights of this U-Net are offloaded and come to the device for each call only: load the base without "
+            "offloading (no `enable_model_cpu_offload` or `enable_sequential_cpu_offload`), or call "
+            "`remove_all_hooks()` and `to(device)` first."
+        )
+
+
+def find_proj_outs(unet: nn.Module) -> dict[str, nn.Module]:
+    """The output projections of a U-Net's transformer blocks, by module name, in the order of the forward pass.
+
+    They are found by structure (a module that has `proj_out` and `transformer_blocks`), because hooks that went by
+    class name broke at every renaming (daam #31, #39; prompt-to-prompt #57).
+
+    Returns
+    -------
+    dict of str to Module
+        16 1x1 convolutions for Stable Diffusion 1.x, 16 linear layers for 2.x, 11 for XL, each m to m.
+
+    Raises
+    ------
+    ValueError
+        If nothing is found, if `unet` is a diffusion transformer, or if a projection changes the width.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in unet.named_modules():
+        if isinstance(getattr(module, "proj_out", None), nn.Module) and hasattr(module, "transformer_blocks"):
+            if name == "" or getattr(getattr(module, "config", None), "patch_size", None) is not None:
+                _refuse_transformer(module)
+            found[f"{name}.proj_out"] = module.proj_out
+    if not found:
+        raise ValueError(
+            f"Found 0 output projections in {type(unet).__name__}: it has no module with both `proj_out` and "
+            "`transformer_blocks`; pass a Stable Diffusion U-Net."
+        )
+    for name, module in found.items():
+        weight = plain_layer(module).weight
+        if weight.shape[0] != weight.shape[1] or weight[0, 0].numel() != 1:
+            raise ValueError(f"{name} has a weight of shape {tuple(weight.shape)}, where m x m (x 1 x 1) was expected.")
+    # Down, mid, up: named_modules lists the mid block last.
+    order = {"down": 0, "mid": 1, "up": 2}
+    return dict(sorted(found.items(), key=lambda item: order.get(item[0].split("_")[0], 3)))
+
+
+def _refuse_transformer(module: nn.Module) -> None:
+    raise ValueError(
+        f"{type(module).__name__} is a diffusion transformer: its `proj_out` is the final unpatchify layer, not the "
+        "output projection of a block; personalized residuals need a U-Net."
+    )
+
+
+def plain_layer(module: Any) -> Any:
+    """The layer itself, or the one inside if PEFT has wrapped it for a LoRA."""
+    return getattr(module, "base_layer", module)
+
+
+def structure(unet: Any) -> str:
+    """One line that tells bases apart, for example '16 convolutions 320x5 640x5 1280x6, text width 768'."""
+    modules = find_proj_outs(unet)
+    layers = [plain_layer(module) for module in modules.values()]
+    kind = "convolutions" if layers[0].weight.ndim == 4 else "linear layers"
+    widths = [layer.weight.shape[0] for layer in layers]
+    counted = " ".join(f"{width}x{widths.count(width)}" for width in sorted(set(widths)))
+    block = unet.get_submodule(next(iter(modules)).removesuffix(".proj_out")).transformer_blocks[0]
+    return f"{len(layers)} {kind} {counted}, text width {plain_layer(block.attn2.to_k).weight.shape[1]}"
+
+
+def add_low_rank(
+    output: torch.Tensor,
+    x: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """output + scale * M * A(Bx), with the mask applied to the r channels of Bx: A(M * Bx) = M * A(Bx).
+
+    Exact zeros are added wherever M is zero, so the output keeps its bits there.
+
+    Parameters
+    ----------
+    output, x : tensor (B, C, H, W) or (B, HW, C)
+        What the frozen projection gave and what it was given.
+    A, B : tensor (C, r) and (r, C)
+        The factors; brought to the device and dtype of `x` (CPU offload moves layers about between calls).
+    weight : tensor (B, H, W), optional
+        The mask M in [0, 1]; everywhere 1 if not given.
+    scale : float
+        Strength of the residual.
+
+    Returns
+    -------
+    tensor of the shape of `output`
+    """
+    A, B = A.to(x.device, x.dtype), B.to(x.device, x.dtype)
+    if x.ndim == 4:
+        reduced = torch.bmm(B.expand(len(x), -1, -1), x.flatten(2))  # (B, r, HW)
+        if weight is not None:
+            reduced = reduced * weight.flatten(1).unsqueeze(1).to(reduced.dtype)
+        # baddbmm adds in the same kernel: no (B, C, H, W) tensor beside the output
+        return torch.baddbmm(output.flatten(2), A.expand(len(x), -1, -1), reduced, alpha=scale).view_as(output)
+    reduced = nn.functional.linear(x, B)  # (B, HW, r)
+    if weight is not None:
+        reduced = reduced * weight.flatten(1).unsqueeze(2).to(reduced.dtype)
+    return torch.addmm(output.flatten(0, -2), reduced.flatten(0, -2), A.t(), alpha=scale).view_as(output)
 
 
 class Residuals:
@@ -57,9 +209,9 @@ class Residuals:
         By module name: A (m, r), B (r, m).
     metadata : dict of str to str
         What the file will say: format, version, structure, rank, init, seed; training adds base, token, macro_class.
-    rows : dict of str to Parameter
+    token_embeddings : dict of str to Parameter
         V*'s learned embedding by text encoder, (pieces, width). Empty unless training was asked for it.
-    history : list of float
+    losses : list of float
         The loss of each training step.
     samples : dict of int to picture
         What training drew on request, by step; not saved.
@@ -88,8 +240,8 @@ class Residuals:
             width, device = plain_layer(module).weight.shape[0], _device(module)
             r = _rank_of(rank, name, width)
             # U(-1/sqrt(inputs), 1/sqrt(inputs)), PyTorch's default for a layer's weight
-            A = (torch.rand(width, r, generator=generator) * 2 - 1) / math.sqrt(r)
-            B = (torch.rand(r, width, generator=generator) * 2 - 1) / math.sqrt(width)
+            A = (torch.rand(width, r, generator=generator, dtype=torch.float32) * 2 - 1) / math.sqrt(r)
+            B = (torch.rand(r, width, generator=generator, dtype=torch.float32) * 2 - 1) / math.sqrt(width)
             self.A[name] = nn.Parameter((A if init == "random" else torch.zeros_like(A)).to(device))
             self.B[name] = nn.Parameter(B.to(device))
         rule = "by layer" if isinstance(rank, Mapping) else str(rank)
@@ -104,10 +256,10 @@ class Residuals:
         }
         if scheduler is not None:
             self.metadata["prediction_type"] = str(scheduler.config.get("prediction_type", "epsilon"))
-        self.rows: dict[str, nn.Parameter] = {}
-        self.history: list[float] = []
+        self.token_embeddings: dict[str, nn.Parameter] = {}
+        self.losses: list[float] = []
         self.samples: dict[int, Any] = {}
-        self._folded: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []  # weight, before, after
+        self._merged: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []  # weight, before, after
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -119,9 +271,9 @@ class Residuals:
         return sum(parameter.numel() for parameter in self.parameters())
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """All A and B, layer by layer, and V*'s rows where they learn, named as in the file."""
+        """All A and B, layer by layer, and V*'s embeddings where they learn, named as in the file."""
         named = {f"{name}.{factor}": p for name in self.A for factor, p in (("A", self.A[name]), ("B", self.B[name]))}
-        return named | {f"{encoder}.rows": rows for encoder, rows in self.rows.items()}
+        return named | {f"{encoder}.token_embedding": rows for encoder, rows in self.token_embeddings.items()}
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The values of `named_parameters`, for an optimizer."""
@@ -147,7 +299,7 @@ class Residuals:
         Raises
         ------
         ValueError
-            If names, widths, the kind of layers or the weights differ, or if these residuals are folded into this
+            If names, widths, the kind of layers or the weights differ, or if these residuals are merged into this
             model.
         """
         unet = unet_of(base)
@@ -159,8 +311,8 @@ class Residuals:
             )
         refuse_other_weights("These residuals", self.metadata, unet)
         weights = {id(plain_layer(module).weight) for module in modules.values()}
-        if any(id(weight) in weights for weight, _, _ in self._folded):
-            raise ValueError("These residuals are folded into this model already: call `unfold()` first.")
+        if any(id(weight) in weights for weight, _, _ in self._merged):
+            raise ValueError("These residuals are merged into this model already: call `unmerge()` first.")
         device = _device(next(iter(modules.values())))
         if next(self.parameters()).device != device:
             self.to(device)
@@ -179,54 +331,65 @@ class Residuals:
             The frozen model.
         scale : float
             0 is the original model bit for bit, 1 the trained strength; values between interpolate.
+
+        Raises
+        ------
+        ValueError
+            If the residuals do not fit, or the U-Net was compiled.
         """
         with ExitStack() as hooks:
+            refuse_compiled(base)
             for name, module in self.layers_in(base).items():
                 hook = partial(_add_residual, A=self.A[name], B=self.B[name], scale=scale)
                 hooks.callback(module.register_forward_hook(hook).remove)
             if scale != 0:
-                hooks.enter_context(rare_token_attached(base, self.metadata.get("token", ""), self.rows))
+                hooks.enter_context(self.token_attached(base))
             yield self
 
+    def token_attached(self, base: Any) -> AbstractContextManager[None]:
+        """A context in which the text encoders read V* as it was learned, if it was (`train_token`)."""
+        return rare_token_attached(base, self.metadata.get("token", ""), self.token_embeddings)
+
     @torch.no_grad()
-    def fold(self, base: Any, scale: float = 1.0) -> None:
-        """W <- W + scale * A B, in place: the model costs what it did before. `unfold()` puts the old W back.
+    def merge(self, base: Any, scale: float = 1.0) -> None:
+        """W <- W + scale * A B, in place: the model costs what it did before. `unmerge()` puts the old W back.
 
         Raises
         ------
         ValueError
-            If these residuals are folded already, or do not fit the model.
+            If these residuals are merged already, or do not fit the model, or its weights are offloaded.
         """
-        if self._folded:
-            raise ValueError("These residuals are folded into a model already: call `unfold()` first.")
+        if self._merged:
+            raise ValueError("These residuals are merged into a model already: call `unmerge()` first.")
+        refuse_offloaded(base)
         for name, module in self.layers_in(base).items():
             weight = plain_layer(module).weight
             before = weight.detach().clone()
             weight.copy_((weight.float() + scale * self.delta(name).view_as(weight)).to(weight.dtype))
-            self._folded.append((weight, before, weight.detach().clone()))
+            self._merged.append((weight, before, weight.detach().clone()))
 
     @torch.no_grad()
-    def unfold(self) -> None:
-        """Put back the weights from before `fold`, bit for bit.
+    def unmerge(self) -> None:
+        """Put back the weights from before `merge`, bit for bit.
 
         Raises
         ------
         ValueError
-            If nothing is folded, or if the weights were changed since (several folds are undone in reverse order).
+            If nothing is merged, or if the weights were changed since (several merges are undone in reverse order).
         """
-        if not self._folded:
-            raise ValueError("These residuals are not folded into a model: call `fold(base)` first.")
-        if not all(torch.equal(weight, after) for weight, _, after in self._folded):
-            raise ValueError("The model's weights were changed after `fold`: undo the later changes first.")
-        for weight, before, _ in self._folded:
+        if not self._merged:
+            raise ValueError("These residuals are not merged into a model: call `merge(base)` first.")
+        if not all(torch.equal(weight, after) for weight, _, after in self._merged):
+            raise ValueError("The model's weights were changed after `merge`: undo the later changes first.")
+        for weight, before, _ in self._merged:
             weight.copy_(before)
-        self._folded = []
+        self._merged = []
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write one safetensors file, tensors named as in `named_parameters`, with the metadata; returns its path."""
         tensors: dict[str, torch.Tensor] = dict(self.named_parameters())
         metadata = {key: str(value) for key, value in self.metadata.items()}
-        return write_tensors(path, tensors, metadata | {"history": json.dumps(self.history)})
+        return write_tensors(path, tensors, metadata | {"losses": json.dumps(self.losses)})
 
     @classmethod
     def load(cls, path: str | os.PathLike, base: Any) -> Residuals:
@@ -256,8 +419,12 @@ class Residuals:
             )
         refuse_other_weights(f"The residuals of {path}", metadata, unet)
         widths = {name: plain_layer(module).weight.shape[0] for name, module in find_proj_outs(unet).items()}
-        rows = {encoder: tensors.pop(f"{encoder}.rows") for encoder in ENCODERS if f"{encoder}.rows" in tensors}
-        _check_rows(path, rows, metadata.get("token", ""), base)
+        embeddings = {}
+        for encoder in ENCODERS:
+            for key in (f"{encoder}.token_embedding", f"{encoder}.rows"):  # the second in files of version 1
+                if key in tensors:
+                    embeddings[encoder] = tensors.pop(key)
+        _check_embeddings(path, embeddings, metadata.get("token", ""), base)
         expected = {f"{name}.{factor}" for name in widths for factor in "AB"}
         for difference, names in (("lacks", expected - set(tensors)), ("has an extra", set(tensors) - expected)):
             if names:
@@ -277,9 +444,11 @@ class Residuals:
             residuals.A[name].data.copy_(tensors[f"{name}.A"])
             residuals.B[name].data.copy_(tensors[f"{name}.B"])
         device = next(residuals.parameters()).device
-        residuals.rows = {encoder: nn.Parameter(row.float().to(device)) for encoder, row in rows.items()}
-        residuals.history = _numbers(path, metadata.pop("history", "[]"))
-        residuals.metadata = metadata
+        residuals.token_embeddings = {
+            encoder: nn.Parameter(vectors.float().to(device)) for encoder, vectors in embeddings.items()
+        }
+        residuals.losses = _numbers(path, metadata.pop("losses", metadata.pop("history", "[]")))
+        residuals.metadata = metadata | {"version": str(VERSION)}
         return residuals
 
 
@@ -290,28 +459,28 @@ def _numbers(path: str | os.PathLike, text: str) -> list[float]:
     except (ValueError, RecursionError):
         numbers = None
     if not isinstance(numbers, list) or not all(isinstance(each, (int, float)) for each in numbers):
-        raise ValueError(f"{path} has a history that is no list of losses: it is damaged.")
+        raise ValueError(f"{path} has losses that are no list of numbers: it is damaged.")
     return numbers
 
 
-def _check_rows(path: str | os.PathLike, rows: Mapping[str, torch.Tensor], token: str, base: Any) -> None:
+def _check_embeddings(path: str | os.PathLike, embeddings: Mapping[str, torch.Tensor], token: str, base: Any) -> None:
     """Refuse an embedding of V* that does not fit the base's text encoders, where there are some."""
-    known = rare_token_rows(base, token) if rows and not isinstance(base, nn.Module) else {}
-    for encoder, row in rows.items():
-        expected = tuple(known[encoder].shape) if encoder in known else tuple(row.shape)
-        if not (row.is_floating_point() and row.ndim == 2 and tuple(row.shape) == expected):
+    known = rare_token_embeddings(base, token) if embeddings and not isinstance(base, nn.Module) else {}
+    for encoder, vectors in embeddings.items():
+        expected = tuple(known[encoder].shape) if encoder in known else tuple(vectors.shape)
+        if not (vectors.is_floating_point() and vectors.ndim == 2 and tuple(vectors.shape) == expected):
             raise ValueError(
-                f"{path} has an embedding of shape {tuple(row.shape)} for {token!r} in {encoder}, where {expected} was "
-                "expected: it is damaged, or belongs to another text encoder."
+                f"{path} has an embedding of shape {tuple(vectors.shape)} for {token!r} in {encoder}, where {expected} "
+                "was expected: it is damaged, or belongs to another text encoder."
             )
-        if row.abs().max() > LARGEST:
+        if vectors.abs().max() > LARGEST:
             raise ValueError(f"{path} has an embedding of {token!r} beyond all others: it is damaged.")
 
 
 def fingerprint(unet: Any) -> str:
     """The signs of 64 weights of each projection, as hexadecimal digits: the same in every precision.
 
-    Training moves a model's weights too little to turn many signs, and so does folding a residual in; two models that
+    Training moves a model's weights too little to turn many signs, and so does merging a residual in; two models that
     were trained apart agree in half of them. Empty for a model without numbers (built without weights, or offloaded).
     """
     signs = []

@@ -1,4 +1,4 @@
-"""personalize(): learn a concept's residuals on a frozen base from a few pictures and one word.
+"""Lesson 03, `notebooks/03_training_loop.ipynb`: learn a concept's residuals from a few pictures and one word.
 
 What is computed once: the pictures' latents, as they are and mirrored, and the prompt's text features. What is left
 for each step is one pass of the U-Net forward and one backward, and the backward is cheap twice over: frozen weights
@@ -13,6 +13,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,20 +24,98 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from PIL import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from persres_lite.bases import entry
+from persres_lite.bases import encode_images, encode_prompt, settings_of
 from persres_lite.concepts import Concept
-from persres_lite.objective import PREDICTIONS, TrainingSet, diffusion_loss, encode_images, encode_prompt
-from persres_lite.projections import unet_of
-from persres_lite.residuals import Residuals
+from persres_lite.prompts import find_words
+from persres_lite.residuals import Residuals, refuse_compiled, refuse_offloaded, unet_of
 from persres_lite.support.checkpoint import Snapshot, State, read_checkpoint, restore, snapshot, write_checkpoint
 from persres_lite.support.images import square_crops
 from persres_lite.support.notices import tell
-from persres_lite.support.rare_token import rare_token_rows
+from persres_lite.support.rare_token import rare_token_embeddings
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+"""What a base may have been trained to predict."""
 
 HALF: dict[str | None, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 CHECKPOINT_EVERY = 25  # steps; the file is a few megabytes, and at most this much work is lost
+
+
+@dataclass
+class TrainingSet:
+    """A concept's pictures as latents; first index 0 as they are, 1 mirrored; n pictures, latents (c, h, w)."""
+
+    mean: Tensor  # (2, n, c, h, w), already scaled as the U-Net expects
+    std: Tensor | None  # the same shape for an autoencoder that is a distribution, drawn anew at each step
+    weights: Tensor | None  # (2, n, 1, h, w), the object's share of each position, for the masked loss
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Latents (b, c, h, w) of pictures in random order, each as often as the others, and their weights."""
+        count = self.mean.shape[1]
+        order = torch.cat([torch.randperm(count, generator=generator) for _ in range(-(-batch_size // count))])
+        which = torch.randint(0, 2, (batch_size,), generator=generator), order[:batch_size]
+        latents = self.mean[which]
+        if self.std is not None:
+            latents = latents + self.std[which] * torch.randn(latents.shape, generator=generator)
+        return latents, None if self.weights is None else self.weights[which]
+
+
+def diffusion_loss(
+    unet: Any,
+    scheduler: Any,
+    latents: Tensor,
+    condition: dict[str, Any],
+    noise: Tensor,
+    timesteps: Tensor,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """The plain latent-diffusion loss, E || target - model(z_t, t, text) ||^2.
+
+    Parameters
+    ----------
+    unet
+        The U-Net, with residuals attached or not.
+    scheduler
+        Gives z_t and the target; its ``prediction_type`` is "epsilon" (the noise), "v_prediction" or "sample".
+    latents, noise
+        (b, c, h, w) in fp32.
+    condition
+        From :func:`encode_prompt`; broadcast over the batch.
+    timesteps
+        (b,) whole numbers.
+    weights
+        (b, 1, h, w) or None: the loss becomes the weighted mean over positions.
+
+    Returns
+    -------
+    Tensor
+        One number, in fp32.
+    """
+    noisy = scheduler.add_noise(latents, noise, timesteps).to(unet.dtype)
+    batch = _expanded(condition, len(latents))
+    predicted = unet(noisy, timesteps, return_dict=False, **batch)[0].float()
+    kind = scheduler.config.get("prediction_type")
+    if kind not in PREDICTIONS:
+        raise ValueError(
+            f"The target {kind!r} is not one of DDPM's ({', '.join(PREDICTIONS)}): take another scheduler."
+        )
+    if kind == "v_prediction":
+        target = scheduler.get_velocity(latents, noise, timesteps)
+    else:
+        target = {"epsilon": noise, "sample": latents}[kind]
+    if weights is None:
+        return F.mse_loss(predicted, target)
+    return (weights * (predicted - target).square()).mean() / weights.mean().clamp(min=1e-6)
+
+
+def _expanded(condition: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """A condition for one picture, repeated for a batch without copying."""
+    return {
+        name: _expanded(value, batch_size) if isinstance(value, dict) else value.expand(batch_size, *value.shape[1:])
+        for name, value in condition.items()
+    }
 
 
 class Diverged(RuntimeError):
@@ -47,6 +126,19 @@ class Diverged(RuntimeError):
         self.residuals = residuals
 
 
+@contextmanager
+def _usual_state() -> Iterator[None]:
+    """Gradients and fp32, whatever switches of torch the caller has turned."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@_usual_state()
 def personalize(
     base: Any,
     concept: Concept,
@@ -106,14 +198,15 @@ def personalize(
     Returns
     -------
     Residuals
-        With ``history``, the loss of each step, and in ``metadata`` the base, token and macro class.
+        With ``losses``, one a step, and in ``metadata`` the base, token and macro class.
 
     Raises
     ------
     ValueError
-        If an argument is out of range, masks are asked for and missing, `checkpoint` belongs to another training, or
-        the base is none that learns from pictures and words alone by DDPM's noise (models for inpainting and editing,
-        XL's refiner, distilled ones, EDM, flow matching).
+        If an argument is out of range, masks are asked for and missing, `checkpoint` belongs to another training, the
+        concept's words are too many for the tokenizer, the base is compiled or offloaded, or it is none that learns
+        from pictures and words alone by DDPM's noise (models for inpainting and editing, XL's refiner, distilled ones,
+        EDM, flow matching).
     Diverged
         If the loss or a gradient is no longer finite. The last good state is in the error, and in `checkpoint`.
     OSError
@@ -128,14 +221,15 @@ def personalize(
     """
     _refuse_untrainable(base, sample_every)
     scheduler = _training_scheduler(base)
-    known = entry(base)
+    known = settings_of(base)
     given = {"steps": steps, "batch_size": batch_size, "lr": lr, "rank": rank}
     recipe = known.recipe | {name: value for name, value in given.items() if value is not None}
     _check(recipe, sample_every, mixed_precision)
+    find_words(base, [concept.training_prompt], concept.words)  # beyond the tokenizer's limit nobody would find them
     residuals = Residuals(base, rank=recipe["rank"], init=init, seed=seed)
     residuals.metadata.update(base=known.name, token=concept.token, macro_class=concept.macro_class)
     if train_token:
-        residuals.rows = rare_token_rows(base, concept.token)
+        residuals.token_embeddings = rare_token_embeddings(base, concept.token)
     data, digest = _prepare(base, concept, known.size, masked_loss)
     settings = {
         **{name: recipe[name] for name in ("batch_size", "lr", "rank")},
@@ -155,13 +249,13 @@ def personalize(
         optimizer=torch.optim.Adam(learned.values(), lr=recipe["lr"]),
         generator=torch.Generator().manual_seed(seed),
         scaler=torch.amp.GradScaler(unet.device.type, enabled=torch.float16 in (unet.dtype, HALF.get(mixed_precision))),
-        history=residuals.history,
+        losses=residuals.losses,
     )
     if checkpoint is not None and Path(checkpoint).exists():
         restore(state, read_checkpoint(checkpoint, settings))
-        if len(state.history) > recipe["steps"]:
-            raise ValueError(f"{checkpoint} already has {len(state.history)} steps: ask for at least as many.")
-    done, title = len(state.history), f"personalize {concept}"
+        if len(state.losses) > recipe["steps"]:
+            raise ValueError(f"{checkpoint} already has {len(state.losses)} steps: ask for at least as many.")
+    done, title = len(state.losses), f"personalize {concept}"
     bar = tqdm(total=recipe["steps"], initial=done, desc=title, unit="step", disable=not progress)
     good = snapshot(state)
     if checkpoint is not None:
@@ -171,11 +265,11 @@ def personalize(
         text = encode()
     with bar, _ready(unet, gradient_checkpointing), residuals.attached(base):
         try:
-            while len(state.history) < recipe["steps"]:
+            while len(state.losses) < recipe["steps"]:
                 condition = encode() if train_token else text
                 loss = _step(unet, scheduler, data, condition, state, recipe["batch_size"], HALF.get(mixed_precision))
                 good = snapshot(state)
-                step = len(state.history)
+                step = len(state.losses)
                 if checkpoint is not None and step % CHECKPOINT_EVERY == 0:
                     _keep_state(checkpoint, good, settings)
                 bar.update()
@@ -187,16 +281,21 @@ def personalize(
         except FloatingPointError as error:
             where = "this error's .residuals" if checkpoint is None else f"{checkpoint} and this error's .residuals"
             raise Diverged(
-                f"{error} at step {len(state.history) + 1}: try a rate below {recipe['lr']:g}; "
+                f"{error} at step {len(state.losses) + 1}: try a rate below {recipe['lr']:g}; "
                 f"the last good state is in {where}.",
                 residuals,
             ) from None
+        except torch.cuda.OutOfMemoryError as error:
+            raise torch.cuda.OutOfMemoryError(
+                "The device ran out of memory: try gradient_checkpointing=True, or batch_size=1, and close what else "
+                f"uses it ({error})."
+            ) from error
         finally:  # the end, an error, or an interruption in the middle of a step: what counts is the last whole step
             state.optimizer.zero_grad()
             restore(state, good)
             if checkpoint is not None:
                 _keep_state(checkpoint, good, settings)
-    _tell_of_worse(residuals.history, recipe["lr"])
+    _tell_of_worse(residuals.losses, recipe["lr"])
     return residuals
 
 
@@ -214,6 +313,8 @@ def _check(recipe: dict[str, Any], sample_every: int | None, mixed_precision: st
 
 def _refuse_untrainable(base: Any, sample_every: int | None) -> None:
     """Many pipelines hold a U-Net of the right kind that needs more than a noisy picture and words."""
+    refuse_compiled(base)
+    refuse_offloaded(base, also_whole=True)
     unet: Any = unet_of(base).config
     channels = getattr(getattr(getattr(base, "vae", None), "config", None), "latent_channels", None)
     more = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim")
@@ -364,7 +465,7 @@ def _step(
         raise FloatingPointError("The gradient became infinite or NaN")
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    state.history.append(value)
+    state.losses.append(value)
     return value
 
 

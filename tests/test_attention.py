@@ -6,21 +6,16 @@ import gc
 import re
 import weakref
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
-from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from persres_lite.attention import record_attention, watch_attention
-from persres_lite.attention import token_positions as positions
+from persres_lite.attention import attend, record_attention, watch_attention
 from persres_lite.masks import refine
-from persres_lite.projections import find_proj_outs
-from persres_lite.prompts import find_words
-from persres_lite.watch import attend
+from persres_lite.prompts import token_positions
+from persres_lite.residuals import find_proj_outs
+from tests.helpers import hooks_of, install_foreign
 from tests.reference import all_probabilities, explicit_probabilities
-from tests.test_residuals import hooks_of
 from tests.tiny import sample, tiny_pipeline, tiny_tokenizer
 
 PROMPT = "a photo of a sks cat on the beach"
@@ -29,60 +24,12 @@ PROMPT = "a photo of a sks cat on the beach"
 TOKENIZER = tiny_tokenizer()
 
 
-# Positions
-
-
-@pytest.mark.parametrize(
-    ("prompt", "words", "expected"),
-    [
-        (PROMPT, "cat", [6]),
-        (PROMPT, ["sks", "cat"], [5, 6]),
-        (PROMPT, "sks cat", [5, 6]),
-        ("A Photo of a SKS cat.", "sks cat", [5, 6]),
-        ("sks cat", "sks cat", [1, 2]),
-        ("a wombat", "wombat", [2, 3, 4, 5]),  # wo-m-b-at
-        ("a sks wombat on grass", ["sks wombat"], [2, 3, 4, 5, 6]),
-        ("a cat and a sks cat", "sks cat", [5, 6]),  # the phrase, not the other cat
-        ("a cat and a sks cat", ["sks", "cat"], [2, 5, 6]),
-        ("a sks, the cat", "sks cat", [2, 5]),
-        ("a teddy bear and a cat", "teddy bear", [2, 3]),
-        ("a cat's mug", "cat", [2]),
-        ("a wombat and an at", "at", [8]),  # not the last piece of wombat
-    ],
-)
-def test_token_positions(prompt, words, expected):
-    assert positions(TOKENIZER, prompt, words) == expected
-
-
-@pytest.mark.parametrize(
-    ("prompt", "words", "message"),
-    [
-        ("a photo of a dog", "sks cat", 'The prompt "a photo of a dog" does not contain \'sks\', \'cat\': .*"sks cat"'),
-        ("a photo of a cat", "sks cat", "does not contain 'sks': it needs the words \"sks cat\""),
-        ("a photo of cats", "cat", "does not contain 'cat'"),
-        ("a wombat", "bat", "does not contain 'bat'"),
-        ("a photo " * 40 + "of a sks cat", "sks cat", 'has 86 tokens and is cut off at 77, before the end of "sks'),
-        (PROMPT, [], "No words were given"),
-        (PROMPT, " ", "No words were given"),
-    ],
-)
-def test_words_that_are_not_there(prompt, words, message):
-    with pytest.raises(ValueError, match=message):
-        positions(TOKENIZER, prompt, words)
-
-
-def test_embeddings_of_several_vectors_are_spelled_out(sd1):
-    """Textual inversion names its vectors <cat>, <cat>_1; the pipeline writes both into the prompt."""
-    sd1.tokenizer.add_tokens(["<cat>", "<cat>_1"])
-    assert find_words(sd1, ["a photo of <cat> on the beach", "a <cat>"], "<cat>") == [[4, 5], [2, 3]]
-
-
 # Maps
 
 
 def explicit_maps(pipeline, words, prompt=PROMPT, **arguments):
     """{(step, block): (rows, words, HW)} from all probabilities, averaged over the layers under each block."""
-    at = [positions(TOKENIZER, prompt, word) for word in words]
+    at = [token_positions(TOKENIZER, prompt, word) for word in words]
     with all_probabilities(pipeline.unet) as seen:
         sample(pipeline, prompt, **arguments)
     blocks = list(find_proj_outs(pipeline.unet))
@@ -131,10 +78,13 @@ def test_maps_of_all_tokens_sum_to_one(sd1):
     unet = sd1.unet
     sums = []
 
-    def ask(batch, keys):
-        return batch if keys is None else torch.ones(batch, keys.shape[1], 1)
+    def rows(batch):
+        return slice(0, batch)
 
-    with watch_attention(unet, ask, lambda name, maps: sums.append(maps)):
+    def columns(keys):
+        return torch.ones(len(keys), keys.shape[1], 1)
+
+    with watch_attention(unet, rows, columns, lambda name, maps: sums.append(maps)):
         sample(sd1, steps=1)
     assert len(sums) == 16
     for each in sums:
@@ -264,25 +214,6 @@ def test_prompt_embeds(sd1):
 # Whatever else was done to the attention layers
 
 
-class Foreign(AttnProcessor2_0, torch.nn.Module):
-    """Like IP-Adapter's: a module that takes (text, picture) tokens and adds a second attention of its own."""
-
-    def __init__(self, width, text):
-        torch.nn.Module.__init__(self)
-        self.to_k_ip = torch.nn.Linear(text, width, bias=False)
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
-        text, picture = encoder_hidden_states[:, :-4], encoder_hidden_states[:, -4:]
-        return AttnProcessor2_0.__call__(self, attn, hidden_states, text) + self.to_k_ip(picture).mean(1, keepdim=True)
-
-
-def install_foreign(unet):
-    for key in unet.attn_processors:
-        if ".attn2." in key:
-            attn = unet.get_submodule(key.removesuffix(".processor"))
-            attn.set_processor(Foreign(attn.inner_dim, 32))
-
-
 @pytest.mark.parametrize("change", ["sliced", "fused projections", "foreign"])
 def test_other_processors_go_on_working_and_are_left_in_place(sd1, change):
     if change == "sliced":
@@ -396,17 +327,6 @@ def test_averages(recorded):
 def test_what_was_not_recorded(recorded, arguments, message):
     with pytest.raises(ValueError, match=message):
         recorded.map(**arguments)
-
-
-def test_show_draws_one_map_a_word(recorded):
-    figure = recorded.show(Image.new("RGB", (64, 64), "gray"), words=["sks", "cat"])
-    assert [axis.get_title() for axis in figure.axes] == ["sks", "cat"]
-    for axis, word in zip(figure.axes, ["sks", "cat"], strict=True):
-        picture, heat = axis.images
-        assert heat.get_array().shape == (64, 64)
-        assert float(heat.get_array().max()) <= float(recorded.map(word).max())
-    assert len(recorded.show().axes) == len(recorded.words)
-    plt.close("all")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from persres_lite import Concept, localized, personalize
-from persres_lite.bases import BASES, entry, load_base
+from persres_lite.bases import BASES, load_base, settings_of
 from tests.tiny import KINDS, tiny_pipeline
 
 
@@ -136,7 +136,7 @@ def test_toybox_needs_no_network(monkeypatch):
         monkeypatch.setattr(socket.socket, name, no_network)
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     base = load_base()
-    assert entry(base) is BASES["toybox"]
+    assert settings_of(base) is BASES["toybox"]
     assert base.unet.config.sample_size * base.vae_scale_factor == BASES["toybox"].size
 
 
@@ -393,7 +393,7 @@ def test_a_missing_toybox_says_how_to_get_it(tmp_path, monkeypatch):
 
 def test_entries_of_known_bases():
     for name, base in BASES.items():
-        assert entry(name) is base and base.name == name
+        assert settings_of(name) is base and base.name == name
         assert set(base.sampling) == {"num_inference_steps", "guidance_scale", "height", "width"}
         assert set(base.recipe) == {"steps", "batch_size", "lr", "rank"}
         assert base.sampling["height"] == base.sampling["width"] == base.size
@@ -402,23 +402,30 @@ def test_entries_of_known_bases():
             assert any(f" {thing} " in prompt for thing in base.classes), prompt
             assert any(prompt.endswith(place) for place in base.places), prompt
     for name in ("sd-1.4", "sd-1.5", "sd-2.1", "sdxl"):
-        assert entry(name).recipe == {"steps": 150, "batch_size": 4, "lr": 1e-3, "rank": 0.05}, "the paper's"
-    assert entry("CompVis/stable-diffusion-v1-4") is BASES["sd-1.4"]
+        assert settings_of(name).recipe == {"steps": 150, "batch_size": 4, "lr": 1e-3, "rank": 0.05}, "the paper's"
+    assert settings_of("CompVis/stable-diffusion-v1-4") is BASES["sd-1.4"]
     with pytest.raises(ValueError, match=r"Nothing is known of 'some/model' before it is loaded"):
-        entry("some/model")
+        settings_of("some/model")
 
 
 @pytest.mark.parametrize("kind, relative", [("sd1", "sd-1.4"), ("sd2", "sd-1.4"), ("sdxl", "sdxl")])
 def test_the_entry_of_an_unknown_base_follows_from_its_structure(folders, kind, relative):
     base = load_base(folders[kind])
-    found = entry(base)
+    found = settings_of(base)
     assert found.size == 64 == found.sampling["height"] == found.sampling["width"]
     assert found.sampling["guidance_scale"] == BASES[relative].sampling["guidance_scale"]
     assert found.recipe == BASES[relative].recipe and found.name == str(folders[kind])
     assert base(found.prompts[0], **found.sampling | {"num_inference_steps": 1}).images[0].size == (64, 64)
-    assert entry(tiny_pipeline(kind)).name == "unnamed"
+    assert settings_of(tiny_pipeline(kind)).name == "unnamed"
 
 
 def test_an_entry_cannot_be_changed_by_accident():
     with pytest.raises(dataclasses.FrozenInstanceError):
         BASES["toybox"].size = 32
+
+
+def test_a_model_of_ones_own_in_a_folder_named_like_a_shipped_one(folders, tmp_path):
+    shutil.copytree(folders["sd1"], tmp_path / "toybox-sd")
+    base = load_base(tmp_path / "toybox-sd")
+    assert settings_of(base).name == str(tmp_path / "toybox-sd") and settings_of(base).recipe["rank"] == 0.05
+    assert settings_of(load_base("toybox")) is BASES["toybox"]

@@ -19,7 +19,7 @@ from persres_lite import Residuals, training
 from persres_lite.cli import commands, main
 from persres_lite.masks import RULES
 from persres_lite.support import files
-from tests.test_training import make_concept
+from tests.helpers import make_concept
 from tests.tiny import tiny_pipeline
 
 COMMANDS = ("personalize", "sample", "compare", "export")
@@ -72,7 +72,7 @@ def test_each_command_explains_itself(command, capsys):
 def test_a_whole_round(world, tmp_path, capsys):
     base = tiny_pipeline("sd1")
     residuals = Residuals.load(world / "cat.safetensors", base)
-    assert residuals.metadata["token"] == "sks" and len(residuals.history) == 3
+    assert residuals.metadata["token"] == "sks" and len(residuals.losses) == 3
 
     out = str(tmp_path / "pictures")
     for mode, images in (("lag", "2"), ("residual", "1"), ("original", "1")):
@@ -120,15 +120,16 @@ def test_compare_shows_what_sample_draws(world, tmp_path):
 
 
 def test_personalize_samples_along_the_way_and_takes_its_options(world, monkeypatch):
-    known = training.entry(tiny_pipeline("sd1"))
+    known = training.settings_of(tiny_pipeline("sd1"))
     quick = replace(known, sampling=known.sampling | {"num_inference_steps": 2})
-    monkeypatch.setattr(training, "entry", lambda base: quick)
+    monkeypatch.setattr(training, "settings_of", lambda base: quick)
     more = ("--sample-every", "2", "--rank", "2", "--init", "random", "--train-token", "--gradient-checkpointing")
     arguments = learn(world, *more, out="sub/other.safetensors")
     assert main(arguments) == 0
     assert (world / "sub" / "other-0002.png").is_file() and not (world / "sub" / "other-0003.png").exists()
     residuals = Residuals.load(world / "sub" / "other.safetensors", tiny_pipeline("sd1"))
-    assert set(residuals.ranks.values()) == {2} and residuals.rows and residuals.metadata["init"] == "random"
+    assert set(residuals.ranks.values()) == {2} and residuals.metadata["init"] == "random"
+    assert residuals.token_embeddings
 
 
 LEARN = ["personalize", "{home}/cat", "--class", "cat", "--base", "{home}/base", "--out", "{out}"]
@@ -408,8 +409,8 @@ def test_a_loss_that_ends_far_above_its_beginning_is_said(world, capsys, monkeyp
     """A rate of a million: nothing is infinite, and nothing was learned."""
 
     def step(*arguments):
-        arguments[4].history.append(losses.pop(0))
-        return arguments[4].history[-1]
+        arguments[4].losses.append(losses.pop(0))
+        return arguments[4].losses[-1]
 
     monkeypatch.setattr(training, "_step", step)
     losses = [0.11, 0.9, 1.2]

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from persres_lite import Residuals, load_base, load_concept
-from persres_lite.bases import BASES, entry
+from persres_lite.bases import BASES, settings_of
 from persres_lite.maintain import demo
 
 
@@ -41,7 +41,7 @@ def test_it_writes_one_picture_and_prints_the_scores(quick, tmp_path, capsys, mo
 def test_all_modes_start_from_the_same_noise(quick):
     base, concept = load_base("toybox"), load_concept(demo.CONCEPT)
     nothing = Residuals(base.unet, rank=1)  # one factor is zero: the original model
-    sampling = entry(base).sampling
+    sampling = settings_of(base).sampling
     prompts = [f"a {concept}", f"a photo of a {concept}"]  # the same batch each time: another size rounds otherwise
     comparison = demo.compare(base, nothing, concept, prompts, 0, **sampling)
     first, *others = comparison.pictures.values()

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from persres_lite.attention import AttentionRecord
 from persres_lite.course import explorers
 from persres_lite.course.figures import heat_picture
 from persres_lite.masks import RULES
-from persres_lite.record import AttentionRecord
 
 BLOCKS = ["down_blocks.0.attentions.0.proj_out", "mid_block.attentions.0.proj_out"]
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))

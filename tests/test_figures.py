@@ -10,11 +10,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+from persres_lite.attention import AttentionRecord
 from persres_lite.course import figures
 from persres_lite.course.figures.diagram import unet_parts
 from persres_lite.course.figures.stills import short_name, spread
 from persres_lite.masks import RULES
-from persres_lite.record import AttentionRecord
 from persres_lite.residuals import find_proj_outs
 from tests.tiny import tiny_unet
 

@@ -19,7 +19,7 @@ from persres_lite import Residuals
 from persres_lite.cli import commands, main
 from persres_lite.lora import export_lora
 from persres_lite.support.images import read_image, read_mask
-from tests.test_images import exif_of, icc
+from tests.helpers import exif_of, icc
 from tests.tiny import tiny_pipeline
 
 PICTURES = 1200
@@ -143,7 +143,7 @@ def run(arguments, capsys) -> tuple[int, str]:
 def test_photographs_through_the_command(base, tmp_path, capsys, monkeypatch):
     """Up to the training itself, which does not know what the pictures were."""
     monkeypatch.setattr(commands, "load_base", lambda *_: base)
-    monkeypatch.setattr("persres_lite.training._step", lambda *arguments: arguments[4].history.append(0.5) or 0.5)
+    monkeypatch.setattr("persres_lite.training._step", lambda *arguments: arguments[4].losses.append(0.5) or 0.5)
     draw, kinds, codes = random.Random(3), seeds(), Counter()
     cat, out = tmp_path / "cat", tmp_path / "out.safetensors"
     cat.mkdir()
@@ -218,7 +218,7 @@ def test_residuals_and_loras(base, tmp_path, capsys, monkeypatch, kind):
     good, path, out = tmp_path / "good.safetensors", tmp_path / "cat.safetensors", tmp_path / "out.safetensors"
     residuals = Residuals(base, rank=2, init="random")
     residuals.metadata.update(token="sks", macro_class="cat", base="toybox")
-    residuals.history = [0.5, 0.25]
+    residuals.losses = [0.5, 0.25]
     residuals.save(good) if kind == "residuals" else export_lora(residuals, good, kind)
     draw, whole, codes, drawn = random.Random(kind), good.read_bytes(), Counter(), 0
     for _ in range(FILES):

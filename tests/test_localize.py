@@ -21,11 +21,9 @@ from PIL import Image
 from persres_lite.attention import record_attention
 from persres_lite.localize import localized
 from persres_lite.masks import RULES, average, make_mask
-from persres_lite.projections import find_proj_outs
-from persres_lite.residuals import Residuals
+from persres_lite.residuals import Residuals, find_proj_outs
+from tests.helpers import call_arguments, hooks_of, install_foreign, random_residuals
 from tests.reference import reference
-from tests.test_attention import install_foreign
-from tests.test_residuals import call_arguments, hooks_of, random_residuals
 from tests.tiny import KINDS, sample, tiny_pipeline
 
 PROMPT = "a photo of a sks cat on the beach"

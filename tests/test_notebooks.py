@@ -25,11 +25,11 @@ MAX_SECONDS = 150
 """The series promises two minutes on a laptop; the committed measurement may come from a machine that was not idle."""
 
 FEWER_STEPS = """
-from persres_lite.registry import BASES
+from persres_lite.bases import BASES
 BASES["sd-1.4"].sampling["num_inference_steps"] = 6  # an unknown folder takes its settings from this entry
 BASES["sd-1.4"].recipe["steps"] = 4
-from persres_lite import metrics
-metrics.PAPER_JUDGES = tuple(str(HOME / "data" / folder) for folder in metrics.JUDGES["toybox"])  # without a network
+from persres_lite import evaluation
+evaluation.PAPER_JUDGES = tuple(str(HOME / "data" / folder) for folder in evaluation.JUDGES["toybox"])  # without a network
 """
 
 PATHS = notebooks.notebook_paths()

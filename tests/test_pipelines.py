@@ -15,40 +15,20 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
-    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
-    UNet2DConditionModel,
 )
 from PIL import Image
 
 from persres_lite.attention import record_attention
 from persres_lite.localize import localized
+from tests.helpers import NO_CHECKER, PICTURE, hooks_of, img2img, parts_of, random_residuals, refiner, with_unet
 from tests.reference import reference
-from tests.test_residuals import hooks_of, random_residuals
-from tests.tiny import ATTENTION_GAIN, TEXT_WIDTH, tiny_pipeline
+from tests.tiny import tiny_pipeline
 
 PROMPT = "a photo of a sks cat on the beach"
 AT = [5, 6]  # sks cat
-PICTURE = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
 HALF = Image.new("L", (64, 64))
 HALF.paste(255, (0, 0, 32, 64))
-NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-
-
-def with_unet(base, **changes):
-    """The parts of a pipeline, with a random U-Net of another configuration."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_config(base.unet.config, **changes).eval().requires_grad_(False)
-    for name, parameter in unet.named_parameters():
-        if ".attn2.to_q." in name or ".attn2.to_k." in name:
-            parameter.mul_(ATTENTION_GAIN)
-    return {name: part for name, part in base.components.items() if part is not None} | {"unet": unet}
-
-
-def parts_of(base):
-    return {name: part for name, part in base.components.items() if part is not None}
-
-
 def controlnet_for(base):
     """A ControlNet that does something: a fresh one adds zeros."""
     torch.manual_seed(1)
@@ -57,10 +37,6 @@ def controlnet_for(base):
         torch.nn.init.normal_(block.weight, std=0.1)
     controlnet.controlnet_cond_embedding = torch.nn.Conv2d(3, 32, 4, stride=4)  # as large as these latents
     return controlnet
-
-
-def img2img():
-    return StableDiffusionImg2ImgPipeline(**parts_of(tiny_pipeline("sd1")), **NO_CHECKER), {"image": PICTURE}
 
 
 def img2img_sd2():
@@ -118,22 +94,6 @@ def xl_controlnet():
     base = tiny_pipeline("sdxl")
     parts = parts_of(base) | {"controlnet": controlnet_for(base)}
     return StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False), {"image": PICTURE}
-
-
-def refiner():
-    """XL's second model: the second text encoder alone, and a score for looks among what the U-Net is told."""
-    parts = with_unet(
-        tiny_pipeline("sdxl"),
-        block_out_channels=(32, 32, 64, 64),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=2,
-        attention_head_dim=(2, 2, 4, 4),
-        cross_attention_dim=TEXT_WIDTH,
-        projection_class_embeddings_input_dim=5 * 8 + TEXT_WIDTH,
-    ) | {"text_encoder": None, "tokenizer": None}
-    pipeline = StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True, add_watermarker=False)
-    return pipeline, {"image": PICTURE, "strength": 0.9}
 
 
 PIPELINES = [

@@ -1,4 +1,4 @@
-"""dW = A B on every output projection: counts, attaching, folding, and files that are refused."""
+"""dW = A B on every output projection: counts, attaching, merging, and files that are refused."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
 from diffusers import AutoencoderKL, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from persres_lite.attention import record_attention
 from persres_lite.localize import localized
 from persres_lite.lora import export_lora, import_lora
-from persres_lite.projections import add_low_rank, find_proj_outs
-from persres_lite.residuals import Residuals, fingerprint
+from persres_lite.residuals import Residuals, add_low_rank, find_proj_outs, fingerprint, unet_of
+from tests.helpers import call_arguments, hooks_of, random_residuals
 from tests.reference import reference
 from tests.tiny import KINDS, sample, tiny_pipeline, tiny_unet
 
@@ -67,14 +70,6 @@ PUBLISHED = {
         1_187_840,
     ),
 }
-
-
-def random_residuals(base, rank=0.25, seed=1) -> Residuals:
-    return Residuals(base, rank=rank, init="random", seed=seed)
-
-
-def hooks_of(module: torch.nn.Module) -> int:
-    return sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in module.modules())
 
 
 # Counts
@@ -211,21 +206,6 @@ def test_attached_agrees_with_explicit_weights_through_a_whole_run(pipeline):
         slow = sample(pipeline, steps=4)
     assert (slow - sample(pipeline, steps=4)).abs().max() > 0.1  # the residuals do matter
     torch.testing.assert_close(ours, slow, atol=1e-4, rtol=1e-4)
-
-
-def call_arguments(kind: str, batch: int = 2) -> dict:
-    """Inputs of one U-Net call, seeded."""
-    generator = torch.Generator().manual_seed(0)
-    text = 64 if kind == "sdxl" else 32
-    arguments = {
-        "sample": torch.randn(batch, 4, 16, 16, generator=generator),
-        "timestep": torch.tensor(500),
-        "encoder_hidden_states": torch.randn(batch, 77, text, generator=generator),
-    }
-    if kind == "sdxl":
-        added = {"text_embeds": torch.randn(batch, 32, generator=generator), "time_ids": torch.ones(batch, 6)}
-        arguments["added_cond_kwargs"] = added
-    return arguments
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -374,7 +354,7 @@ def test_residuals_of_other_weights_are_refused(tmp_path, kind):
     with pytest.raises(ValueError, match=sentence), localized(other, residuals, "sks cat"):
         pass
     with pytest.raises(ValueError, match=sentence):
-        residuals.fold(other.unet)
+        residuals.merge(other.unet)
     with pytest.raises(ValueError, match=f"The residuals of {path} {sentence}"):
         Residuals.load(path, other)
     for format in ("diffusers", "kohya"):
@@ -403,10 +383,10 @@ def test_the_same_weights_in_another_precision_are_the_same_model(pipeline, dtyp
 
 
 def test_a_fine_tuned_model_is_still_the_same_one(sd1):
-    """As LoRAs are carried over to models that were made from theirs; and a folded residual is a change, too."""
+    """As LoRAs are carried over to models that were made from theirs; and a merged residual is a change, too."""
     residuals = random_residuals(sd1)
     for seed in (2, 3):
-        random_residuals(sd1, seed=seed).fold(sd1)
+        random_residuals(sd1, seed=seed).merge(sd1)
     assert residuals.layers_in(sd1)
     torch.manual_seed(0)
     for module in find_proj_outs(sd1.unet).values():
@@ -432,48 +412,100 @@ def test_a_fingerprint_that_is_none_fits_nothing(sd1, stored):
         residuals.layers_in(sd1)
 
 
-# Folding
+# Merging
 
 
-def test_fold_is_attached_and_unfold_restores_bit_for_bit(pipeline):
+@pytest.mark.parametrize("how", ["unet.compile", "torch.compile", "one block"])
+def test_a_compiled_model_is_told_because_it_would_not_call_what_is_attached(sd1, how):
+    residuals = random_residuals(sd1)
+    with residuals.attached(sd1):
+        right = sample(sd1)
+    compiled = tiny_pipeline("sd1")
+    if how == "unet.compile":
+        compiled.unet.compile(backend="eager")
+    elif how == "torch.compile":
+        compiled.unet = torch.compile(compiled.unet, backend="eager")
+    else:
+        compiled.unet.mid_block.compile(backend="eager")
+    contexts = (
+        residuals.attached(compiled),
+        localized(compiled, residuals, "sks cat"),
+        localized(compiled, residuals, "sks cat", fixed_mask=torch.ones(4, 4)),
+        record_attention(compiled),
+    )
+    for context in contexts:
+        with pytest.raises(ValueError, match="compiled code does not call what is attached .* merge the residuals"):
+            with context:
+                pass
+    # What the sentence advises works, under the names of the model that was not compiled.
+    assert list(find_proj_outs(unet_of(compiled))) == list(residuals.ranks)
+    residuals.merge(compiled)
+    if how != "torch.compile":
+        compiled.unet._compiled_call_impl = None  # the compiler itself need not run here
+    else:
+        compiled.unet = compiled.unet._orig_mod
+    torch.testing.assert_close(sample(compiled), right, rtol=1e-3, atol=1e-3)
+
+
+def test_merging_into_offloaded_weights_is_refused(sd1):
+    residuals = random_residuals(sd1)
+    cpu_offload(sd1.unet, execution_device="cpu")
+    with pytest.raises(ValueError, match="offloaded and come to the device for each call only"):
+        residuals.merge(sd1)
+    remove_hook_from_submodules(sd1.unet)
+    residuals.merge(sd1)
+
+
+def test_factors_are_in_fp32_whatever_the_default(sd1):
+    torch.set_default_dtype(torch.float16)
+    try:
+        residuals = Residuals(sd1, init="random")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in residuals.parameters()} == {torch.float32}
+    pairs = zip(residuals.parameters(), Residuals(sd1, init="random").parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_merge_is_attached_and_unmerge_restores_bit_for_bit(pipeline):
     original = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
     residuals = random_residuals(pipeline)
     with residuals.attached(pipeline, scale=0.7):
         attached = sample(pipeline)
-    residuals.fold(pipeline, scale=0.7)
+    residuals.merge(pipeline, scale=0.7)
     torch.testing.assert_close(sample(pipeline), attached, atol=1e-4, rtol=1e-4)
-    residuals.unfold()
+    residuals.unmerge()
     assert all(torch.equal(value, original[name]) for name, value in pipeline.unet.state_dict().items())
 
 
-def test_fold_in_half_precision_restores_bit_for_bit(sd1):
+def test_merge_in_half_precision_restores_bit_for_bit(sd1):
     sd1.unet.to(torch.bfloat16)
     original = {name: value.clone() for name, value in sd1.unet.state_dict().items()}
     residuals = random_residuals(sd1)
-    residuals.fold(sd1.unet)
+    residuals.merge(sd1.unet)
     name = next(iter(residuals.A))
     assert not torch.equal(sd1.unet.state_dict()[f"{name}.weight"], original[f"{name}.weight"])
-    residuals.unfold()
+    residuals.unmerge()
     assert all(torch.equal(value, original[key]) for key, value in sd1.unet.state_dict().items())
 
 
-def test_folding_out_of_order_is_refused(sd1):
+def test_merging_out_of_order_is_refused(sd1):
     one, two = random_residuals(sd1, seed=1), random_residuals(sd1, seed=2)
-    with pytest.raises(ValueError, match="not folded into a model"):
-        one.unfold()
-    one.fold(sd1)
-    with pytest.raises(ValueError, match="folded into a model already: call `unfold"):
-        one.fold(sd1)
-    with pytest.raises(ValueError, match="folded into this model already"):
+    with pytest.raises(ValueError, match="not merged into a model"):
+        one.unmerge()
+    one.merge(sd1)
+    with pytest.raises(ValueError, match="merged into a model already: call `unmerge"):
+        one.merge(sd1)
+    with pytest.raises(ValueError, match="merged into this model already"):
         with one.attached(sd1):
             pass
-    folded = sd1.unet.mid_block.attentions[0].proj_out.weight.clone()
-    two.fold(sd1)
-    with pytest.raises(ValueError, match="changed after `fold`"):
-        one.unfold()
-    two.unfold()
-    assert torch.equal(sd1.unet.mid_block.attentions[0].proj_out.weight, folded)
-    one.unfold()
+    merged = sd1.unet.mid_block.attentions[0].proj_out.weight.clone()
+    two.merge(sd1)
+    with pytest.raises(ValueError, match="changed after `merge`"):
+        one.unmerge()
+    two.unmerge()
+    assert torch.equal(sd1.unet.mid_block.attentions[0].proj_out.weight, merged)
+    one.unmerge()
 
 
 # Files
@@ -482,17 +514,31 @@ def test_folding_out_of_order_is_refused(sd1):
 def test_save_and_load(tmp_path, pipeline):
     residuals = random_residuals(pipeline)
     residuals.metadata |= {"base": "tiny", "token": "sks", "macro_class": "cat"}
-    residuals.history = [0.5, 0.25]
+    residuals.losses = [0.5, 0.25]
     path = residuals.save(tmp_path / "new" / "cat.safetensors")
     assert [each.name for each in path.parent.iterdir()] == ["cat.safetensors"]  # no temporary file left
     loaded = Residuals.load(path, pipeline)
     assert loaded.metadata == residuals.metadata
     assert loaded.metadata.keys() >= {"base", "token", "macro_class", "rank", "version"}
-    assert loaded.history == residuals.history
+    assert loaded.losses == residuals.losses
     for name in residuals.A:
         assert torch.equal(loaded.A[name], residuals.A[name]) and torch.equal(loaded.B[name], residuals.B[name])
         assert loaded.A[name].requires_grad
     assert set(load_file(path)) == {f"{name}.{factor}" for name in residuals.A for factor in "AB"}
+
+
+def test_files_of_version_1_are_read(tmp_path, sd1):
+    """They called the losses "history" and a learned token embedding "rows"."""
+    residuals = random_residuals(sd1)
+    tensors = load_file(residuals.save(tmp_path / "new.safetensors")) | {"text_encoder.rows": torch.ones(1, 32)}
+    metadata = residuals.metadata | {"version": "1", "token": "sks", "history": "[0.5, 0.25]"}
+    save_file(tensors, tmp_path / "old.safetensors", metadata)
+    loaded = Residuals.load(tmp_path / "old.safetensors", sd1)
+    assert loaded.losses == [0.5, 0.25] and loaded.token_embeddings["text_encoder"].eq(1).all()
+    assert all(torch.equal(loaded.A[name], residuals.A[name]) for name in residuals.A)
+    again = Residuals.load(loaded.save(tmp_path / "again.safetensors"), sd1)
+    assert again.metadata["version"] == "2" and again.losses == loaded.losses
+    assert again.token_embeddings.keys() == {"text_encoder"}
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, sd1, monkeypatch):
@@ -537,19 +583,19 @@ def flipped(tensors, metadata):
 
 
 def newer(tensors, metadata):
-    metadata["version"] = "2"
+    metadata["version"] = "3"
 
 
 def no_version(tensors, metadata):
     metadata["version"] = "one"
 
 
-def no_history(tensors, metadata):
-    metadata["history"] = "[" * 5000
+def no_list(tensors, metadata):
+    metadata["losses"] = "[" * 5000
 
 
 def no_losses(tensors, metadata):
-    metadata["history"] = '{"a": 1}'
+    metadata["losses"] = '{"a": 1}'
 
 
 def whole_numbers(tensors, metadata):
@@ -580,10 +626,10 @@ def other_base(tensors, metadata):
         (not_a_number, f"holds NaN or infinity in '{FIRST}.B'"),
         (other_shape, rf"has factors of shapes \(32, 5\) and \(2, 32\) for '{FIRST}', where \(32, r\) and \(r, 32\)"),
         (flipped, f"would change weights of '{FIRST}' by up to .e.3.*the file is damaged, or the training"),
-        (newer, "is of version 2, newer than 1: update the package"),
-        (no_version, "is of version one, newer than 1"),
-        (no_history, "has a history that is no list of losses: it is damaged"),
-        (no_losses, "has a history that is no list of losses"),
+        (newer, "is of version 3, newer than 2: update the package"),
+        (no_version, "is of version one, newer than 2"),
+        (no_list, "has losses that are no list of numbers: it is damaged"),
+        (no_losses, "has losses that are no list of numbers"),
         (whole_numbers, f"has factors of whole or complex numbers for '{FIRST}': it is damaged"),
         (other_rows, r"has an embedding of shape \(3, 32\) for 'sks' in text_encoder, where \(1, 32\) was expected"),
         (huge_rows, "has an embedding of 'sks' beyond all others: it is damaged"),
@@ -595,7 +641,7 @@ def test_wrong_files_are_refused_with_the_difference(tmp_path, sd1, change, mess
     residuals = Residuals(sd1)
     residuals.metadata["token"] = "sks"
     tensors = load_file(residuals.save(tmp_path / "right.safetensors"))
-    metadata = {key: str(value) for key, value in residuals.metadata.items()} | {"history": json.dumps([])}
+    metadata = {key: str(value) for key, value in residuals.metadata.items()} | {"losses": json.dumps([])}
     change(tensors, metadata)
     save_file(tensors, tmp_path / "wrong.safetensors", metadata)
     Residuals.load(tmp_path / "right.safetensors", sd1)

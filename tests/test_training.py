@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import (
     AutoencoderTiny,
     CogVideoXDDIMScheduler,
@@ -32,30 +35,18 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.func import functional_call
 
 from persres_lite import training
-from persres_lite.bases import load_base
+from persres_lite.bases import encode_images, encode_prompt, load_base
 from persres_lite.concepts import Concept
 from persres_lite.localize import localized
-from persres_lite.objective import TrainingSet, diffusion_loss, encode_images, encode_prompt
 from persres_lite.residuals import Residuals
-from persres_lite.training import Diverged, personalize
-from tests.test_pipelines import NO_CHECKER, img2img, refiner, with_unet
+from persres_lite.training import Diverged, TrainingSet, diffusion_loss, personalize
+from tests.helpers import FAST, NO_CHECKER, img2img, make_concept, refiner, with_unet
 from tests.tiny import sample, tiny_pipeline
-
-FAST = {"steps": 3, "batch_size": 1, "lr": 1e-2, "progress": False}
-
-
-def make_concept(pictures=3, size=64, masks=False, **words):
-    """Smooth random pictures, with a centered square as object."""
-    rng = np.random.default_rng(0)
-    blocks = (rng.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(pictures))
-    images = [Image.fromarray(block).resize((size, size)) for block in blocks]
-    square = Image.new("L", (size, size))
-    square.paste(255, (size // 4, size // 4, 3 * size // 4, 3 * size // 4))
-    words = {"macro_class": "cat", "token": "sks"} | words
-    return Concept("test", images=images, masks=[square] * pictures if masks else None, **words)
 
 
 def digest(base):
@@ -92,7 +83,7 @@ def test_only_the_factors_learn(pipeline, concept):
     assert all(p.grad is None and not p.requires_grad for p in pipeline.unet.parameters())
     for name, parameter in residuals.named_parameters().items():
         assert parameter.dtype == torch.float32 and not torch.equal(parameter, start.named_parameters()[name]), name
-    assert len(residuals.history) == 3 and all(0 < loss < 10 for loss in residuals.history)
+    assert len(residuals.losses) == 3 and all(0 < loss < 10 for loss in residuals.losses)
     wanted = {"token": "sks", "macro_class": "cat", "base": "unnamed", "rank": "0.05"}
     assert wanted.items() <= residuals.metadata.items()
 
@@ -121,19 +112,19 @@ def test_training_on_one_batch_lowers_its_loss(sd1, concept):
 
 def test_the_recipe_comes_from_the_registry(sd1, concept, monkeypatch):
     recipe = {"steps": 3, "batch_size": 1, "lr": 1e-3, "rank": 2}
-    known = training.entry(sd1)
+    known = training.settings_of(sd1)
     assert known.recipe == {"steps": 150, "batch_size": 4, "lr": 1e-3, "rank": 0.05}  # the paper's
-    monkeypatch.setattr(training, "entry", lambda base: replace(known, recipe=recipe))
+    monkeypatch.setattr(training, "settings_of", lambda base: replace(known, recipe=recipe))
     default = personalize(sd1, concept, progress=False)
-    assert len(default.history) == 3 and set(default.ranks.values()) == {2}
+    assert len(default.losses) == 3 and set(default.ranks.values()) == {2}
     assert same(default, personalize(sd1, concept, **recipe, progress=False))
-    assert len(personalize(sd1, concept, steps=1, progress=False).history) == 1
+    assert len(personalize(sd1, concept, steps=1, progress=False).losses) == 1
 
 
 # What is computed
 
 
-def test_gradients_equal_those_through_folded_weights(pipeline, concept):
+def test_gradients_equal_those_through_merged_weights(pipeline, concept):
     """The slow way, W' = W + A B for every layer, without any hook."""
     unet = pipeline.unet
     residuals = Residuals(unet, rank=0.25, init="random")
@@ -146,17 +137,17 @@ def test_gradients_equal_those_through_folded_weights(pipeline, concept):
         diffusion_loss(unet, scheduler, latents, condition, noise, timesteps).backward()
     fast = {name: p.grad.clone() for name, p in residuals.named_parameters().items()}
 
-    folded = {}
+    merged = {}
     for name in residuals.A:
         weight = unet.get_submodule(name).weight
-        folded[f"{name}.weight"] = weight + (residuals.A[name] @ residuals.B[name]).view_as(weight)
+        merged[f"{name}.weight"] = weight + (residuals.A[name] @ residuals.B[name]).view_as(weight)
     alphas = scheduler.alphas_cumprod[timesteps].view(2, 1, 1, 1)
     arguments = {
         "encoder_hidden_states": condition["encoder_hidden_states"].repeat(2, 1, 1),
         "added_cond_kwargs": {k: v.repeat(2, 1) for k, v in condition.get("added_cond_kwargs", {}).items()} or None,
     }
     noisy = alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
-    predicted = functional_call(unet, folded, (noisy, timesteps), arguments).sample
+    predicted = functional_call(unet, merged, (noisy, timesteps), arguments).sample
     v = alphas.sqrt() * noise - (1 - alphas).sqrt() * latents
     target = v if pipeline.scheduler.config.prediction_type == "v_prediction" else noise
     for p in residuals.parameters():
@@ -288,7 +279,7 @@ def test_interrupted_between_steps_it_resumes_to_the_same_tensors(pipeline, conc
         personalize(pipeline, concept, **FAST, checkpoint=path, on_step=interrupt)
     steps = []
     resumed = personalize(pipeline, concept, **FAST, checkpoint=path, on_step=lambda step, *_: steps.append(step))
-    assert steps == [3] and same(whole, resumed) and resumed.history == whole.history
+    assert steps == [3] and same(whole, resumed) and resumed.losses == whole.losses
 
 
 def test_interrupted_in_the_middle_of_an_update_it_resumes_to_the_same_tensors(sd1, concept, tmp_path, monkeypatch):
@@ -300,7 +291,7 @@ def test_interrupted_in_the_middle_of_an_update_it_resumes_to_the_same_tensors(s
         count.append(1)
         result = step(self, *arguments, **options)
         if len(count) == 2:
-            raise KeyboardInterrupt  # A and B have moved, the loss is not yet in the history
+            raise KeyboardInterrupt  # A and B have moved, the loss is not yet among the losses
         return result
 
     monkeypatch.setattr(torch.optim.Adam, "step", half_done)
@@ -313,7 +304,7 @@ def test_interrupted_in_the_middle_of_an_update_it_resumes_to_the_same_tensors(s
 KILLED = """
 import os, signal, sys
 from persres_lite import training
-from tests.test_training import FAST, make_concept
+from tests.helpers import FAST, make_concept
 from tests.tiny import tiny_pipeline
 training.CHECKPOINT_EVERY = 2
 def kill(step, loss, residuals):
@@ -392,7 +383,7 @@ def test_a_loss_that_is_not_finite_stops_it_with_the_last_good_state(sd1, concep
     sentence = r"loss became nan at step 3: try a rate below 0\.01.*state\.safetensors"
     with pytest.raises(Diverged, match=sentence) as caught:
         personalize(sd1, concept, **FAST, checkpoint=path)
-    assert same(caught.value.residuals, whole) and len(caught.value.residuals.history) == 2
+    assert same(caught.value.residuals, whole) and len(caught.value.residuals.losses) == 2
     assert same(personalize(sd1, concept, **FAST | {"steps": 2}, checkpoint=path), whole)
 
 
@@ -548,21 +539,21 @@ def test_a_concept_without_pictures_is_refused(sd1):
 
 
 def test_on_step_samples_and_bar(sd1, concept, capsys, monkeypatch):
-    known = training.entry(sd1)
+    known = training.settings_of(sd1)
     quick = replace(known, sampling=known.sampling | {"num_inference_steps": 2})
-    monkeypatch.setattr(training, "entry", lambda base: quick)
+    monkeypatch.setattr(training, "settings_of", lambda base: quick)
     calls = []
     residuals = personalize(
         sd1,
         concept,
         **FAST | {"progress": True},
         sample_every=2,
-        on_step=lambda step, loss, residuals: calls.append((step, loss, len(residuals.history))),
+        on_step=lambda step, loss, residuals: calls.append((step, loss, len(residuals.losses))),
     )
-    assert calls == [(i + 1, loss, i + 1) for i, loss in enumerate(residuals.history)]
+    assert calls == [(i + 1, loss, i + 1) for i, loss in enumerate(residuals.losses)]
     assert sorted(residuals.samples) == [2] and residuals.samples[2].size == (64, 64)
     shown = capsys.readouterr().err
-    assert "personalize sks cat" in shown and f"loss={residuals.history[-1]:.3f}" in shown
+    assert "personalize sks cat" in shown and f"loss={residuals.losses[-1]:.3f}" in shown
     assert sd1._progress_bar_config == {"disable": True}
     assert same(residuals, personalize(sd1, concept, **FAST))  # looking changes nothing
 
@@ -619,7 +610,7 @@ def test_mixed_precision_keeps_what_learns_in_fp32(sd1, concept, precision):
     exact = personalize(sd1, concept, **two)
     mixed = personalize(sd1, concept, **two, mixed_precision=precision)
     assert all(p.dtype == torch.float32 for p in mixed.parameters()) and not same(exact, mixed)
-    assert mixed.history == pytest.approx(exact.history, rel=0.05)
+    assert mixed.losses == pytest.approx(exact.losses, rel=0.05)
     assert sd1.unet.dtype == torch.float32
 
 
@@ -633,7 +624,7 @@ def test_a_base_in_half_precision(sd1, concept, dtype, tmp_path):
     personalize(sd1, concept, **two | {"steps": 1}, checkpoint=path)
     halved = personalize(sd1, concept, **two, checkpoint=path)  # the scale of the loss is resumed, too
     assert all(p.dtype == torch.float32 for p in halved.parameters())
-    assert halved.history == pytest.approx(exact.history, rel=0.1)
+    assert halved.losses == pytest.approx(exact.losses, rel=0.1)
     assert digest(sd1) == before
     assert same(halved, personalize(sd1, concept, **two))
 
@@ -645,8 +636,8 @@ def test_the_tokens_embedding_learns_on_request(pipeline, token, tmp_path):
     residuals = personalize(pipeline, concept, **FAST | {"steps": 2}, train_token=True)
     assert digest(pipeline) == before
     encoders = {"text_encoder", "text_encoder_2"} if hasattr(pipeline, "text_encoder_2") else {"text_encoder"}
-    assert set(residuals.rows) == encoders
-    for encoder, rows in residuals.rows.items():
+    assert set(residuals.token_embeddings) == encoders
+    for encoder, rows in residuals.token_embeddings.items():
         tokenizer = pipeline.tokenizer if encoder == "text_encoder" else pipeline.tokenizer_2
         pieces = tokenizer(token, add_special_tokens=False).input_ids
         assert len(pieces) == {"sks": 1, "zwx": 3}[token]
@@ -662,7 +653,7 @@ def test_the_tokens_embedding_learns_on_request(pipeline, token, tmp_path):
         learned = sample(pipeline, prompt, steps=1)
     with loaded.attached(pipeline):
         assert torch.equal(learned, sample(pipeline, prompt, steps=1))
-    loaded.rows = {}
+    loaded.token_embeddings = {}
     with loaded.attached(pipeline):
         assert not torch.equal(learned, sample(pipeline, prompt, steps=1))  # the rows do matter
     assert torch.equal(plain, sample(pipeline, prompt, steps=1))
@@ -676,3 +667,97 @@ def test_a_prompt_without_the_token_is_embedded_as_before(sd1):
     with residuals.attached(sd1):
         assert torch.equal(before, encode_prompt(sd1, "a photo of a cat", 64)["encoder_hidden_states"])
         assert not torch.equal(before, encode_prompt(sd1, "a photo of a sks cat", 64)["encoder_hidden_states"])
+
+
+# ------------------------------------------------------------------------------------------ what surrounds the call
+
+
+@contextmanager
+def ambient(what):
+    """A switch of torch that somebody has turned elsewhere."""
+    if what == "no gradients":
+        torch.set_grad_enabled(False)
+    elif what == "fp16":
+        torch.set_default_dtype(torch.float16)
+    try:
+        with torch.inference_mode() if what == "inference" else nullcontext():
+            yield
+    finally:
+        torch.set_grad_enabled(True)
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("what", ["no gradients", "fp16", "inference"])
+def test_switches_of_torch_change_nothing(sd1, concept, what):
+    usual = personalize(sd1, concept, steps=2, batch_size=2, train_token=True, progress=False)
+    with ambient(what):
+        before = torch.is_grad_enabled(), torch.get_default_dtype(), torch.is_inference_mode_enabled()
+        odd = personalize(sd1, concept, steps=2, batch_size=2, train_token=True, progress=False)
+        assert before == (torch.is_grad_enabled(), torch.get_default_dtype(), torch.is_inference_mode_enabled())
+    assert odd.losses == usual.losses
+    assert all(torch.equal(a, b) for a, b in zip(odd.parameters(), usual.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_offloaded_base_is_refused(sd1, concept, whole):
+    if whole:
+        cpu_offload_with_hook(sd1.unet, execution_device="cpu")
+    else:
+        cpu_offload(sd1.unet, execution_device="cpu")
+    with pytest.raises(ValueError, match="offloaded .* load the base without offloading"):
+        personalize(sd1, concept, steps=1, progress=False)
+
+
+def test_a_compiled_base_is_refused(sd1, concept):
+    sd1.unet.compile(backend="eager")
+    with pytest.raises(ValueError, match="was compiled"):
+        personalize(sd1, concept, steps=1, progress=False)
+
+
+def test_words_beyond_the_limit_are_refused_before_training(sd1, monkeypatch):
+    monkeypatch.setattr(training, "_step", lambda *_: pytest.fail("trained"))
+    long = make_concept(macro_class="very " * 80 + "cat")
+    with pytest.raises(ValueError, match="is cut off at 77, before the end of"):
+        personalize(sd1, long, steps=1, progress=False)
+
+
+def test_too_little_memory_is_said_in_python_too(sd1, concept, monkeypatch):
+    def fail(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(training, "_step", fail)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="gradient_checkpointing=True, or batch_size=1"):
+        personalize(sd1, concept, steps=1, progress=False)
+
+
+def test_a_checkpoint_that_can_no_longer_be_written_does_not_end_the_training(sd1, concept, tmp_path, monkeypatch):
+    write, count = training.write_checkpoint, []
+
+    def full(*arguments):
+        count.append(1)
+        if len(count) > 1:
+            raise OSError(28, "No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(training, "write_checkpoint", full)
+    with pytest.warns(UserWarning, match="No space left .* The training goes on"):
+        residuals = personalize(sd1, concept, steps=2, batch_size=1, checkpoint=tmp_path / "s", progress=False)
+    assert len(residuals.losses) == 2
+
+
+@pytest.mark.parametrize("damage", ["settings", "generator", "scaler", "json"])
+def test_a_damaged_checkpoint_is_one_sentence(sd1, concept, tmp_path, damage):
+    path = tmp_path / "state.safetensors"
+    arguments = {"steps": 1, "batch_size": 1, "checkpoint": path, "progress": False}
+    personalize(sd1, concept, **arguments)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    if damage == "generator":
+        tensors["generator"] = tensors["generator"][:9]
+    else:
+        rest = json.loads(metadata["persres_lite_checkpoint"])
+        rest.pop(damage, None)
+        metadata["persres_lite_checkpoint"] = "[" if damage == "json" else json.dumps(rest)
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match="damaged"):
+        personalize(sd1, concept, **arguments)

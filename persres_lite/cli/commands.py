@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from persres_lite import Residuals, load_base, load_concept, localized
 from persres_lite import personalize as learn
-from persres_lite.bases import BASES, entry
+from persres_lite.bases import BASES, settings_of
 from persres_lite.cli import Failed
 from persres_lite.lora import PREFIX, export_lora, import_lora
 from persres_lite.masks import average, find_rule
@@ -44,7 +44,7 @@ def personalize(chosen: Namespace) -> None:
         check_place(path)
     concept = load_concept(_one_or_many(chosen.concept), chosen.macro_class, chosen.token)
     base = _base(chosen)
-    recipe = entry(base).recipe
+    recipe = settings_of(base).recipe
     rank = recipe["rank"] if chosen.rank is None else chosen.rank
     room = 4 * Residuals(base.unet, rank=rank).num_parameters()
     for path in places:  # a checkpoint holds three numbers for one, and the new one is written beside the old one
@@ -75,7 +75,7 @@ def personalize(chosen: Namespace) -> None:
         _write_beside(picture, path.with_name(f"{path.stem}-{step:04d}.png"))
     print(
         f"{path}: {residuals.num_parameters():,} parameters for {str(concept)!r}, learned from "
-        f"{len(concept.images)} pictures in {len(residuals.history)} steps and {time.perf_counter() - start:.0f} s."
+        f"{len(concept.images)} pictures in {len(residuals.losses)} steps and {time.perf_counter() - start:.0f} s."
     )
     _moved(path, chosen.out)
 
@@ -87,7 +87,7 @@ def sample(chosen: Namespace) -> None:
     check_place(chosen.out / "picture.png")
     base, residuals = _load(chosen)
     prompts = _prompts(chosen, base, residuals, [chosen.mode])
-    check_place(chosen.out / "picture.png", 3 * entry(base).size ** 2)
+    check_place(chosen.out / "picture.png", 3 * settings_of(base).size ** 2)
     for prompt in prompts:
         for k in range(chosen.images):
             seed = chosen.seed + k
@@ -102,7 +102,7 @@ def compare(chosen: Namespace) -> None:
     base, residuals = _load(chosen)
     modes = ("original", "residual", "lag")
     prompts = [prompt for prompt in _prompts(chosen, base, residuals, modes) for _ in range(chosen.images)]
-    check_place(chosen.out, len(prompts) * 4 * 4 * entry(base).size ** 2)
+    check_place(chosen.out, len(prompts) * 4 * 4 * settings_of(base).size ** 2)
     rows = []
     with tqdm(total=3 * len(prompts), desc="compare", unit="picture", disable=chosen.quiet) as bar:
         for i, prompt in enumerate(prompts):
@@ -200,7 +200,7 @@ def _prompts(chosen: Namespace, base: Any, residuals: Residuals, modes: Sequence
     if "lag" in modes:
         find_words(base, prompts, _mask_words(chosen, residuals))
         start, end = chosen.window
-        steps = chosen.steps or entry(base).sampling["num_inference_steps"]
+        steps = chosen.steps or settings_of(base).sampling["num_inference_steps"]
         if 0 <= start < end <= 1 and not any(start <= step / steps < end for step in range(steps)):
             raise ValueError(f"None of {steps} steps begins in the window {start:g} to {end:g}: widen it.")
     for prompt in prompts:
@@ -214,7 +214,7 @@ def _draw(
     chosen: Namespace, base: Any, residuals: Residuals, prompt: str, seed: int, mode: str
 ) -> tuple[Image.Image, Image.Image]:
     """One picture, and where the residual was applied: the mean over steps and blocks, of the picture's size."""
-    options = dict(entry(base).sampling) | {"generator": torch.Generator().manual_seed(seed)}
+    options = dict(settings_of(base).sampling) | {"generator": torch.Generator().manual_seed(seed)}
     if chosen.steps is not None:
         options["num_inference_steps"] = chosen.steps
     if chosen.guidance is not None:

@@ -16,11 +16,10 @@ from diffusers import AutoencoderTiny, DDIMScheduler, DDPMScheduler, StableDiffu
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from persres_lite import Residuals, load_base, localized
-from persres_lite.bases import entry
-from persres_lite.objective import TrainingSet, diffusion_loss, encode_prompt
+from persres_lite.bases import encode_prompt, settings_of
 from persres_lite.support.checkpoint import State, snapshot
 from persres_lite.support.paths import data_dir
-from persres_lite.training import _step
+from persres_lite.training import TrainingSet, _step, diffusion_loss
 
 WORDS = "sks cat"
 PROMPT = f"a photo of a {WORDS} on the beach"
@@ -120,7 +119,7 @@ def training_step(subject: Subject, method: str) -> Callable[[], object]:
     generator = torch.Generator().manual_seed(0)
     other = twin(unet)
     if method == "residuals":
-        residuals = Residuals(other, rank=entry(base).recipe["rank"])
+        residuals = Residuals(other, rank=settings_of(base).recipe["rank"])
         learned = residuals.named_parameters()
         optimizer = torch.optim.Adam(learned.values(), lr=1e-4)
         state = State(learned, optimizer, generator, torch.amp.GradScaler(device.type, enabled=False), [])

@@ -22,12 +22,12 @@ from PIL import Image
 from transformers.utils import logging
 
 from persres_lite import load_base, load_concept, localized, personalize
-from persres_lite.bases import entry
+from persres_lite.bases import settings_of
 from persres_lite.concepts import Concept, shipped_concepts
 from persres_lite.course.figures import grid, outline_picture
 from persres_lite.course.figures.style import DPI, Drawing
+from persres_lite.evaluation import background_distance
 from persres_lite.masks import average, resize
-from persres_lite.metrics import background_distance
 from persres_lite.residuals import Residuals
 from persres_lite.support.paths import data_dir
 from persres_lite.toybox.judge import Judge
@@ -113,19 +113,19 @@ def main(arguments: list[str] | None = None) -> int:
     concept = load_concept(chosen.concept)
     judge = Judge(data_dir())
     seen = {concept.info.get("biased_place")} | {read["place"] for read in judge.read(concept.images)}
-    places = [place for place in entry(base).places if place not in seen][:PLACES]
+    places = [place for place in settings_of(base).places if place not in seen][:PLACES]
     print(f"{concept.name}: {concept.info.get('description', concept.macro_class)}; named “{concept}”.", flush=True)
 
     start = time.perf_counter()
     residuals = personalize(base, concept, steps=chosen.steps, seed=chosen.seed)
     share = residuals.num_parameters() / sum(parameter.numel() for parameter in base.unet.parameters())
     print(
-        f"Learned in {time.perf_counter() - start:.1f} s: {len(residuals.history)} steps, "
+        f"Learned in {time.perf_counter() - start:.1f} s: {len(residuals.losses)} steps, "
         f"{residuals.num_parameters():,} parameters, {share:.1%} of the U-Net's, which stayed frozen.",
         flush=True,
     )
     prompts = [f"a photo of a {concept} {place}" for place in places]
-    comparison = compare(base, residuals, concept, prompts, chosen.seed, **entry(base).sampling)
+    comparison = compare(base, residuals, concept, prompts, chosen.seed, **settings_of(base).sampling)
     print(f"Drew {len(prompts)} prompts three times from the same noise:")
     print("\n".join(report(judge, concept, places, comparison)))
     save(draw(concept, places, comparison), chosen.out)

@@ -34,9 +34,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from persres_lite import load_base, load_concept, localized, personalize
-from persres_lite.bases import entry
+from persres_lite.bases import settings_of
 from persres_lite.concepts import Concept
-from persres_lite.metrics import background_distance
+from persres_lite.evaluation import background_distance
 from persres_lite.toybox import concepts as shipped
 from persres_lite.toybox.judge import Judge
 from persres_lite.toybox.world import PLACES
@@ -57,7 +57,7 @@ def sample(base, prompts: list[str], context) -> list[Image.Image]:
     both = [prompt for prompt in prompts for _ in SEEDS]
     generators = [torch.Generator().manual_seed(seed) for _ in prompts for seed in SEEDS]
     with context:
-        return base(both, generator=generators, **entry(base).sampling).images
+        return base(both, generator=generators, **settings_of(base).sampling).images
 
 
 def score(judge: Judge, images, original, references, places: list[str], biased: str | None) -> dict[str, float]:

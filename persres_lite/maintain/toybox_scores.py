@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from persres_lite.attention import record_attention
-from persres_lite.bases import entry, load_base
+from persres_lite.bases import load_base, settings_of
 from persres_lite.toybox.dataset import draw_scenes, draw_views, views_by_index
 from persres_lite.toybox.judge import READINGS, Judge, labels_of
 from persres_lite.toybox.render import draw
@@ -77,7 +77,7 @@ def sample(base, rows: list[dict], batch: int = 16) -> list[Image.Image]:
     for start in tqdm(range(0, len(rows), batch), desc="sampling"):
         part = rows[start : start + batch]
         generators = [torch.Generator().manual_seed(row["seed"]) for row in part]
-        images += base([row["prompt"] for row in part], generator=generators, **entry(base).sampling).images
+        images += base([row["prompt"] for row in part], generator=generators, **settings_of(base).sampling).images
     return images
 
 
@@ -162,7 +162,7 @@ def score_pointing(base, count: int = 256) -> float:
     """
     scenes = [s for s in (scene_by_index(i, "pointing") for i in range(3 * count)) if len(s.toys) == 1][:count]
     scheduler = base.scheduler
-    scheduler.set_timesteps(entry(base).sampling["num_inference_steps"])
+    scheduler.set_timesteps(settings_of(base).sampling["num_inference_steps"])
     t = scheduler.timesteps[len(scheduler.timesteps) // 2]
     generator = torch.Generator().manual_seed(0)
     inside = []

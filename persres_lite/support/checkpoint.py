@@ -30,7 +30,7 @@ class State:
     optimizer: torch.optim.Adam
     generator: torch.Generator  # a CPU generator, of all random draws
     scaler: torch.amp.GradScaler
-    history: list[float]
+    losses: list[float]
 
 
 def snapshot(state: State) -> Snapshot:
@@ -40,7 +40,7 @@ def snapshot(state: State) -> Snapshot:
         tensors[f"value/{name}"] = parameter.detach().clone()
         for moment, value in state.optimizer.state.get(parameter, {}).items():  # step, exp_avg, exp_avg_sq
             tensors[f"{moment}/{name}"] = value.clone()
-    return tensors, {"history": list(state.history), "scaler": state.scaler.state_dict()}
+    return tensors, {"losses": list(state.losses), "scaler": state.scaler.state_dict()}
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def restore(state: State, saved: Snapshot) -> None:
 def _restore(state: State, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
     state.generator.set_state(tensors["generator"])
     state.scaler.load_state_dict(rest["scaler"])
-    state.history[:] = rest["history"]
+    state.losses[:] = rest["losses"]
     state.optimizer.state.clear()
     for name, parameter in state.parameters.items():
         parameter.copy_(tensors[f"value/{name}"])

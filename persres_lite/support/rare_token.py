@@ -16,7 +16,7 @@ from torch import Tensor, nn
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
-def rare_token_rows(base: Any, token: str) -> dict[str, nn.Parameter]:
+def rare_token_embeddings(base: Any, token: str) -> dict[str, nn.Parameter]:
     """Copies of V*'s embedding in each text encoder of a pipeline, ready to learn.
 
     Returns
@@ -43,7 +43,7 @@ def rare_token_attached(base: Any, token: str, rows: Mapping[str, Tensor]) -> It
     token
         V*.
     rows
-        As from :func:`rare_token_rows`; empty for nothing to do.
+        As from :func:`rare_token_embeddings`; empty for nothing to do.
     """
     with ExitStack() as hooks:
         for encoder, tokenizer in _encoders(base):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from persres_lite.course.check.answers import call, exercise, random, require, same
+from persres_lite.course.check.answers import call, exercise, random, same
 
 
 @exercise
@@ -27,15 +27,6 @@ def attention_map(answer: Callable) -> str:
     }
     same(call(answer, q, k, tokens), weights[..., tokens].sum(-1).mean(0), "the map", mistakes=wrong)
     return "at every position the weights of all tokens add up to one."
-
-
-@exercise
-def as_picture(answer: Callable) -> str:
-    """``answer(flat, height, width)`` with flat (B, HW): maps of shape (B, h, w), positions row by row."""
-    flat = random(2, 12)
-    wrong = {"positions run along the rows: first height, then width": flat.view(2, 4, 3).transpose(1, 2)}
-    same(call(answer, flat, 3, 4), flat.view(2, 3, 4), "the map", mistakes=wrong)
-    return "position i is at row i // w, column i % w."
 
 
 @exercise
@@ -80,23 +71,6 @@ def best_cut(answer: Callable) -> str:
         }
         same(call(answer, attention, truth), max(values), "the best IoU", mistakes=wrong)
     return "no rule that cuts this map at one level can do better."
-
-
-@exercise
-def pointing(answer: Callable) -> str:
-    """``answer(map, truth)``, a map (h, w), a boolean truth (h, w): True if the map is highest inside the truth."""
-    attention = torch.tensor([[0.1, 0.2, 0.1], [0.4, 0.3, 0.9]])
-    inside, outside = torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)
-    inside[1, 2], outside[1, 2] = True, False
-    require(
-        bool(call(answer, attention, inside)),
-        "the map is highest at [1, 2], which is inside: the answer should be True.",
-    )
-    require(
-        not bool(call(answer, attention, outside)),
-        "the map is highest at [1, 2], which is outside: the answer should be False.",
-    )
-    return "only the highest point counts, so a map can point well and still have a poor outline."
 
 
 @exercise

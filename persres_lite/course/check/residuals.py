@@ -11,19 +11,6 @@ from persres_lite.course.check.answers import call, exercise, random, require, s
 
 
 @exercise
-def delta(answer: Callable) -> str:
-    """``answer(A, B)`` with the paper's A (m, r) and B (r, m): dW = A B, of shape (m, m)."""
-    a, b = random(6, 2), random(2, 6, seed=1)
-    found = call(answer, a, b)
-    require(
-        getattr(found, "shape", None) != (2, 2),
-        "this is B A, of shape (r, r): the paper's A, m x r, stands on the left.",
-    )
-    same(found, a @ b, "dW", mistakes={"this is the transpose of A B": (a @ b).T})
-    return "a matrix of m x m numbers from 2 m r, and its rank is at most r."
-
-
-@exercise
 def residual_linear(answer: Callable) -> str:
     """``answer(x, W, bias, A, B)`` with x (batch, N, m): (W + A B) x + bias for each of the N positions."""
     x, weight, bias = random(2, 5, 6), random(6, 6, seed=1), random(6, seed=2)
@@ -37,31 +24,6 @@ def residual_linear(answer: Callable) -> str:
     right = functional.linear(x, weight + a @ b, bias)
     same(call(answer, x, weight, bias, a, b), right, "the output", mistakes=wrong, atol=1e-4)
     return "W x + A (B x) is the same as (W + A B) x, and never needs the m x m matrix."
-
-
-@exercise
-def residual_convolution(answer: Callable) -> str:
-    """``answer(x, A, B)`` with x (batch, m, h, w): A (B x) at every position, as a 1x1 convolution does."""
-    x, a, b = random(2, 6, 3, 4), random(6, 2, seed=1), random(2, 6, seed=2)
-    right = torch.einsum("mr,rn,bnhw->bmhw", a, b, x)
-    same(
-        call(answer, x, a, b),
-        right,
-        "A (B x)",
-        mistakes={"A B is transposed": torch.einsum("mr,rn,bmhw->bnhw", a, b, x)},
-        atol=1e-4,
-    )
-    return "a 1x1 convolution is the same matrix at every position."
-
-
-@exercise
-def rank_of(answer: Callable) -> str:
-    """``answer(width, fraction)``: the rank, a whole number of at least 1."""
-    for width, fraction, right in ((320, 0.05, 16), (1280, 0.05, 64), (64, 0.05, 3), (8, 0.05, 1)):
-        found = call(answer, width, fraction)
-        require(isinstance(found, int), f"the rank of width {width} should be a whole number (int), but is {found!r}.")
-        same(found, right, f"the rank of width {width} at {fraction:.0%}")
-    return "16 of 320, 64 of 1280, and never less than one."
 
 
 @exercise
@@ -85,32 +47,17 @@ def parameter_count(answer: Callable) -> str:
 
 
 @exercise
-def fold(answer: Callable) -> str:
-    """``answer(W, A, B, scale)`` with a convolution's W (m, m, 1, 1): the weight with the residual folded in."""
+def merge(answer: Callable) -> str:
+    """``answer(W, A, B, scale)`` with a convolution's W (m, m, 1, 1): the weight with the residual merged in."""
     weight, a, b = random(6, 6, 1, 1), random(6, 2, seed=1), random(2, 6, seed=2)
     for scale in (1.0, 0.5, 0.0):
         full = (a @ b)[:, :, None, None]
         wrong = {"the scale is missing": weight + full, "the scale belongs to A B, not to W": scale * (weight + full)}
         found = call(answer, weight, a, b, scale)
         same(
-            found, weight + scale * full, f"the folded weight at scale {scale}", mistakes=None if scale == 1 else wrong
+            found, weight + scale * full, f"the merged weight at scale {scale}", mistakes=None if scale == 1 else wrong
         )
-    return "after folding, sampling costs exactly what it did, and nothing is left that a mask could act on."
-
-
-@exercise
-def energy(answer: Callable) -> str:
-    """``answer(singular_values, rank)``: the share of a matrix's squared norm in its first `rank` directions."""
-    values = torch.tensor([4.0, 2.0, 1.0, 0.5])
-    for rank in (1, 2, 4):
-        right = float((values[:rank] ** 2).sum() / (values**2).sum())
-        wrong = {
-            "the squares are missing: energy is the sum of squared singular values": float(
-                values[:rank].sum() / values.sum()
-            )
-        }
-        same(call(answer, values, rank), right, f"the share at rank {rank}", mistakes=wrong if rank < 4 else None)
-    return "the best approximation of rank r keeps the r largest singular values."
+    return "after merging, sampling costs exactly what it did, and nothing is left that a mask could act on."
 
 
 @exercise

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from persres_lite.course.figures.style import COLORS, WIDTH, Drawing, captioned, new_figure
-from persres_lite.projections import find_proj_outs
+from persres_lite.residuals import find_proj_outs
 
 TRANSFORMER, RESIDUAL, CHANGE = "#cfe3f1", "#e8e8e8", "#ffffff"
 CELL = 0.44
@@ -28,7 +28,7 @@ class Part:
 def unet_parts(unet: Any) -> dict[str, list[list[Part]]]:
     """The parts of each block in the order of the forward pass, under 'down', 'mid' and 'up'.
 
-    Transformers are found as `persres_lite.projections.find_proj_outs` finds them: their number and widths are those of
+    Transformers are found as `persres_lite.residuals.find_proj_outs` finds them: their number and widths are those of
     the residuals.
     """
     found: dict[str, Any] = dict(find_proj_outs(unet))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from persres_lite.lora import export_lora, import_lora
 from persres_lite.residuals import Residuals
 from persres_lite.training import personalize
-from tests.test_training import make_concept
+from tests.helpers import make_concept
 from tests.tiny import KINDS, sample, tiny_pipeline, tiny_unet
 
 FORMATS = ("diffusers", "kohya")
@@ -211,7 +211,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_no_file(sd1, tmp_path):
         export_lora(residuals, tmp_path / "cat.safetensors", "ckpt")
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
         export_lora(residuals, tmp_path / "cat.bin")
-    residuals.rows = {"text_encoder": torch.nn.Parameter(torch.zeros(1, 32))}
+    residuals.token_embeddings = {"text_encoder": torch.nn.Parameter(torch.zeros(1, 32))}
     with pytest.raises(ValueError, match="a LoRA file has no place for it"):
         export_lora(residuals, tmp_path / "cat.safetensors")
     assert not list(tmp_path.iterdir())
@@ -563,8 +563,8 @@ def test_no_damage_gives_anything_but_one_sentence(unets, tmp_path):
     residuals = make_residuals(base)
     for format in FORMATS:
         export_lora(residuals, tmp_path / f"{format}.safetensors", format)
-    residuals.history = [0.5, 0.25]
-    residuals.rows = {"text_encoder": torch.nn.Parameter(torch.randn(1, 32))}
+    residuals.losses = [0.5, 0.25]
+    residuals.token_embeddings = {"text_encoder": torch.nn.Parameter(torch.randn(1, 32))}
     residuals.save(tmp_path / "native.safetensors")
     words = ["", "nan", "-1", "1e999", "{", "[]", "null", '{"a":' * 3000, "9" * 5000, "\u0000", "é"]
     kinds = [torch.float16, torch.float8_e4m3fn, torch.float64, torch.int8, torch.bool, torch.complex64, torch.uint8]

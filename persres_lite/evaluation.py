@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from persres_lite.bases import entry
+from persres_lite.bases import settings_of
 from persres_lite.support.paths import data_dir
 
 JUDGES = {"toybox": ("toybox-clip", "toybox-dino")}
 """A base's own CLIP- and DINO-like encoders, in the data folder."""
 
-PAPER_JUDGES = ("openai/clip-vit-base-patch32", "facebook/dino-vits16")
+DINO = "facebook/dino-vits16"
+PAPER_JUDGES = ("openai/clip-vit-base-patch32", DINO)
 """The encoders of the paper and of CustomConcept101, for every base that has none of its own."""
 
 Pictures = Sequence[Image.Image] | Image.Image
@@ -126,7 +127,7 @@ def load_judges(
     OSError
         If a folder is missing, or the hub is out of reach and nothing was fetched before.
     """
-    name = entry(base).name
+    name = settings_of(base).name
     own = [data_dir() / folder for folder in JUDGES[name]] if name in JUDGES else PAPER_JUDGES
     clip, dino = clip or own[0], dino or own[1]
     device = device or getattr(base, "device", "cpu")
@@ -137,7 +138,7 @@ def load_judges(
         tokenizer=_load(AutoTokenizer, clip),
         clip_processor=_load_processor(clip),
         dino=_load(AutoModel, dino).to(device),
-        dino_processor=_load_processor(dino),
+        dino_processor=_dinos_own() if str(dino) == DINO else _load_processor(dino),
     )
 
 
@@ -161,7 +162,7 @@ def iou(mask: Any, truth: Any) -> Tensor:
     return torch.where(either == 0, 1.0, both / either.clamp(min=1))
 
 
-def pointing(map: Any, truth: Any) -> Tensor:
+def pointing_game(map: Any, truth: Any) -> Tensor:
     """Whether the highest position of each map lies inside the true mask; the mean is the pointing accuracy.
 
     Parameters
@@ -230,6 +231,23 @@ def _load_processor(where: str | Path) -> Any:
     from transformers import AutoImageProcessor
 
     return _load(AutoImageProcessor, where)
+
+
+def _dinos_own() -> Any:
+    """How DINO's authors, and CustomConcept101 after them, prepare a picture.
+
+    The shorter side becomes 256 (bicubic), of which the middle 224 x 224 are seen. The copy for transformers squashes
+    the whole picture to 224 x 224 instead (bilinear), which scores other features.
+    """
+    from transformers import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": 256},
+        crop_size={"height": 224, "width": 224},
+        resample=Image.Resampling.BICUBIC,
+        image_mean=[0.485, 0.456, 0.406],  # of ImageNet
+        image_std=[0.229, 0.224, 0.225],
+    )
 
 
 def _features(output: Any) -> Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -17,9 +17,9 @@ from transformers import (
     ViTModel,
 )
 
-from persres_lite import metrics
+from persres_lite import evaluation
 from persres_lite.concepts import load_concept
-from persres_lite.metrics import background_distance, iou, load_judges, pointing
+from persres_lite.evaluation import background_distance, iou, load_judges, pointing_game
 from tests.tiny import tiny_tokenizer
 
 
@@ -113,7 +113,7 @@ def test_a_base_chooses_its_judges(monkeypatch, sd1):
         asked.append(str(where))
         return torch.nn.Identity()
 
-    monkeypatch.setattr(metrics, "_load", record)
+    monkeypatch.setattr(evaluation, "_load", record)
     for base in ("sd-1.4", "sdxl", sd1):
         asked.clear()
         load_judges(base)
@@ -162,9 +162,9 @@ def test_pointing_by_the_highest_position():
     inside, outside = torch.zeros(8, 8), torch.zeros(8, 8)
     inside[1, 2], outside[6, 6] = 5, 5
     outside[1, 2] = 4
-    assert pointing(torch.stack([inside, outside]), truth).tolist() == [1.0, 0.0]
+    assert pointing_game(torch.stack([inside, outside]), truth).tolist() == [1.0, 0.0]
     coarse = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    assert pointing(coarse, truth).tolist() == [1.0] and pointing(coarse.flip(0), truth).tolist() == [0.0]
+    assert pointing_game(coarse, truth).tolist() == [1.0] and pointing_game(coarse.flip(0), truth).tolist() == [0.0]
 
 
 def test_background_distance_leaves_the_object_out():
@@ -183,3 +183,17 @@ def test_pictures_that_cannot_be_compared_are_refused():
         background_distance(a, Image.new("RGB", (4, 4)), square())
     with pytest.raises(ValueError, match="covers the whole picture"):
         background_distance(a, a, torch.ones(8, 8))
+
+
+def test_dino_sees_a_picture_as_its_authors_prepared_it(folders, monkeypatch):
+    """Shorter side to 256, bicubic, and the middle 224 x 224: not the whole picture squashed."""
+    monkeypatch.setattr(evaluation, "_load", lambda kind, where: torch.nn.Linear(1, 1))
+    processor = load_judges("sd-1.4", clip=folders / "clip").dino_processor
+    picture = Image.effect_noise((500, 300), 90).convert("RGB").filter(ImageFilter.GaussianBlur(3))
+    seen = torch.as_tensor(processor(images=picture, return_tensors="pt")["pixel_values"])[0]
+    left, top = (427 - 224) // 2, (256 - 224) // 2
+    by_hand = picture.resize((427, 256), Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    right = (torch.from_numpy(np.asarray(by_hand).copy()).float() / 255 - mean) / std
+    assert seen.shape == (3, 224, 224)
+    assert (seen - right.permute(2, 0, 1)).abs().mean() < 0.02
