@@ -166,7 +166,7 @@ def test_it_runs_on_stable_diffusions_layout_and_its_exercises_prove_themselves(
     assert "Base: sd-1.4-shaped" in said
 
 
-XL = [path for path in PATHS if path.stem[:2] in ("04", "05")]  # those that make noise by hand
+XL = [path for path in PATHS if path.stem[:2] == "05"]  # it makes noise by hand
 
 
 @pytest.mark.parametrize("path", XL, ids=[path.stem for path in XL])
