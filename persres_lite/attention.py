@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from persres_lite.masks import average
 from persres_lite.prompts import Call, find_words, watch_prompts, words_of
-from persres_lite.residuals import find_proj_outs, unet_of
+from persres_lite.residuals import find_proj_outs, refuse_compiled, unet_of
 
 Rows = Callable[[int], "slice | None"]
 Columns = Callable[[torch.Tensor], torch.Tensor]
@@ -173,6 +173,7 @@ def watch_attention(
         From the U-Net call, if an attention layer does not use its `to_q` and `to_k`.
     """
     unet = unet_of(base)
+    refuse_compiled(base)
     projections = find_proj_outs(unet)
     for name in blocks or ():
         if name not in projections:

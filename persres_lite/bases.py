@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -219,7 +219,7 @@ def load_base(
             options: dict[str, Any] = {} if safety_checker else _without_safety_checker(config)
             if local:
                 _find_parts(Path(source), config, without=options)
-            with _quiet() if local else nullcontext():
+            with _quiet(bars=not local):
                 pipeline = DiffusionPipeline.from_pretrained(
                     source, dtype=dtype, use_safetensors=True, **where, **options
                 )
@@ -356,9 +356,17 @@ def _known(source: str) -> Base | None:
     for base in BASES.values():
         if source == base.name or source in (repository for repository, _ in base.repositories):
             return base
-        if base.folder and Path(source).name == base.folder:
+        if base.folder and Path(source).name == base.folder and _is_shipped(Path(source)):
             return base
     return None
+
+
+def _is_shipped(folder: Path) -> bool:
+    """A model of one's own may have the name of a shipped one."""
+    try:
+        return folder.expanduser().resolve().parent == data_dir().resolve()
+    except FileNotFoundError:
+        return False
 
 
 def _sources(name: str) -> list[tuple[str, str | None]]:
@@ -487,9 +495,18 @@ def _device(device: str | torch.device | None) -> torch.device:
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device is None:
         return torch.device(next(kind for kind in present if present[kind]))
-    device = torch.device(device)
-    if not present.get(device.type, True):
-        raise ValueError(f"This machine, or this build of torch, has no {device.type} device: choose device='cpu'.")
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"There is no kind of device {device!r}: choose cpu, cuda or mps.") from None
+    try:
+        if not present.get(device.type, device.type != "meta"):
+            raise RuntimeError
+        torch.empty(1, device=device)  # the second GPU of a machine with one
+    except (RuntimeError, NotImplementedError, AssertionError):
+        raise ValueError(
+            f"This machine, or this build of torch, has no {device} device: choose device='cpu'."
+        ) from None
     return device
 
 
@@ -501,21 +518,24 @@ def _usual_dtype(device: torch.device, name: str) -> torch.dtype:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Nothing on the screen while a folder is read.
+def _quiet(bars: bool) -> Iterator[None]:
+    """The libraries keep to themselves what nobody can act on, such as that torchvision is missing: it is not used.
 
-    It takes a second and no network. What the libraries would print, bars and the remark that torchvision is missing
-    (it is not used), would stay in a notebook.
+    Parameters
+    ----------
+    bars : bool
+        Whether they may show their bars: a folder takes a second, and its bars would stay in a notebook.
     """
     libraries = (diffusers_logging, transformers_logging)
     before = [(library.is_progress_bar_enabled(), library.get_verbosity()) for library in libraries]
     for library in libraries:
-        library.disable_progress_bar()
         library.set_verbosity_error()
+        if not bars:
+            library.disable_progress_bar()
     try:
         yield
     finally:
-        for library, (bars, verbosity) in zip(libraries, before, strict=True):
+        for library, (shown, verbosity) in zip(libraries, before, strict=True):
             library.set_verbosity(verbosity)
-            if bars:
+            if shown:
                 library.enable_progress_bar()

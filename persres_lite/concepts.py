@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from persres_lite.support.images import Picture, read_images, read_mask
+from persres_lite.support.images import Picture, picture_files, read_images, read_mask, some_names
+from persres_lite.support.notices import tell
 from persres_lite.support.paths import data_dir
 
 RARE_TOKEN = "sks"
@@ -107,12 +107,13 @@ def load_concept(
         If there is no such folder, file or shipped concept.
     ValueError
         If no macro class is known, the card is not JSON, a picture or mask cannot be read (see
-        :mod:`persres_lite.support.images`), there is no picture at all, or only some pictures have a mask.
+        :mod:`persres_lite.support.images`), there is no picture at all, only some pictures have a mask, or it is not
+        clear which mask belongs to which picture.
 
     Warns
     -----
     UserWarning
-        If files that are not pictures were skipped; it names and counts them.
+        If files that are not pictures were skipped; it counts them and names the first.
     """
     if isinstance(source, str | Path):
         source = _find(source)
@@ -122,7 +123,7 @@ def load_concept(
     skipped = [name for name in skipped if name != CARD]
     if skipped:
         what = "1 file that is no picture" if len(skipped) == 1 else f"{len(skipped)} files that are no pictures"
-        warnings.warn(f"Skipped {what} in {folder}: {', '.join(skipped)}.", stacklevel=2)
+        tell(f"Skipped {what} in {folder}: {some_names(skipped)}.")
     return Concept(
         name=card.get("name", None) or (folder.name if folder else "concept"),
         macro_class=macro_class or card.get("macro_class", ""),
@@ -155,8 +156,8 @@ def _read_card(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        card = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows puts a mark in front
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): mend it or take it away.") from None
     if not isinstance(card, dict) or not all(isinstance(card.get(word, ""), str) for word in WORDS):
         raise ValueError(f'{path} must be one JSON object with words in it: {{"macro_class": "cat", "token": "sks"}}.')
@@ -164,12 +165,24 @@ def _read_card(folder: Path) -> dict[str, Any]:
 
 
 def _read_masks(folder: Path, images: list[Image.Image]) -> list[Image.Image] | None:
-    files = {path.stem: path for path in (folder / "masks").glob("*.*") if path.name[0] != "."}
+    places = folder / "masks"
+    files = picture_files(places)[0] if places.is_dir() else []
     if not files:
         return None
-    wanted = [(Path(image.info["source"]).stem, image) for image in images]
-    missing = [stem for stem, _ in wanted if stem not in files]
+    names = [image.info["source"] for image in images]
+    _refuse_doubles(places, [path.name for path in files])
+    _refuse_doubles(folder, names)
+    masks = {path.stem: path for path in files}
+    missing = [Path(name).stem for name in names if Path(name).stem not in masks]
     if missing:
-        names = ", ".join(missing)
-        raise ValueError(f"{folder / 'masks'} has no mask for {names}: make one for every picture, or none.")
-    return [read_mask(files[stem], image.size) for stem, image in wanted]
+        raise ValueError(f"{places} has no mask for {some_names(missing)}: make one for every picture, or none.")
+    return [read_mask(masks[Path(name).stem], image.size) for name, image in zip(names, images, strict=True)]
+
+
+def _refuse_doubles(folder: Path, names: list[str]) -> None:
+    """A picture and its mask belong together by name, the ending aside."""
+    known: dict[str, str] = {}
+    for name in names:
+        other = known.setdefault(Path(name).stem, name)
+        if other != name:
+            raise ValueError(f"{folder} holds {other} and {name}, and masks go by name without ending: rename one.")

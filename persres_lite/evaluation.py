@@ -37,7 +37,8 @@ Way = Callable[[], AbstractContextManager]
 JUDGES = {"toybox": ("toybox-clip", "toybox-dino")}
 """A base's own CLIP- and DINO-like encoders, in the data folder."""
 
-PAPER_JUDGES = ("openai/clip-vit-base-patch32", "facebook/dino-vits16")
+DINO = "facebook/dino-vits16"
+PAPER_JUDGES = ("openai/clip-vit-base-patch32", DINO)
 """The encoders of the paper and of CustomConcept101, for every base that has none of its own."""
 
 Pictures = Sequence[Image.Image] | Image.Image
@@ -149,8 +150,23 @@ def load_judges(
         tokenizer=_load(AutoTokenizer, clip),
         clip_processor=_load_processor(clip),
         dino=_load(AutoModel, dino).to(device),
-        dino_processor=_load_processor(dino),
+        dino_processor=_dinos_own() if str(dino) == DINO else _load_processor(dino),
     )
+
+
+def draw(base: Any, prompts: Sequence[str], **options: Any) -> list[Image.Image]:
+    """What the pipeline draws, one picture a prompt.
+
+    Raises
+    ------
+    FloatingPointError
+        If numbers are not finite, which the pipeline itself would turn into a black picture without a word.
+    """
+    values = base(list(prompts), output_type="np", **options).images  # (n, h, w, 3) in [0, 1]
+    for prompt, picture in zip(prompts, values, strict=True):
+        if not np.isfinite(picture).all() or picture.min() == picture.max():
+            raise FloatingPointError(f'The picture of "{prompt}" is no picture: numbers became too large.')
+    return base.image_processor.numpy_to_pil(values)
 
 
 @dataclass(frozen=True)
@@ -293,6 +309,8 @@ def compare(
     ValueError
         If there are no prompts or seeds, if both places and prompts are given, or if a prompt lacks the concept's
         words.
+    FloatingPointError
+        As :func:`draw`.
     """
     settings = settings_of(base)
     if places is not None and prompts is not None:
@@ -320,7 +338,7 @@ def compare(
                 part = each[start : start + size]
                 noise = [torch.Generator().manual_seed(seed) for _, seed in part]
                 with context() as used:
-                    drawn = base([prompt for prompt, _ in part], generator=noise, **options).images
+                    drawn = draw(base, [prompt for prompt, _ in part], generator=noise, **options)
                 pictures.setdefault(way, []).extend(drawn)
                 if isinstance(used, Lag) and used.masks:
                     masks.setdefault(way, []).append(average([mask.float().cpu() for mask in used.masks.values()]))
@@ -425,6 +443,23 @@ def _load_processor(where: str | Path) -> Any:
     from transformers import AutoImageProcessor
 
     return _load(AutoImageProcessor, where)
+
+
+def _dinos_own() -> Any:
+    """How DINO's authors, and CustomConcept101 after them, prepare a picture.
+
+    The shorter side becomes 256 (bicubic), of which the middle 224 x 224 are seen. The copy for transformers squashes
+    the whole picture to 224 x 224 instead (bilinear), which scores other features.
+    """
+    from transformers import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": 256},
+        crop_size={"height": 224, "width": 224},
+        resample=Image.Resampling.BICUBIC,
+        image_mean=[0.485, 0.456, 0.406],  # of ImageNet
+        image_std=[0.229, 0.224, 0.225],
+    )
 
 
 def _features(output: Any) -> Tensor:

@@ -28,7 +28,7 @@ from torch import nn
 from persres_lite.attention import indicator, watch_attention
 from persres_lite.masks import Rule, average, find_rule, read_mask, resize
 from persres_lite.prompts import Call, find_words, watch_prompts
-from persres_lite.residuals import Residuals, add_low_rank, find_proj_outs, unet_of
+from persres_lite.residuals import Residuals, add_low_rank, find_proj_outs, refuse_compiled, unet_of
 
 Masks = dict[tuple[int, str], torch.Tensor]
 
@@ -126,6 +126,7 @@ def localized(
     pairs = [(residuals, concept)] if isinstance(residuals, (Residuals, str)) else list(residuals)
     if not pairs:
         raise ValueError("No residuals were given: pass residuals and a concept, or a list of such pairs.")
+    refuse_compiled(base)
     _check(unconditional=unconditional, outside=outside, aggregate=aggregate, window=window)
     drawn = None if fixed_mask is None else _drawn(fixed_mask, len(pairs))
     if drawn is None and any(which is None for _, which in pairs):

@@ -26,6 +26,7 @@ from persres_lite.residuals import (
     find_proj_outs,
     plain_layer,
     refuse_absurd,
+    refuse_compiled,
     refuse_other_weights,
     unet_of,
 )
@@ -204,6 +205,7 @@ def adapter_layers(base: Any, adapter: str) -> dict[str, nn.Module]:
         If it also changes other layers of the U-Net, where it stays in force everywhere.
     """
     unet = unet_of(base)
+    refuse_compiled(base)
     loaded: dict[str, list[str]] = {}
     for name, module in unet.named_modules():
         for known in getattr(module, "lora_B", None) or ():

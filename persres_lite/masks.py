@@ -8,6 +8,7 @@ read.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -78,14 +79,22 @@ def soft(maps: torch.Tensor, *, sharpness: float = 4.0) -> torch.Tensor:
 #: All rules by name.
 RULES: dict[str, Rule] = {"median": median, "otsu": otsu, "quantile": quantile, "soft": soft, "threshold": threshold}
 
+#: What the rules' options may be.
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "inclusive": (lambda value: value in (True, False), "true or false"),
+    "q": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    "level": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    "sharpness": (lambda value: 0 < value < math.inf, "a number above 0"),
+}
 
-def find_rule(rule: str | Rule, **options: Any) -> Rule:
+
+def find_rule(rule: str | Rule, /, **options: Any) -> Rule:
     """The function of maps that `rule`, by name or as it is, makes with these options.
 
     Raises
     ------
     ValueError
-        If there is no such rule, or if it has no such option.
+        If there is no such rule, if it has no such option, or if an option's value is out of its range.
     """
     if not callable(rule):
         if rule not in RULES:
@@ -94,10 +103,14 @@ def find_rule(rule: str | Rule, **options: Any) -> Rule:
         known = [key for key in inspect.signature(rule).parameters if key != "maps"]
         for unknown in (option for option in options if option not in known):
             raise ValueError(f"The mask rule {name!r} has no option {unknown!r}: it has {', '.join(known) or 'none'}.")
+        for option, value in options.items():
+            fits, wanted = RANGES.get(option, (lambda _: True, ""))
+            if isinstance(value, str) or not fits(value):
+                raise ValueError(f"The option {option} of the mask rule {name!r} must be {wanted}, not {value!r}.")
     return partial(rule, **options)
 
 
-def make_mask(maps: torch.Tensor, rule: str | Rule = "median", **options: Any) -> torch.Tensor:
+def make_mask(maps: torch.Tensor, rule: str | Rule = "median", /, **options: Any) -> torch.Tensor:
     """Masks in [0, 1] from maps (B, h, w) or one map (h, w), by a rule of `RULES` or a function of one's own.
 
     Raises

@@ -31,14 +31,57 @@ LARGEST = 1e3  # of a change of one weight; the weights themselves stay below 10
 
 
 def unet_of(base: Any) -> nn.Module:
-    """The U-Net of a diffusers pipeline; a module is returned as it is."""
+    """The U-Net of a diffusers pipeline; a module is returned as it is, and a compiled one as the one inside."""
     if isinstance(base, nn.Module):
-        return base
+        return getattr(base, "_orig_mod", base)
     if isinstance(getattr(base, "unet", None), nn.Module):
-        return base.unet
+        return unet_of(base.unet)
     if getattr(base, "transformer", None) is not None:
         _refuse_transformer(base.transformer)
     raise TypeError(f"{type(base).__name__} has no U-Net: pass a Stable Diffusion pipeline or its `unet`.")
+
+
+def refuse_compiled(base: Any) -> None:
+    """Refuse a U-Net that would not call what is attached to it: compiled code knows the hooks of its first call only.
+
+    Raises
+    ------
+    ValueError
+        If it or a part of it was compiled (pytorch #117758).
+    """
+    unet = base if isinstance(base, nn.Module) else base.unet
+    for module in unet.modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                "This U-Net was compiled by torch.compile, and compiled code does not call what is attached to its "
+                "layers: merge the residuals into its weights (`residuals.merge(base)`), or load it without compiling."
+            )
+
+
+def refuse_offloaded(base: Any, also_whole: bool = False) -> None:
+    """Refuse a U-Net whose weights are not there between its calls.
+
+    Parameters
+    ----------
+    base : pipeline or Module
+        What was loaded.
+    also_whole : bool
+        Refuse one that is moved as a whole, too (`enable_model_cpu_offload`): its weights are there, on the CPU.
+
+    Raises
+    ------
+    ValueError
+        If it is so.
+    """
+    unet = unet_of(base)
+    hook = getattr(unet, "_hf_hook", None)
+    moved = getattr(hook, "offload", False) or type(hook).__name__ == "CpuOffload"
+    if any(parameter.is_meta for parameter in unet.parameters()) or also_whole and moved:
+        raise ValueError(
+            "The weights of this U-Net are offloaded and come to the device for each call only: load the base without "
+            "offloading (no `enable_model_cpu_offload` or `enable_sequential_cpu_offload`), or call "
+            "`remove_all_hooks()` and `to(device)` first."
+        )
 
 
 def find_proj_outs(unet: nn.Module) -> dict[str, nn.Module]:
@@ -197,8 +240,8 @@ class Residuals:
             width, device = plain_layer(module).weight.shape[0], _device(module)
             r = _rank_of(rank, name, width)
             # U(-1/sqrt(inputs), 1/sqrt(inputs)), PyTorch's default for a layer's weight
-            A = (torch.rand(width, r, generator=generator) * 2 - 1) / math.sqrt(r)
-            B = (torch.rand(r, width, generator=generator) * 2 - 1) / math.sqrt(width)
+            A = (torch.rand(width, r, generator=generator, dtype=torch.float32) * 2 - 1) / math.sqrt(r)
+            B = (torch.rand(r, width, generator=generator, dtype=torch.float32) * 2 - 1) / math.sqrt(width)
             self.A[name] = nn.Parameter((A if init == "random" else torch.zeros_like(A)).to(device))
             self.B[name] = nn.Parameter(B.to(device))
         rule = "by layer" if isinstance(rank, Mapping) else str(rank)
@@ -288,8 +331,14 @@ class Residuals:
             The frozen model.
         scale : float
             0 is the original model bit for bit, 1 the trained strength; values between interpolate.
+
+        Raises
+        ------
+        ValueError
+            If the residuals do not fit, or the U-Net was compiled.
         """
         with ExitStack() as hooks:
+            refuse_compiled(base)
             for name, module in self.layers_in(base).items():
                 hook = partial(_add_residual, A=self.A[name], B=self.B[name], scale=scale)
                 hooks.callback(module.register_forward_hook(hook).remove)
@@ -308,10 +357,11 @@ class Residuals:
         Raises
         ------
         ValueError
-            If these residuals are merged already, or do not fit the model.
+            If these residuals are merged already, or do not fit the model, or its weights are offloaded.
         """
         if self._merged:
             raise ValueError("These residuals are merged into a model already: call `unmerge()` first.")
+        refuse_offloaded(base)
         for name, module in self.layers_in(base).items():
             weight = plain_layer(module).weight
             before = weight.detach().clone()

@@ -29,9 +29,11 @@ from tqdm.auto import tqdm
 
 from persres_lite.bases import encode_images, encode_prompt, settings_of
 from persres_lite.concepts import Concept
-from persres_lite.residuals import Residuals, unet_of
-from persres_lite.support.checkpoint import State, read_checkpoint, restore, snapshot, write_checkpoint
-from persres_lite.support.images import square_crop
+from persres_lite.prompts import find_words
+from persres_lite.residuals import Residuals, refuse_compiled, refuse_offloaded, unet_of
+from persres_lite.support.checkpoint import Snapshot, State, read_checkpoint, restore, snapshot, write_checkpoint
+from persres_lite.support.images import square_crops
+from persres_lite.support.notices import tell
 from persres_lite.support.rare_token import rare_token_embeddings
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -124,6 +126,19 @@ class Diverged(RuntimeError):
         self.residuals = residuals
 
 
+@contextmanager
+def _usual_state() -> Iterator[None]:
+    """Gradients and fp32, whatever switches of torch the caller has turned."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@_usual_state()
 def personalize(
     base: Any,
     concept: Concept,
@@ -188,13 +203,21 @@ def personalize(
     Raises
     ------
     ValueError
-        If an argument is out of range, masks are asked for and missing, `checkpoint` belongs to another training, or
-        the base is none that learns from pictures and words alone by DDPM's noise (models for inpainting and editing,
-        XL's refiner, distilled ones, EDM, flow matching).
+        If an argument is out of range, masks are asked for and missing, `checkpoint` belongs to another training, the
+        concept's words are too many for the tokenizer, the base is compiled or offloaded, or it is none that learns
+        from pictures and words alone by DDPM's noise (models for inpainting and editing, XL's refiner, distilled ones,
+        EDM, flow matching).
     Diverged
         If the loss or a gradient is no longer finite. The last good state is in the error, and in `checkpoint`.
+    OSError
+        If `checkpoint` cannot be written before the first step; later on that is a warning.
     KeyboardInterrupt
         Passed on, after the state is written to `checkpoint` if given.
+
+    Warns
+    -----
+    UserWarning
+        If pictures have to be enlarged, or the loss ends far above where it began.
     """
     _refuse_untrainable(base, sample_every)
     scheduler = _training_scheduler(base)
@@ -202,6 +225,7 @@ def personalize(
     given = {"steps": steps, "batch_size": batch_size, "lr": lr, "rank": rank}
     recipe = known.recipe | {name: value for name, value in given.items() if value is not None}
     _check(recipe, sample_every, mixed_precision)
+    find_words(base, [concept.training_prompt], concept.words)  # beyond the tokenizer's limit nobody would find them
     residuals = Residuals(base, rank=recipe["rank"], init=init, seed=seed)
     residuals.metadata.update(base=known.name, token=concept.token, macro_class=concept.macro_class)
     if train_token:
@@ -247,7 +271,7 @@ def personalize(
                 good = snapshot(state)
                 step = len(state.losses)
                 if checkpoint is not None and step % CHECKPOINT_EVERY == 0:
-                    write_checkpoint(checkpoint, good, settings)
+                    _keep_state(checkpoint, good, settings)
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}")
                 if sample_every and step % sample_every == 0:
@@ -261,11 +285,17 @@ def personalize(
                 f"the last good state is in {where}.",
                 residuals,
             ) from None
+        except torch.cuda.OutOfMemoryError as error:
+            raise torch.cuda.OutOfMemoryError(
+                "The device ran out of memory: try gradient_checkpointing=True, or batch_size=1, and close what else "
+                f"uses it ({error})."
+            ) from error
         finally:  # the end, an error, or an interruption in the middle of a step: what counts is the last whole step
             state.optimizer.zero_grad()
             restore(state, good)
             if checkpoint is not None:
-                write_checkpoint(checkpoint, good, settings)
+                _keep_state(checkpoint, good, settings)
+    _tell_of_worse(residuals.losses, recipe["lr"])
     return residuals
 
 
@@ -283,6 +313,8 @@ def _check(recipe: dict[str, Any], sample_every: int | None, mixed_precision: st
 
 def _refuse_untrainable(base: Any, sample_every: int | None) -> None:
     """Many pipelines hold a U-Net of the right kind that needs more than a noisy picture and words."""
+    refuse_compiled(base)
+    refuse_offloaded(base, also_whole=True)
     unet: Any = unet_of(base).config
     channels = getattr(getattr(getattr(base, "vae", None), "config", None), "latent_channels", None)
     more = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim")
@@ -363,19 +395,32 @@ def _alike(one: Any, other: Any) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, atol=1e-4)
 
 
+def _keep_state(checkpoint: str | Path, good: Snapshot, settings: dict[str, Any]) -> None:
+    """Write the checkpoint; a disk that has filled up meanwhile does not end a training, whose result is in memory."""
+    try:
+        write_checkpoint(checkpoint, good, settings)
+    except OSError as error:
+        tell(f"{error} The training goes on, and could not be taken up again from here.")
+
+
+def _tell_of_worse(losses: list[float], lr: float) -> None:
+    """A rate can be too high without ever leaving the finite numbers."""
+    end = float(np.median(losses[-max(1, len(losses) // 5) :]))
+    # Five times the first loss is beyond the noise of a batch; twice 1 is worse than to predict nothing at all.
+    if end > min(5 * losses[0], 2 * max(1, losses[0])):
+        tell(
+            f"The loss ended at {end:.3g}, far above {losses[0]:.3g} where it began: the residuals are of no use; "
+            f"try a rate below {lr:g}."
+        )
+
+
 def _prepare(base: Any, concept: Concept, size: int, masked_loss: bool) -> tuple[TrainingSet, str]:
     """The concept's latents, and a digest by which a checkpoint knows its pictures."""
     if not concept.images:
         raise ValueError(f"The concept {concept.name} has no pictures: give three to five.")
     if masked_loss and concept.masks is None:
         raise ValueError(f"masked_loss needs masks, and {concept.name} has none: put them into its folder's masks/.")
-    masks: list[Any] = []
-    if concept.masks is None:
-        images = [square_crop(image, size) for image in concept.images]
-    else:  # around the object
-        pairs = zip(concept.images, concept.masks, strict=True)
-        cut = [square_crop(image, size, mask) for image, mask in pairs]
-        images, masks = [image for image, _ in cut], [mask for _, mask in cut]
+    images, masks = square_crops(concept.images, size, concept.masks)  # around the object, where that is known
     mean, std = encode_images(base, images)
     weights = None
     if masked_loss:

@@ -9,7 +9,14 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest  # noqa: E402
 
+from persres_lite.support import notices  # noqa: E402
 from tests.tiny import KINDS, tiny_pipeline  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def unsaid():
+    """Each test hears every remark of the package, also one that another test has heard."""
+    notices._said.clear()
 
 
 @pytest.fixture(params=KINDS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline, UNet2DConditionModel
@@ -106,3 +108,41 @@ def refiner():
     ) | {"text_encoder": None, "tokenizer": None}
     pipeline = StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True, add_watermarker=False)
     return pipeline, {"image": PICTURE, "strength": 0.9}
+
+
+def exif_of(fields, big=True) -> bytes:
+    """EXIF with fields (tag, type, count, four bytes), as a careless program would write it."""
+    mark = ">" if big else "<"
+    body = (b"MM" if big else b"II") + struct.pack(f"{mark}HIH", 42, 8, len(fields))
+    for tag, kind, count, value in fields:
+        body += struct.pack(f"{mark}HHI", tag, kind, count) + value
+    return b"Exif\0\0" + body + struct.pack(f"{mark}I", 0)
+
+
+# Linear light as (X, Y, Z) under the profiles' white (D50): columns for red, green and blue.
+P3 = np.array([[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]])
+SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
+
+
+def icc(columns=P3, space=b"RGB ") -> bytes:
+    """A profile as phones write it: three primaries, and the curve of sRGB."""
+
+    def numbers(*values):
+        return struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
+
+    curve = b"para\0\0\0\0\0\3\0\0" + numbers(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+    text = b"desc\0\0\0\0" + struct.pack(">I", 3) + b"P3\0" + bytes(78)
+    tags = {b"desc": text, b"cprt": b"text\0\0\0\0free\0", b"wtpt": b"XYZ \0\0\0\0" + numbers(0.9642, 1, 0.8249)}
+    if space == b"GRAY":
+        tags[b"kTRC"] = b"curv\0\0\0\0" + struct.pack(">IH", 1, 256)  # a plain ramp: linear light
+    else:
+        for letter, column in zip(b"rgb", columns.T, strict=True):
+            tags[bytes([letter]) + b"XYZ"] = b"XYZ \0\0\0\0" + numbers(*column)
+            tags[bytes([letter]) + b"TRC"] = curve
+    table, data = struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        table += name + struct.pack(">II", 132 + 12 * len(tags) + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    header = bytes(4) + bytes(4) + struct.pack(">I", 0x04000000) + b"mntr" + space + b"XYZ " + bytes(12) + b"acsp"
+    header += bytes(28) + numbers(0.9642, 1, 0.8249) + bytes(48)
+    return struct.pack(">I", len(header + table + data)) + (header + table + data)[4:]

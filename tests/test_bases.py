@@ -422,3 +422,10 @@ def test_the_entry_of_an_unknown_base_follows_from_its_structure(folders, kind, 
 def test_an_entry_cannot_be_changed_by_accident():
     with pytest.raises(dataclasses.FrozenInstanceError):
         BASES["toybox"].size = 32
+
+
+def test_a_model_of_ones_own_in_a_folder_named_like_a_shipped_one(folders, tmp_path):
+    shutil.copytree(folders["sd1"], tmp_path / "toybox-sd")
+    base = load_base(tmp_path / "toybox-sd")
+    assert settings_of(base).name == str(tmp_path / "toybox-sd") and settings_of(base).recipe["rank"] == 0.05
+    assert settings_of(load_base("toybox")) is BASES["toybox"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from persres_lite import Residuals, training
 from persres_lite.cli import commands, main
 from persres_lite.masks import RULES
+from persres_lite.support import files
 from tests.helpers import make_concept
 from tests.tiny import tiny_pipeline
 
@@ -153,6 +156,16 @@ BAD = [
     ([*DRAW, "a {}", "--mask", "circle"], "Unknown mask rule 'circle': choose one of median"),
     ([*DRAW, "a {}", "--mask-option", "q=0.5"], "has no option 'q'"),
     ([*DRAW, "a {}", "--window", "0.7", "0.2"], "is not a range of shares"),
+    ([*DRAW, "a {}", "--window", "0.9", "1", "--steps", "2"], "None of 2 steps begins in the window 0.9 to 1"),
+    ([*DRAW, "a {}", "--device", "gpu"], "There is no kind of device 'gpu': choose cpu, cuda or mps"),
+    ([*DRAW, "a {}", "--device", "cuda:99"], "has no cuda:99 device: choose --device cpu"),
+    ([*DRAW, "a {}", "--device", "meta"], "has no meta device"),
+    ([*DRAW, "a {}", "--mask", "quantile", "--mask-option", "q=5"], "must be a number from 0 to 1, not 5.0"),
+    ([*DRAW, "a {}", "--mask", "quantile", "--mask-option", "q=half"], "must be a number from 0 to 1, not 'half'"),
+    ([*DRAW, "a {}", "--mask", "soft", "--mask-option", "sharpness=nan"], "must be a number above 0, not nan"),
+    ([*DRAW, "a {}", "--mask-option", "scale=0.5"], "has no option 'scale'"),
+    ([*DRAW, "a {}", "--mask-option", "mask=otsu"], "has no option 'mask'"),
+    ([*DRAW, "a {}", "--mask-option", "maps=1"], "has no option 'maps'"),
     (["compare", *DRAW[1:], "a {}", "--out", "compare.jpg"], "must end in .png"),
     ([*WRITE, "--format", "ckpt"], "Unknown format"),
     ([*WRITE, "--out", "lora.bin"], "must end in .safetensors"),
@@ -175,7 +188,21 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(world, tmp_path, capsys, m
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["paint"], ["sample"], ["sample", "a", "b", "--images", "0"], ["sample", "a", "b", "--mask-option", "q"]],
+    [
+        [],
+        ["paint"],
+        ["sample"],
+        ["sample", "a", "b", "--images", "0"],
+        ["sample", "a", "b", "--mask-option", "q"],
+        ["sample", "a", "b", "--seed", "99999999999999999999"],
+        ["sample", "a", "b", "--seed", "-1"],
+        ["sample", "a", "b", "--scale", "nan"],
+        ["sample", "a", "b", "--guidance", "inf"],
+        ["sample", "a", "\udcff"],
+        ["personalize", "a", "--out", "b.safetensors", "--lr", "1e999"],
+        ["personalize", "a", "--out", "b.safetensors", "--batch-size", "1000000000"],
+        ["personalize", "a", "--out", "b.safetensors", "--class", " "],
+    ],
 )
 def test_arguments_that_do_not_parse_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -214,15 +241,40 @@ def test_a_base_out_of_reach_exits_with_1(world, capsys):
     assert "Connect to the network once" in capsys.readouterr().err
 
 
-def test_too_little_memory_is_a_sentence_and_a_bug_is_not(world, capsys, monkeypatch):
-    def fail(chosen, *_):
+@pytest.mark.parametrize(
+    ("reason", "arguments", "advised", "not_advised"),
+    [
+        ("CUDA out of memory. Tried to allocate", [], "--device cpu", "--dtype"),
+        ("CUDA out of memory. Tried to allocate", ["--dtype", "float32"], "--dtype bfloat16", "--batch-size"),
+        ("DefaultCPUAllocator: can't allocate memory", [], "--dtype bfloat16", "--device"),
+        ("DefaultCPUAllocator: not enough memory", ["--dtype", "bfloat16"], "close what else", "--"),
+    ],
+)
+def test_too_little_memory_is_a_sentence(world, capsys, monkeypatch, reason, arguments, advised, not_advised):
+    def fail(*_, **__):
         raise RuntimeError(reason)
 
+    monkeypatch.setattr(commands, "load_base", fail)
+    assert main(draw(world, "sample", "a {}", *arguments)) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("persres-lite: out of memory: ") and advised in shown and not_advised not in shown
+
+
+def test_a_training_without_memory_advises_what_was_not_yet_asked_for(world, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(training, "_step", fail)
+    assert main(learn(world, "--gradient-checkpointing", out="no.safetensors")) == 1
+    shown = capsys.readouterr().err
+    assert "--batch-size 1" in shown and "--gradient-checkpointing" not in shown
+
+
+def test_a_mistake_of_the_program_itself_is_not_hidden(world, monkeypatch):
+    def fail(chosen):
+        raise RuntimeError("something nobody thought of")
+
     monkeypatch.setattr(commands, "sample", fail)
-    reason = "CUDA out of memory. Tried to allocate"
-    assert main(draw(world, "sample", "a {}")) == 1
-    assert "out of memory: try" in capsys.readouterr().err
-    reason = "something nobody thought of"
     with pytest.raises(RuntimeError, match="nobody"):
         main(draw(world, "sample", "a {}"))
 
@@ -238,3 +290,285 @@ def test_a_failure_while_writing_leaves_the_old_file(world, tmp_path, monkeypatc
     monkeypatch.setattr(Image.Image, "save", full)
     assert main(draw(world, "compare", "a {}", "--out", str(path), "--quiet")) == 1
     assert path.read_text() == "the old one" and [p.name for p in tmp_path.iterdir()] == ["compare.png"]
+
+
+# ------------------------------------------------------------------------------- what a user cannot see going wrong
+
+
+def test_two_prompts_of_one_name_are_two_files_and_nothing_is_overwritten(world, tmp_path, capsys):
+    out = ["--out", str(tmp_path), "--mode", "residual", "--scale", "3"]
+    assert main(draw(world, "sample", "{} 猫", "{} 犬", "a {}!", "a {}?", *out)) == 0
+    names = capsys.readouterr().out.split()
+    assert len(set(names)) == 4 and all(Path(name).is_file() for name in names)
+    assert {Path(name).name for name in names} == {
+        "sks-cat-猫-residual-0.png",
+        "sks-cat-犬-residual-0.png",
+        "a-sks-cat-residual-0.png",
+        "a-sks-cat-residual-0-2.png",
+    }
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert main(draw(world, "sample", "a {}!", *out)) == 0  # the same picture again: no second copy of it
+    assert main(draw(world, "sample", "a {}!", *out, "--guidance", "1")) == 0
+    assert "a-sks-cat-residual-0-3.png" in capsys.readouterr().out
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_words_for_the_mask_leave_the_prompt_as_it_is(world, tmp_path, capsys):
+    """{} stands for the concept's words, whatever --words says."""
+    more = ("a photo of a {} on the beach", "--mode", "residual", "--out")
+    assert main(draw(world, "sample", *more, str(tmp_path / "one"), "--words", "beach")) == 0
+    assert main(draw(world, "sample", *more, str(tmp_path / "other"))) == 0
+    one, other = (Path(name).read_bytes() for name in capsys.readouterr().out.split())
+    assert one == other
+    more = ("a photo of a {} on the beach", "--mode", "lag", "--scale", "9", "--out")
+    assert main(draw(world, "sample", *more, str(tmp_path / "one"), "--words", "beach")) == 0
+    assert main(draw(world, "sample", *more, str(tmp_path / "other"))) == 0
+    one, other = (Path(name).read_bytes() for name in capsys.readouterr().out.split())
+    assert one != other
+
+
+def flipped(path, target):
+    """One bit of one exponent is another: 0.06 becomes 2e37."""
+    residuals = Residuals.load(path, tiny_pipeline("sd1"))
+    factor = next(iter(residuals.A.values())).data
+    factor.view(torch.int32)[0, 0] = torch.tensor(0.063).view(torch.int32) ^ (1 << 30)
+    assert factor[0, 0] > 1e36
+    residuals.save(target)
+
+
+@pytest.mark.parametrize("mode", ["lag", "residual"])
+def test_a_flipped_bit_is_not_a_black_picture(world, tmp_path, capsys, mode):
+    flipped(world / "cat.safetensors", tmp_path / "bit.safetensors")
+    arguments = draw(world, "sample", "a {}", "--mode", mode, "--out", str(tmp_path / "d"))
+    arguments[1] = str(tmp_path / "bit.safetensors")
+    assert main(arguments) == 2
+    assert "damaged" in capsys.readouterr().err and not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("mode", ["lag", "residual", "original"])
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_numbers_that_are_not_finite_are_refused(world, tmp_path, capsys, monkeypatch, mode, part):
+    load = commands.load_base
+
+    def broken(*arguments):
+        base = load(*arguments)
+        next(getattr(base, part).conv_out.parameters() if part == "unet" else base.vae.decoder.parameters()).fill_(
+            float("nan")
+        )
+        return base
+
+    monkeypatch.setattr(commands, "load_base", broken)
+    assert main(draw(world, "sample", "a {}", "--mode", mode, "--out", str(tmp_path / "d"))) == 1
+    assert "is no picture" in capsys.readouterr().err and not (tmp_path / "d").exists()
+
+
+def test_a_scale_beyond_all_numbers_is_refused(world, tmp_path, capsys):
+    assert main(draw(world, "sample", "a {}", "--mode", "residual", "--scale", "1e38", "--out", str(tmp_path))) == 1
+    assert "a --scale below 1" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_all_prompts_are_checked_before_the_first_picture(world, tmp_path, capsys):
+    assert main(draw(world, "sample", "a {}", "a dog", "--out", str(tmp_path / "d"))) == 2
+    assert "does not contain" in capsys.readouterr().err and not (tmp_path / "d").exists()
+
+
+def test_what_is_cut_off_a_prompt_is_said(world, tmp_path, capsys):
+    assert main(draw(world, "sample", "a {}" + " red" * 80, "--out", str(tmp_path))) == 0
+    assert "is not read, 8 tokens: shorten it" in capsys.readouterr().err  # 80 + 3 and two marks, of 77
+
+
+def test_a_base_that_a_file_names_is_not_fetched_unasked(world, tmp_path, capsys, monkeypatch):
+    residuals = Residuals.load(world / "cat.safetensors", tiny_pipeline("sd1"))
+    asked = []
+    monkeypatch.setattr(commands, "load_base", lambda name, *_: asked.append(name) or tiny_pipeline("sd1"))
+    for number, name in enumerate(("some/one", str(tmp_path), "../base", "https://host/x")):
+        residuals.metadata["base"] = name
+        path = residuals.save(tmp_path / f"{number}.safetensors")
+        assert main(["sample", str(path), "a {}", "--steps", "1", "--out", str(tmp_path / "d")]) == 2
+        shown = capsys.readouterr().err
+        assert "names a base of its own" in shown and repr(name)[1:-1] in shown and "--base" in shown
+        main(["export", str(path), "--out", str(tmp_path / "k.safetensors"), "--base", "mine", "--format", "kohya"])
+        assert main(["sample", str(tmp_path / "k.safetensors"), "a {}"]) == 2  # a LoRA of ours says it, too
+    assert set(asked) == {"mine"}
+    monkeypatch.setenv("PERSRES_BASE", "my/own")  # the user's own choice
+    assert main(["sample", str(path), "a {}", "--steps", "1", "--out", str(tmp_path / "d")]) == 0
+    assert asked[-1] == "my/own"
+
+
+def test_a_rate_that_is_too_high_is_told_with_options_of_the_command_line(world, tmp_path, capsys):
+    arguments = learn(world, "--checkpoint", str(tmp_path / "state.safetensors"), out="never.safetensors")
+    assert main([*arguments, "--lr", "1e25"]) == 1
+    shown = capsys.readouterr().err
+    assert "try a rate below" in shown and ".residuals" not in shown and "No residuals were written" in shown
+    assert f"Delete {tmp_path / 'state.safetensors'} first" in shown
+    (tmp_path / "state.safetensors").unlink()
+    assert main(arguments) == 0
+
+
+def test_a_loss_that_ends_far_above_its_beginning_is_said(world, capsys, monkeypatch):
+    """A rate of a million: nothing is infinite, and nothing was learned."""
+
+    def step(*arguments):
+        arguments[4].losses.append(losses.pop(0))
+        return arguments[4].losses[-1]
+
+    monkeypatch.setattr(training, "_step", step)
+    losses = [0.11, 0.9, 1.2]
+    assert main(learn(world, "--lr", "1e6", out="worse.safetensors")) == 0
+    assert "The loss ended at 1.2, far above 0.11 where it began" in capsys.readouterr().err
+    losses = [0.11, 0.3, 0.2]  # the noise of a batch
+    assert main(learn(world, out="better.safetensors")) == 0
+    assert capsys.readouterr().err == ""
+
+
+# ------------------------------------------------------------------------------------------------ no room, no right
+
+
+@contextmanager
+def little_room(folder, size="100k"):
+    """A file system of its own that is soon full; without the right to mount one, a limit on the size of files."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode == 0:
+        try:
+            yield
+        finally:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+    else:
+        resource = pytest.importorskip("resource")
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_no_room_is_known_before_the_training(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "_step", lambda *_: pytest.fail("trained"))
+    full = tmp_path / "full"
+    with little_room(full):
+        (full / "taken").write_bytes(bytes(60_000))
+        for more in (["--out", str(full / "cat.safetensors")], ["--checkpoint", str(full / "state.safetensors")]):
+            assert main(learn(world, *more, "--rank", "8", out="no-room.safetensors")) == 1
+            shown = capsys.readouterr().err
+            assert shown.count("\n") == 1 and "cannot be written" in shown and "make room or name another" in shown
+        assert [path.name for path in full.iterdir()] == ["taken"]
+    assert not (world / "no-room.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", ["export", "compare", "sample"])
+def test_no_room_for_a_result_is_one_sentence_and_nothing_is_half_written(
+    world, tmp_path, capsys, monkeypatch, command
+):
+    monkeypatch.chdir(tmp_path)
+    full = tmp_path / "full"
+    with little_room(full):
+        (full / "taken").write_bytes(bytes(98_000))
+        if command == "export":
+            arguments = ["export", str(world / "cat.safetensors"), "--base", str(world / "base")]
+            arguments += ["--out", str(full / "lora.safetensors")]
+        else:
+            out = full / "sheet.png" if command == "compare" else full
+            arguments = draw(world, command, "a {}", "--quiet", "--out", str(out))
+        code = main(arguments)
+        shown = capsys.readouterr().err
+        assert code == 1 and shown.count("\n") == 1 and "cannot be written" in shown
+        assert [path.name for path in full.iterdir()] == ["taken"]
+
+
+def test_a_disk_that_fills_up_meanwhile_loses_no_training(world, tmp_path, capsys, monkeypatch):
+    """The result goes where there is room, and a checkpoint that cannot be renewed ends nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    write, place = files.whole_file, tmp_path / "there"
+    begun = []
+
+    def full(path):
+        if Path(path).parent == place and begun:
+            raise OSError(28, "No space left on device")
+        return write(path)
+
+    step = training._step
+    monkeypatch.setattr(training, "_step", lambda *arguments: begun.append(1) or step(*arguments))
+    monkeypatch.setattr(files, "whole_file", full)
+    more = ["--checkpoint", str(place / "state.safetensors"), "--out", str(place / "kept.safetensors")]
+    assert main(learn(world, *more)) == 1
+    shown = capsys.readouterr().err
+    assert "No space left" in shown and f"so the result is in {tmp_path / 'kept.safetensors'}" in shown
+    kept = Residuals.load(tmp_path / "kept.safetensors", tiny_pipeline("sd1"))
+    whole = Residuals.load(world / "cat.safetensors", tiny_pipeline("sd1"))
+    assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), whole.parameters(), strict=True))
+
+
+def test_places_that_cannot_be_written_are_told(world, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    cat, there = str(world / "cat.safetensors"), ["--base", str(world / "base")]
+    for place in (tmp_path / "file" / "x", Path("/proc/nothing"), Path("/dev/null/x")):
+        for arguments in (
+            learn(world, "--out", str(place / "cat.safetensors")),
+            learn(world, "--checkpoint", str(place / "s.safetensors"), out="no.safetensors"),
+            draw(world, "sample", "a {}", "--out", str(place)),
+            draw(world, "compare", "a {}", "--out", str(place / "sheet.png")),
+            ["export", cat, *there, "--out", str(place / "lora.safetensors")],
+        ):
+            assert main(arguments) in (1, 2)
+            shown = capsys.readouterr().err
+            assert shown.startswith("persres-lite: ") and shown.count("\n") == 1, shown
+    assert not (world / "no.safetensors").exists()
+
+
+def test_files_are_for_whom_the_umask_says(world, tmp_path):
+    before = os.umask(0o022)
+    try:
+        there = ["--base", str(world / "base")]
+        assert main(["export", str(world / "cat.safetensors"), "--out", str(tmp_path / "l.safetensors"), *there]) == 0
+        assert main(draw(world, "sample", "a {}", "--out", str(tmp_path))) == 0
+        os.umask(0o027)
+        assert main(["export", str(world / "cat.safetensors"), "--out", str(tmp_path / "m.safetensors"), *there]) == 0
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"l.safetensors": 0o644, "a-sks-cat-lag-0.png": 0o644, "m.safetensors": 0o640}
+
+
+def test_one_file_for_two_things_is_refused(world, capsys):
+    same = str(world / "both.safetensors")
+    assert main(learn(world, "--out", same, "--checkpoint", str(world / "." / "both.safetensors"))) == 2
+    assert "is the file of the checkpoint, too" in capsys.readouterr().err
+    cat = str(world / "cat.safetensors")
+    assert main(["export", cat, "--out", cat, "--base", str(world / "base")]) == 2
+    assert "is the file of the residuals, too" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------- quiet, and small
+
+
+def test_ordinary_commands_say_nothing_that_nobody_can_act_on(world, tmp_path):
+    """In a process of its own: nothing on the error stream but what is ours."""
+    place = {"cwd": tmp_path, "capture_output": True, "text": True}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONWARNINGS": "default"}
+    (tmp_path / "cat").mkdir()
+    for i in range(2):
+        Image.new("RGB", (40, 40), (200, 60 * i, 60)).save(tmp_path / "cat" / f"{i}.png")
+    commands = (
+        learn(world, out=str(tmp_path / "a.safetensors"))[:-2] + ["--out", str(tmp_path / "a.safetensors")],
+        draw(world, "sample", "a {}"),
+    )
+    for arguments in commands:
+        run = [sys.executable, "-c", "import sys; from persres_lite.cli import main; sys.exit(main(sys.argv[1:]))"]
+        done = subprocess.run([*run, *arguments], env=environment, **place)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def test_a_remark_of_ours_is_a_plain_line(world, tmp_path, capsys):
+    (tmp_path / "cat").mkdir()
+    for i in range(3):
+        Image.new("RGB", (40, 40), (200, 60 * i, 60)).save(tmp_path / "cat" / f"{i}.png")
+    (tmp_path / "cat" / "clip.mpg").write_bytes(b"\0\0\1\xb3" + bytes(100))
+    arguments = learn(world, "--out", str(tmp_path / "out.safetensors"))
+    arguments[1] = str(tmp_path / "cat")
+    assert main(arguments) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.startswith("persres-lite: ") for line in lines] == [True, True]
+    assert "Skipped 1 file" in lines[0] and "3 pictures are enlarged to 64 x 64" in lines[1]

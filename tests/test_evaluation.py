@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -249,3 +249,17 @@ def test_what_cannot_be_compared_is_refused(tiny, options, message):
     given = {"places": ["at night"], "seeds": [0], "num_inference_steps": 1, "progress": False} | options
     with pytest.raises(ValueError, match=message):
         compare(tiny, random_residuals(tiny), "sks cat", **given)
+
+
+def test_dino_sees_a_picture_as_its_authors_prepared_it(folders, monkeypatch):
+    """Shorter side to 256, bicubic, and the middle 224 x 224: not the whole picture squashed."""
+    monkeypatch.setattr(evaluation, "_load", lambda kind, where: torch.nn.Linear(1, 1))
+    processor = load_judges("sd-1.4", clip=folders / "clip").dino_processor
+    picture = Image.effect_noise((500, 300), 90).convert("RGB").filter(ImageFilter.GaussianBlur(3))
+    seen = torch.as_tensor(processor(images=picture, return_tensors="pt")["pixel_values"])[0]
+    left, top = (427 - 224) // 2, (256 - 224) // 2
+    by_hand = picture.resize((427, 256), Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    right = (torch.from_numpy(np.asarray(by_hand).copy()).float() / 255 - mean) / std
+    assert seen.shape == (3, 224, 224)
+    assert (seen - right.permute(2, 0, 1)).abs().mean() < 0.02

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 
@@ -10,7 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from persres_lite.support.images import MAX_PIXELS, read_image, read_images, read_mask, square_crop
+from persres_lite.support.images import (
+    KEPT_PIXELS,
+    MAX_PIXELS,
+    read_image,
+    read_images,
+    read_mask,
+    square_crop,
+    square_crops,
+)
+from tests.helpers import P3, SRGB, exif_of, icc
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 EXIF_ORIENTATION = 0x0112
@@ -106,11 +118,142 @@ def test_kinds_of_files(tmp_path, name, save, size, left, right):
     assert image.info == {"source": name}
 
 
+def as_srgb(color):
+    """A color of Display P3 in sRGB, computed by hand."""
+    values = np.array(color) / 255
+    light = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    light = (np.linalg.inv(SRGB) @ P3 @ light).clip(0, 1)
+    return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("name", ["phone.jpg", "phone.png", "phone.webp", "phone.tif"])
+def test_a_phones_colors_are_those_that_the_photographer_saw(tmp_path, name):
+    Image.new("RGB", (40, 20), (230, 60, 40)).save(tmp_path / name, icc_profile=icc(), quality=100, lossless=True)
+    image = read_image(tmp_path / name)
+    assert np.allclose(image.getpixel((5, 5)), (250, 31, 14), atol=2)
+    assert "icc_profile" not in image.info, "its colors are no longer those of the profile"
+
+
+def test_colors_of_a_profile_agree_with_the_formula():
+    draw = random.Random(0)
+    for _ in range(50):
+        color = tuple(draw.randrange(256) for _ in range(3))
+        image = Image.new("RGB", (2, 2), color)
+        image.info["icc_profile"] = icc()
+        assert np.allclose(read_image(image).getpixel((0, 0)), as_srgb(color), atol=2), color
+        image.info["icc_profile"] = icc(SRGB)
+        assert np.allclose(read_image(image).getpixel((0, 0)), color, atol=1), color
+
+
+def test_gray_in_linear_light_and_a_gray_photograph_with_its_cameras_profile():
+    gray = Image.new("L", (2, 2), 55)  # linear, 0.2157: in sRGB half of the range
+    gray.info["icc_profile"] = icc(space=b"GRAY")
+    assert np.allclose(read_image(gray).getpixel((0, 0)), 128, atol=2)
+    gray.info["icc_profile"] = icc()
+    assert np.allclose(read_image(gray).getpixel((0, 0)), 55, atol=1)
+
+
+@pytest.mark.parametrize("profile", [b"", b"no profile", icc()[:300], icc(space=b"CMYK"), icc(space=b"GRAY")])
+def test_a_profile_that_is_broken_or_of_another_kind_is_ignored(profile):
+    image = Image.new("RGB", (2, 2), (230, 60, 40))
+    image.info["icc_profile"] = profile
+    assert read_image(image).getpixel((0, 0)) == (230, 60, 40)
+
+
+def test_transparency_is_laid_over_white_before_colors_are_converted(tmp_path):
+    halves(mode="RGBA", left=(230, 60, 40, 255), right=(0, 0, 0, 0)).save(tmp_path / "cut.png", icc_profile=icc())
+    image = read_image(tmp_path / "cut.png")
+    assert np.allclose(image.getpixel((5, 5)), (250, 31, 14), atol=2) and image.getpixel((35, 5)) == WHITE
+
+
 def test_exif_rotation(tmp_path):
     save_exif(tmp_path / "turned.jpg")
     image = read_image(tmp_path / "turned.jpg")
     assert image.size == (20, 40)
     assert np.allclose(image.getpixel((10, 5)), RED, atol=12) and np.allclose(image.getpixel((10, 35)), GREEN, atol=12)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["turned.jpg", "turned.png", "turned.webp", "turned.tif"])
+def test_every_orientation(tmp_path, name, orientation):
+    """The camera's mark says what to do with the stored picture, whatever else stands beside it."""
+    upright = Image.new("RGB", (40, 20), "black")
+    upright.paste(RED, (0, 0, 20, 10))  # top left
+    upright.paste(GREEN, (20, 0, 40, 10))
+    # How the camera stored it: by the inverse of what undoes it.
+    stored = {
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }[orientation]
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    exif[0x010F] = "a camera"
+    (upright if stored is None else upright.transpose(stored)).save(tmp_path / name, exif=exif)
+    image = read_image(tmp_path / name)
+    assert image.size == (40, 20)
+    for place, color in (((5, 5), RED), ((35, 5), GREEN), ((5, 15), (0, 0, 0))):
+        assert np.allclose(image.getpixel(place), color, atol=60), "colors bleed at JPEG's half resolution"
+
+
+def test_fields_of_another_type_than_usual_do_no_harm(tmp_path):
+    """Writing EXIF anew, as Pillow does to turn a picture, fails on half of them (Pillow #4665)."""
+    draw, tags = random.Random(0), (0x0100, 0x010F, 0x011A, 0x0128, 0x0132, 0x8769, 0x8825, 0x9286, 0xA005)
+    for number in range(300):
+        big = draw.random() < 0.5
+        six = struct.pack(">HH" if big else "<HH", 6, 0)
+        fields = [(EXIF_ORIENTATION, 3, 1, six)]
+        for tag in draw.sample(tags, 3):
+            fields.append((tag, draw.randrange(1, 13), draw.choice((0, 1, 2, 70_000)), draw.randbytes(4)))
+        path = tmp_path / f"{number}.jpg"
+        halves().save(path, exif=exif_of(sorted(fields), big))
+        assert read_image(path).size == (20, 40), fields
+
+
+def test_an_orientation_that_is_none_is_no_reason_to_refuse(tmp_path):
+    for number, value in enumerate((0, 9, 65535)):
+        halves().save(
+            tmp_path / f"{number}.jpg", exif=exif_of([(EXIF_ORIENTATION, 3, 1, struct.pack(">HH", value, 0))])
+        )
+        assert read_image(tmp_path / f"{number}.jpg").size == (40, 20)
+
+
+def test_large_photographs_are_reduced_while_they_are_read(tmp_path):
+    """Six of 48 million pixels took 1.6 GB."""
+    (tmp_path / "many").mkdir()
+    picture = Image.linear_gradient("L").resize((8000, 6000)).convert("RGB")
+    for number in range(6):
+        picture.save(tmp_path / "many" / f"{number}.jpg")
+    code = f"""
+import resource, sys
+from persres_lite.support.images import read_images
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+images, _ = read_images({str(tmp_path / "many")!r})
+used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(*images[0].size, used // (1024**2 if sys.platform == "darwin" else 1024))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    width, height, megabytes = map(int, done.stdout.split())
+    assert 0.95 * KEPT_PIXELS < width * height <= 1.01 * KEPT_PIXELS and abs(width / height - 4 / 3) < 0.01
+    assert megabytes < 350
+    image = read_image(tmp_path / "many" / "0.jpg")  # the gradient runs from black above to white below
+    assert np.allclose(
+        [image.getpixel((9, y))[0] for y in (0, image.height // 2, image.height - 1)], (0, 128, 255), atol=3
+    )
+
+
+def test_a_large_picture_is_turned_and_its_mask_reduced_with_it(tmp_path):
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    halves((4000, 3000)).save(tmp_path / "large.jpg", exif=exif)
+    halves((3000, 4000), left=WHITE, right=(0, 0, 0)).save(tmp_path / "mask.png")
+    image = read_image(tmp_path / "large.jpg")
+    mask = read_mask(tmp_path / "mask.png", image.size)
+    assert mask.size == image.size and image.width < image.height and image.width * image.height < 1.01 * KEPT_PIXELS
 
 
 def test_sixteen_bit_gray_keeps_its_gray(tmp_path):
@@ -177,6 +320,32 @@ def test_refused_files(tmp_path, name, make, error, sentence):
             read_image(tmp_path / name)
 
 
+POSTSCRIPT = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\nshowpage\n"
+
+
+@pytest.mark.parametrize("name", ["cat1.jpg", "cat1.png", "cat1.eps"])
+def test_a_file_never_starts_a_program(tmp_path, monkeypatch, name):
+    """Pillow goes by a file's content, and hands PostScript to an interpreter."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("started"))
+    (tmp_path / name).write_text(POSTSCRIPT)
+    with pytest.raises(ValueError, match=f"{name} cannot be read as a picture .*: save it as JPEG or PNG"):
+        read_image(tmp_path / name)
+    with Image.open(tmp_path / name) as lazy, pytest.raises(ValueError, match="cannot be read as a picture"):
+        read_image(lazy)
+
+
+@pytest.mark.parametrize("suffix", ["ico", "icns", "tga", "pcx", "dds", "fli", "psd", "xbm", "jp2"])
+def test_formats_that_no_camera_writes_are_not_opened(tmp_path, suffix):
+    picture = halves().convert("1") if suffix == "xbm" else halves()
+    try:
+        picture.save(tmp_path / f"cat.{suffix}")
+    except (OSError, ValueError, KeyError):
+        (tmp_path / f"cat.{suffix}").write_bytes(b"8BPS")
+    (tmp_path / f"cat.{suffix}").rename(tmp_path / "cat.png")
+    with pytest.raises(ValueError, match="of a format that is not opened here"):
+        read_image(tmp_path / "cat.png")
+
+
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     (tmp_path / "bomb.png").write_bytes(png_that_claims(9_000, 9_000))
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
@@ -199,6 +368,17 @@ def test_a_folder_is_read_in_natural_order_and_the_rest_is_skipped_by_name(tmp_p
     images, skipped = read_images(tmp_path)
     assert [image.info["source"] for image in images] == ["0.png", "2.png", "10.png", "unnamed"]
     assert skipped == ["list.csv", "notes.txt"]
+
+
+def test_films_and_texts_beside_photographs_are_skipped(tmp_path):
+    """Some of them are pictures to Pillow, which then cannot read them."""
+    halves().save(tmp_path / "cat.png")
+    (tmp_path / "clip.mpg").write_bytes(b"\0\0\1\xb3" + struct.pack(">I", 0x28018000 >> 0) + bytes(200))
+    (tmp_path / "notes.txt").write_text(POSTSCRIPT)
+    (tmp_path / "raw.dng").write_bytes(b"II*\0" + bytes(60))
+    (tmp_path / "page.pdf").write_bytes(b"%PDF-1.4\n")
+    images, skipped = read_images(tmp_path)
+    assert len(images) == 1 and skipped == ["clip.mpg", "notes.txt", "page.pdf", "raw.dng"]
 
 
 def test_a_broken_picture_in_a_folder_is_named_and_not_skipped(tmp_path):
@@ -281,6 +461,16 @@ def test_small_pictures_are_enlarged_with_a_warning_and_tiny_ones_refused():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         square_crop(Image.new("RGB", (512, 512)), 512)
+
+
+def test_many_small_pictures_are_one_warning():
+    small = [Image.new("RGB", (200, 200)) for _ in range(20)]
+    for number, image in enumerate(small):
+        image.info["source"] = f"{number}.png"
+    with pytest.warns(UserWarning) as heard:
+        squares, masks = square_crops([*small, Image.new("RGB", (600, 600))], 512)
+    assert len(squares) == 21 and masks == [] and len(heard) == 1
+    assert "20 pictures are enlarged to 512 x 512" in str(heard[0].message) and "4.png, …" in str(heard[0].message)
 
 
 def test_messages_name_the_file(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -163,3 +164,28 @@ def test_it_runs_on_stable_diffusions_layout_and_its_exercises_prove_themselves(
     assert exercises.unproved(done) == []
     said = "".join(output.get("text", "") for output in next(c for c in done.cells if c.cell_type == "code").outputs)
     assert "Base: sd-1.4-shaped" in said
+
+
+XL = [path for path in PATHS if path.stem[:2] == "05"]  # it makes noise by hand
+
+
+@pytest.mark.parametrize("path", XL, ids=[path.stem for path in XL])
+def test_it_runs_on_xls_layout_whose_sampler_has_other_noise(path, tmp_path):
+    tiny_pipeline("sdxl").save_pretrained(tmp_path / "xl")
+    book = deepcopy(read(path))
+    book.cells = [*book.cells[:3], v4.new_code_cell(FEWER_STEPS.replace("sd-1.4", "sdxl")), *book.cells[3:]]
+    runs.execute(book, path.parent, env={"PERSRES_BASE": str(tmp_path / "xl"), "HF_HUB_OFFLINE": "1"}, timeout=300)
+
+
+@each
+def test_noise_by_hand_is_that_of_training(path):
+    """A sampler may have other noise levels (Euler), and none at all after it has drawn."""
+    assert all(".scheduler.add_noise" not in cell.source or path.stem[:2] == "01" for cell in code(path))
+
+
+def test_the_lesson_that_reads_one_text_encoder_says_so(tmp_path):
+    tiny_pipeline("sdxl").save_pretrained(tmp_path / "xl")
+    book = deepcopy(read(PATHS[1]))
+    book.cells = book.cells[:6]
+    with pytest.raises(Exception, match="XL reads a prompt twice, this lesson once"):
+        runs.execute(book, PATHS[1].parent, env={"PERSRES_BASE": str(tmp_path / "xl")}, timeout=300)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
 from diffusers import AutoencoderKL, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from persres_lite.attention import record_attention
 from persres_lite.localize import localized
 from persres_lite.lora import export_lora, import_lora
-from persres_lite.residuals import Residuals, add_low_rank, find_proj_outs, fingerprint
+from persres_lite.residuals import Residuals, add_low_rank, find_proj_outs, fingerprint, unet_of
 from tests.helpers import call_arguments, hooks_of, random_residuals
 from tests.reference import reference
 from tests.tiny import KINDS, sample, tiny_pipeline, tiny_unet
@@ -411,6 +415,58 @@ def test_a_fingerprint_that_is_none_fits_nothing(sd1, stored):
 # Merging
 
 
+@pytest.mark.parametrize("how", ["unet.compile", "torch.compile", "one block"])
+def test_a_compiled_model_is_told_because_it_would_not_call_what_is_attached(sd1, how):
+    residuals = random_residuals(sd1)
+    with residuals.attached(sd1):
+        right = sample(sd1)
+    compiled = tiny_pipeline("sd1")
+    if how == "unet.compile":
+        compiled.unet.compile(backend="eager")
+    elif how == "torch.compile":
+        compiled.unet = torch.compile(compiled.unet, backend="eager")
+    else:
+        compiled.unet.mid_block.compile(backend="eager")
+    contexts = (
+        residuals.attached(compiled),
+        localized(compiled, residuals, "sks cat"),
+        localized(compiled, residuals, "sks cat", fixed_mask=torch.ones(4, 4)),
+        record_attention(compiled),
+    )
+    for context in contexts:
+        with pytest.raises(ValueError, match="compiled code does not call what is attached .* merge the residuals"):
+            with context:
+                pass
+    # What the sentence advises works, under the names of the model that was not compiled.
+    assert list(find_proj_outs(unet_of(compiled))) == list(residuals.ranks)
+    residuals.merge(compiled)
+    if how != "torch.compile":
+        compiled.unet._compiled_call_impl = None  # the compiler itself need not run here
+    else:
+        compiled.unet = compiled.unet._orig_mod
+    torch.testing.assert_close(sample(compiled), right, rtol=1e-3, atol=1e-3)
+
+
+def test_merging_into_offloaded_weights_is_refused(sd1):
+    residuals = random_residuals(sd1)
+    cpu_offload(sd1.unet, execution_device="cpu")
+    with pytest.raises(ValueError, match="offloaded and come to the device for each call only"):
+        residuals.merge(sd1)
+    remove_hook_from_submodules(sd1.unet)
+    residuals.merge(sd1)
+
+
+def test_factors_are_in_fp32_whatever_the_default(sd1):
+    torch.set_default_dtype(torch.float16)
+    try:
+        residuals = Residuals(sd1, init="random")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in residuals.parameters()} == {torch.float32}
+    pairs = zip(residuals.parameters(), Residuals(sd1, init="random").parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_merge_is_attached_and_unmerge_restores_bit_for_bit(pipeline):
     original = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
     residuals = random_residuals(pipeline)
@@ -489,11 +545,12 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, sd1, monkeypatch):
     path = Residuals(sd1).save(tmp_path / "cat.safetensors")
     before = path.read_bytes()
 
-    def fail(tensors, name, metadata):
-        name.write_bytes(b"half of it")
+    def fail(self, content):
+        with open(self, "wb") as file:
+            file.write(b"half of it")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("persres_lite.support.files.save_file", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="no space"):
         random_residuals(sd1).save(path)
     assert path.read_bytes() == before

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import (
     AutoencoderTiny,
     CogVideoXDDIMScheduler,
@@ -32,6 +35,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.func import functional_call
 
 from persres_lite import training
@@ -662,3 +667,97 @@ def test_a_prompt_without_the_token_is_embedded_as_before(sd1):
     with residuals.attached(sd1):
         assert torch.equal(before, encode_prompt(sd1, "a photo of a cat", 64)["encoder_hidden_states"])
         assert not torch.equal(before, encode_prompt(sd1, "a photo of a sks cat", 64)["encoder_hidden_states"])
+
+
+# ------------------------------------------------------------------------------------------ what surrounds the call
+
+
+@contextmanager
+def ambient(what):
+    """A switch of torch that somebody has turned elsewhere."""
+    if what == "no gradients":
+        torch.set_grad_enabled(False)
+    elif what == "fp16":
+        torch.set_default_dtype(torch.float16)
+    try:
+        with torch.inference_mode() if what == "inference" else nullcontext():
+            yield
+    finally:
+        torch.set_grad_enabled(True)
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("what", ["no gradients", "fp16", "inference"])
+def test_switches_of_torch_change_nothing(sd1, concept, what):
+    usual = personalize(sd1, concept, steps=2, batch_size=2, train_token=True, progress=False)
+    with ambient(what):
+        before = torch.is_grad_enabled(), torch.get_default_dtype(), torch.is_inference_mode_enabled()
+        odd = personalize(sd1, concept, steps=2, batch_size=2, train_token=True, progress=False)
+        assert before == (torch.is_grad_enabled(), torch.get_default_dtype(), torch.is_inference_mode_enabled())
+    assert odd.losses == usual.losses
+    assert all(torch.equal(a, b) for a, b in zip(odd.parameters(), usual.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_offloaded_base_is_refused(sd1, concept, whole):
+    if whole:
+        cpu_offload_with_hook(sd1.unet, execution_device="cpu")
+    else:
+        cpu_offload(sd1.unet, execution_device="cpu")
+    with pytest.raises(ValueError, match="offloaded .* load the base without offloading"):
+        personalize(sd1, concept, steps=1, progress=False)
+
+
+def test_a_compiled_base_is_refused(sd1, concept):
+    sd1.unet.compile(backend="eager")
+    with pytest.raises(ValueError, match="was compiled"):
+        personalize(sd1, concept, steps=1, progress=False)
+
+
+def test_words_beyond_the_limit_are_refused_before_training(sd1, monkeypatch):
+    monkeypatch.setattr(training, "_step", lambda *_: pytest.fail("trained"))
+    long = make_concept(macro_class="very " * 80 + "cat")
+    with pytest.raises(ValueError, match="is cut off at 77, before the end of"):
+        personalize(sd1, long, steps=1, progress=False)
+
+
+def test_too_little_memory_is_said_in_python_too(sd1, concept, monkeypatch):
+    def fail(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(training, "_step", fail)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="gradient_checkpointing=True, or batch_size=1"):
+        personalize(sd1, concept, steps=1, progress=False)
+
+
+def test_a_checkpoint_that_can_no_longer_be_written_does_not_end_the_training(sd1, concept, tmp_path, monkeypatch):
+    write, count = training.write_checkpoint, []
+
+    def full(*arguments):
+        count.append(1)
+        if len(count) > 1:
+            raise OSError(28, "No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(training, "write_checkpoint", full)
+    with pytest.warns(UserWarning, match="No space left .* The training goes on"):
+        residuals = personalize(sd1, concept, steps=2, batch_size=1, checkpoint=tmp_path / "s", progress=False)
+    assert len(residuals.losses) == 2
+
+
+@pytest.mark.parametrize("damage", ["settings", "generator", "scaler", "json"])
+def test_a_damaged_checkpoint_is_one_sentence(sd1, concept, tmp_path, damage):
+    path = tmp_path / "state.safetensors"
+    arguments = {"steps": 1, "batch_size": 1, "checkpoint": path, "progress": False}
+    personalize(sd1, concept, **arguments)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    if damage == "generator":
+        tensors["generator"] = tensors["generator"][:9]
+    else:
+        rest = json.loads(metadata["persres_lite_checkpoint"])
+        rest.pop(damage, None)
+        metadata["persres_lite_checkpoint"] = "[" if damage == "json" else json.dumps(rest)
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match="damaged"):
+        personalize(sd1, concept, **arguments)

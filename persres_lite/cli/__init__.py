@@ -6,8 +6,15 @@ Exit codes: 0 done; 1 the work failed or was interrupted; 2 the input was wrong,
 from __future__ import annotations
 
 import argparse
+import errno
+import io
+import math
+import os
+import re
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,45 +65,137 @@ Write the residuals as a LoRA that other tools read, with alphas, V* and class i
 everywhere; LAG stays here, since it needs the attention maps while sampling.
 """
 
+LONGEST = 2000  # letters of a message: the name of a tensor in someone's file may have millions
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+"""How torch's devices put it."""
+
+
+class Failed(Exception):
+    """The work failed, for a reason that the message says."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
+
+    Whatever a user can bring about is one sentence; a traceback is left for what is this program's own fault.
 
     Parameters
     ----------
     arguments
         Without the program's name; None takes those of the process.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that this terminal has no letters for
     chosen = _parser().parse_args(arguments)
     try:
-        from persres_lite.cli import commands  # seconds of torch and diffusers, which --help does not wait for
+        with _only_our_notices():
+            from persres_lite.cli import commands  # seconds of torch and diffusers, which --help does not wait for
 
-        getattr(commands, chosen.command)(chosen)
+            getattr(commands, chosen.command)(chosen)
+        sys.stdout.flush()
+    except Exception as error:
+        complaint = _complaint(error, chosen)
+        if complaint is None:
+            raise
+        return _complain(*complaint)
     except KeyboardInterrupt:
-        again = getattr(chosen, "checkpoint", None)
-        return _complain("interrupted" + (f"; the same command goes on from {again}." if again else "."), 1)
-    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        return _complain(error, 2)
-    except OSError as error:  # no network, no space
-        return _complain(error, 1)
-    except RuntimeError as error:
-        if "out of memory" in str(error):
-            return _complain("out of memory: try --dtype float16, or a smaller --batch-size.", 1)
-        from persres_lite.training import Diverged
-
-        if isinstance(error, Diverged):
-            return _complain(error, 1)
-        raise
+        return _complain(_interrupted(chosen), 1)
     return 0
 
 
-def _complain(what: object, code: int) -> int:
-    print(f"persres-lite: {what}", file=sys.stderr)
+def _complaint(error: Exception, chosen: argparse.Namespace) -> tuple[str, int] | None:
+    """What to tell of an error, and the exit code; None for one that no user has brought about."""
+    what = str(error)
+    if isinstance(error, OSError) and error.errno is not None:  # the system's own words
+        what = f"{error.filename or 'reading or writing failed'}: {str(error.strerror).lower()}."
+    if isinstance(error, BrokenPipeError):
+        # Who was reading has left; what is still to be printed must not fail once more at the exit.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return what, 1
+    if isinstance(error, Failed):
+        return what, 1
+    if isinstance(error, ValueError | FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError):
+        return _as_typed(what, chosen), 2
+    if isinstance(error, OSError):  # no network, no space; or a name that no file can have
+        return what, 2 if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else 1
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(sign in what for sign in NO_MEMORY):
+        return f"out of memory: {_smaller(chosen, on_processor='CPU' in what or not what)}.", 1
+    return None
+
+
+def _smaller(chosen: argparse.Namespace, on_processor: bool) -> str:
+    """What needs less memory than the command that ran out of it, apart from what was asked for already."""
+    tries = []
+    if chosen.command == "personalize":
+        tries += ["--gradient-checkpointing"] * (not chosen.gradient_checkpointing)
+        tries += ["--batch-size 1"] * (chosen.batch_size != 1)
+    halved = chosen.dtype in ("float16", "bfloat16")
+    if not halved and (on_processor or chosen.dtype == "float32"):  # on a GPU it is the default
+        tries.append("--dtype bfloat16")
+    if not on_processor and chosen.command != "personalize":
+        tries.append("--device cpu")
+    return f"close what else uses it{', or try ' if tries else ''}{', or '.join(tries)}"
+
+
+def _as_typed(what: str, chosen: argparse.Namespace) -> str:
+    """A sentence that advises an argument of Python's, with the option that stands for it here."""
+    for name in vars(chosen):
+        option = "--" + name.removeprefix("macro_").replace("_", "-")
+        what = re.sub(rf"\b{name}=True\b", option, what)
+        what = re.sub(rf"\b{name}='(\w+)'", rf"{option} \1", what)
+    return what
+
+
+def _interrupted(chosen: argparse.Namespace) -> str:
+    checkpoint = getattr(chosen, "checkpoint", None)
+    if checkpoint is not None and checkpoint.exists():
+        return f"interrupted; the same command goes on from {checkpoint}."
+    if chosen.command == "personalize":
+        return "interrupted, and nothing is kept; with --checkpoint FILE the same command goes on where it stopped."
+    return "interrupted."
+
+
+def _complain(what: str, code: int) -> int:
+    """Print one line, whatever a hostile file has put into a name; returns the code."""
+    line = "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in what)
+    line = " ".join(line.split())
+    print(f"persres-lite: {line if len(line) <= LONGEST else line[:LONGEST] + ' …'}", file=sys.stderr)
     return code
 
 
+@contextmanager
+def _only_our_notices() -> Iterator[None]:
+    """This package's own remarks as plain lines, and none of the libraries', which a user can do nothing about."""
+    from persres_lite.support.notices import Notice
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", category=Notice)
+        warnings.showwarning = lambda message, *_, **__: _complain(str(message), 0)  # type: ignore[assignment]
+        yield
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not text in UTF-8") from None
+    return text
+
+
+def _words(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("there is no word in it")
+    return _text(text)
+
+
 def _rank(text: str) -> float | int:
-    return int(text) if text.isdigit() else float(text)
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number: give 0.05 or 16, for example") from None
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -109,10 +208,30 @@ def _option(text: str) -> tuple[str, Any]:
         return name, {"true": True, "false": False}.get(value.lower(), value)
 
 
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+def _whole(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
+    """For whole numbers in a range."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if least is not None and number < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        if most is not None and number > most:
+            raise argparse.ArgumentTypeError(f"{text} is more than {most}")
+        return number
+
+    return read
+
+
+def _finite(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
     return number
 
 
@@ -129,12 +248,18 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("concept", nargs="+", help="a folder of pictures, some files, or the name of a shipped concept")
     learn.add_argument("--out", type=Path, required=True, help="where the residuals go, FILE.safetensors")
     learn.add_argument(
-        "--class", dest="macro_class", metavar="WORD", help='what it is, "cat"; default: what the folder\'s card says'
+        "--class",
+        dest="macro_class",
+        type=_words,
+        metavar="WORD",
+        help='what it is, "cat"; default: what the folder\'s card says',
     )
-    learn.add_argument("--token", metavar="WORD", help="the rare word V* to name it (default: the card's, or sks)")
-    learn.add_argument("--steps", type=int, help="default: the base's recipe; the paper's is 150")
-    learn.add_argument("--batch-size", type=int, help="pictures a step; the paper's is 4")
-    learn.add_argument("--lr", type=float, help="learning rate; the paper's is 1e-3")
+    learn.add_argument(
+        "--token", type=_words, metavar="WORD", help="the rare word V* to name it (default: the card's, or sks)"
+    )
+    learn.add_argument("--steps", type=_whole(), help="default: the base's recipe; the paper's is 150")
+    learn.add_argument("--batch-size", type=_whole(most=1024), help="pictures a step; the paper's is 4")
+    learn.add_argument("--lr", type=_finite, help="learning rate; the paper's is 1e-3")
     learn.add_argument("--rank", type=_rank, help="a fraction of the width, or a whole number; the paper's is 0.05")
     learn.add_argument("--init", default="lora", help="lora (starts at the original model) or random (both factors)")
     learn.add_argument("--train-token", action="store_true", help="V*'s embedding learns too")
@@ -142,26 +267,28 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
     learn.add_argument("--mixed-precision", metavar="KIND", help="fp16 or bf16")
     learn.add_argument("--checkpoint", type=Path, metavar="FILE", help="where an interrupted run goes on")
-    learn.add_argument("--sample-every", type=int, metavar="N", help="draw a picture every N steps")
+    learn.add_argument("--sample-every", type=_whole(), metavar="N", help="draw a picture every N steps")
     _common(learn)
 
     draw = command("sample", "draw pictures", ABOUT_SAMPLE)
-    draw.add_argument("residuals", type=Path, help="a file that personalize wrote, or a LoRA on proj_out")
-    draw.add_argument("prompt", nargs="+", help='with {} for the concept\'s words: "a photo of a {} on the beach"')
+    _residuals(draw)
+    draw.add_argument(
+        "prompt", nargs="+", type=_text, help='with {} for the concept\'s words: "a photo of a {} on the beach"'
+    )
     draw.add_argument("--out", type=Path, default=Path("pictures"), help="a folder (default: pictures)")
     draw.add_argument("--mode", choices=("lag", "residual", "original"), default="lag", help="default: lag")
     _sampling(draw)
     _common(draw)
 
     both = command("compare", "original, residual and LAG from one noise", ABOUT_COMPARE)
-    both.add_argument("residuals", type=Path, help="a file that personalize wrote, or a LoRA on proj_out")
-    both.add_argument("prompt", nargs="+", help="as for sample")
+    _residuals(both)
+    both.add_argument("prompt", nargs="+", type=_text, help="as for sample")
     both.add_argument("--out", type=Path, default=Path("compare.png"), help="FILE.png (default: compare.png)")
     _sampling(both)
     _common(both)
 
     write = command("export", "write a LoRA for diffusers, A1111 or ComfyUI", ABOUT_EXPORT)
-    write.add_argument("residuals", type=Path, help="a file that personalize wrote, or a LoRA on proj_out")
+    _residuals(write)
     write.add_argument("--out", type=Path, required=True, help="FILE.safetensors")
     write.add_argument("--format", default="diffusers", help="diffusers, or kohya (A1111, ComfyUI); default: diffusers")
     _common(write)
@@ -174,13 +301,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _residuals(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("residuals", type=Path, help="a file that personalize wrote, or a LoRA on proj_out")
+
+
 def _sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
-    group.add_argument("--images", type=_at_least_one, default=1, metavar="N", help="of each prompt (default: 1)")
-    group.add_argument("--steps", type=_at_least_one, help="default: the base's own")
-    group.add_argument("--guidance", type=float, help="default: the base's own")
-    group.add_argument("--scale", type=float, default=1.0, help="strength of the residuals, 0 to 1 (default: 1)")
-    group.add_argument("--words", help="whose attention makes the mask; default: the words that the file names")
+    group.add_argument("--images", type=_whole(1, 9999), default=1, metavar="N", help="of each prompt (default: 1)")
+    group.add_argument("--steps", type=_whole(1, 1000), help="default: the base's own")
+    group.add_argument("--guidance", type=_finite, help="default: the base's own")
+    group.add_argument(
+        "--scale", type=_finite, default=1.0, help="strength of the residuals; 0 is the original (default: 1)"
+    )
+    group.add_argument("--words", type=_words, help="whose attention makes the mask; default: the concept's words")
     group.add_argument(
         "--mask",
         default="median",
@@ -192,7 +325,7 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--window",
-        type=float,
+        type=_finite,
         nargs=2,
         default=(0.0, 1.0),
         metavar=("FROM", "TO"),
@@ -205,7 +338,9 @@ def _common(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--base", help="toybox, sd-1.4, …, sdxl, a hub id or a folder; default: the file's, or toybox")
     group.add_argument("--device", help="cpu, cuda or mps; default: the best there is")
     group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="precision of the base")
-    group.add_argument("--seed", type=int, default=0, help="the same seed gives the same result (default: 0)")
+    group.add_argument(
+        "--seed", type=_whole(0, 2**63 - 1), default=0, help="the same seed gives the same result (default: 0)"
+    )
     group.add_argument("--quiet", action="store_true", help="no progress bar")
 
 

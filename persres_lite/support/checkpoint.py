@@ -45,8 +45,20 @@ def snapshot(state: State) -> Snapshot:
 
 @torch.no_grad()
 def restore(state: State, saved: Snapshot) -> None:
-    """Put a :func:`snapshot` back, in place."""
-    tensors, rest = saved
+    """Put a :func:`snapshot` back, in place.
+
+    Raises
+    ------
+    ValueError
+        If it is not one of this state.
+    """
+    try:
+        _restore(state, *saved)
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:  # from a file that someone has changed
+        raise ValueError(f"The checkpoint is damaged ({error!r}): delete it, or name another file.") from error
+
+
+def _restore(state: State, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
     state.generator.set_state(tensors["generator"])
     state.scaler.load_state_dict(rest["scaler"])
     state.losses[:] = rest["losses"]
@@ -88,8 +100,11 @@ def read_checkpoint(path: str | Path, settings: dict[str, Any]) -> Snapshot:
     tensors, metadata = read_tensors(path)
     if KEY not in metadata:
         raise ValueError(f"{path} is no checkpoint of a training: delete it, or name another file.")
-    rest = json.loads(metadata[KEY])
-    theirs = rest.pop("settings")
+    try:
+        rest = json.loads(metadata[KEY])
+        theirs = dict(rest.pop("settings"))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"The checkpoint {path} is damaged: delete it, or name another file.") from None
     for name, value in settings.items():
         if theirs.get(name) != value:
             raise ValueError(
