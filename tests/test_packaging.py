@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+
+import persres_lite
+from persres_lite.maintain import links, notebooks
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -142,7 +147,8 @@ def test_every_command_sets_up_what_it_needs(command, tmp_path):
     planned = make("-n", command, f"PYTHON={sys.executable}", folder=tmp_path).stdout
     assert "-m venv .venv" in planned and "--constraint tests/constraints.txt" in planned
     for module in re.findall(r"-m (persres_lite[\w.]+)", planned):
-        assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / ".ready").touch()
     assert "-m venv" not in make("-n", command, folder=tmp_path).stdout, "only once"
@@ -181,7 +187,16 @@ def tracked() -> list[Path]:
 
 def test_only_what_tools_demand_is_at_the_top():
     top = {path.relative_to(ROOT).parts[0] for path in tracked()}
-    files = {"README.md", "LICENSE", "Makefile", "pyproject.toml", "environment.yml", ".gitignore", ".gitattributes"}
+    files = {
+        "README.md",
+        "LICENSE",
+        "CITATION.cff",
+        "Makefile",
+        "pyproject.toml",
+        "environment.yml",
+        ".gitignore",
+        ".gitattributes",
+    }
     folders = {"persres_lite", "notebooks", "data", "tests", ".ci", ".github"}
     assert top <= files | folders, f"these belong elsewhere: {sorted(top - files - folders)}"
 
@@ -230,3 +245,86 @@ def test_nothing_reads_pickles():
     for path in (ROOT / "persres_lite").rglob("*.py"):
         unsafe = r"\btorch\.load\((?!.*weights_only=True)|\bimport pickle|allow_pickle=True"
         assert not re.search(unsafe, path.read_text()), path
+
+
+def test_the_version_stands_in_one_place():
+    assert PROJECT["dynamic"] == ["version"] and "version" not in PROJECT
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["dynamic"]
+    assert settings == {"version": {"attr": "persres_lite.__version__"}}
+    written = [
+        path for path in (ROOT / "persres_lite").rglob("*.py") if re.search(r"^__version__ =", path.read_text(), re.M)
+    ]
+    assert [path.relative_to(ROOT).as_posix() for path in written] == ["persres_lite/__init__.py"]
+    newest = re.search(r"^## ([\d.]+)", (ROOT / ".github/CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest and newest[1] == persres_lite.__version__
+
+
+def test_the_citation_file_and_the_readme_cite_the_same_works():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["cff-version"] == "1.2.0" and {"message", "title", "authors"} <= cited.keys()
+    bibtex = re.search(r"```bibtex\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    (paper,) = cited["references"]
+    assert " and ".join(author["family-names"] for author in paper["authors"]) in bibtex
+    assert f"{paper['start']}--{paper['end']}" in bibtex
+    for words in (
+        cited["title"],
+        cited["repository-code"],
+        paper["title"],
+        paper["collection-title"],
+        str(paper["year"]),
+    ):
+        assert words in bibtex
+    assert cited["license"] == PROJECT["license"] and cited["repository-code"] == PROJECT["urls"]["Repository"]
+
+
+def test_the_issue_form_is_one_that_is_shown():
+    """A form without a description, or with a field that lacks its label, is left out in silence."""
+    forms = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
+    assert forms
+    for form in map(yaml.safe_load, (path.read_text() for path in forms)):
+        assert form["name"] and form["description"] and any(field["type"] != "markdown" for field in form["body"])
+        ids = [field["id"] for field in form["body"]]
+        assert len(set(ids)) == len(ids) and all(field["attributes"]["label"] for field in form["body"])
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_and_names_of_files_in_the_guides(name):
+    text = (ROOT / ".github" / name).read_text()
+    for target in links.targets(text):
+        assert (ROOT / ".github" / target).exists(), target
+    for path in re.findall(r"`((?:tests|persres_lite)/[\w./]+\.\w+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_guide_names_every_command_of_the_notebooks_tools():
+    text = (ROOT / ".github/CONTRIBUTING.md").read_text()
+    for command in re.findall(r"^python -m persres_lite.maintain.notebooks (\w+)", notebooks.__doc__, re.MULTILINE):
+        assert re.search(rf"\*\*`{command}\b", text), command
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """Built from a copy, without a network, by the build backend that is installed."""
+    pytest.importorskip("setuptools", minversion="77")
+    copy = tmp_path_factory.mktemp("wheel")
+    for path in tracked():
+        relative = path.relative_to(ROOT)
+        if relative.parts[0] == "persres_lite" or len(relative.parts) == 1:
+            (copy / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy / relative)
+    code = "import setuptools.build_meta as backend, sys; print(backend.build_wheel(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, "dist"], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (built,) = (copy / "dist").glob("*.whl")
+    return zipfile.ZipFile(built)
+
+
+def test_the_wheel_holds_the_product_and_nothing_else(wheel):
+    inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    package = {path.relative_to(ROOT).as_posix() for path in tracked() if path.is_relative_to(ROOT / "persres_lite")}
+    assert inside == {name for name in package if not name.startswith("persres_lite/maintain/")}
+    assert any(name.startswith("persres_lite/maintain/") for name in package)
+
+
+def test_the_wheel_has_the_packages_version(wheel):
+    assert f"persres_lite-{persres_lite.__version__}-" in wheel.filename
