@@ -227,9 +227,18 @@ def _load(kind: Any, where: str | Path) -> Any:
 
 
 def _load_processor(where: str | Path) -> Any:
-    from transformers import AutoImageProcessor
+    """What prepares an encoder's pictures, with Pillow: AutoImageProcessor would ask for torchvision."""
+    import transformers
 
-    return _load(AutoImageProcessor, where)
+    class Settings(transformers.image_processing_base.ImageProcessingMixin):
+        """Only read, to see which kind it is; old files name it by another word."""
+
+    found = _load(Settings, where).to_dict()
+    kind = str(found.get("image_processor_type") or found.get("feature_extractor_type") or "")
+    kind = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Pil").removesuffix("Fast") + "Pil"
+    if not hasattr(transformers, kind):
+        raise OSError(f"The judge {where} could not be loaded: it prepares pictures by {kind!r}, which is unknown here.")
+    return _load(getattr(transformers, kind), where)
 
 
 def _features(output: Any) -> Tensor:
