@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -230,10 +231,8 @@ def _load_processor(where: str | Path) -> Any:
     """What prepares an encoder's pictures, with Pillow: AutoImageProcessor would ask for torchvision."""
     import transformers
 
-    class Settings(transformers.image_processing_base.ImageProcessingMixin):
-        """Only read, to see which kind it is; old files name it by another word."""
-
-    found = _load(Settings, where).to_dict()
+    settings = SimpleNamespace(from_pretrained=transformers.CLIPImageProcessorPil.get_image_processor_dict)
+    found, _ = _load(settings, where)  # only read, to see which kind it is; old files name it by another word
     kind = str(found.get("image_processor_type") or found.get("feature_extractor_type") or "")
     kind = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Pil").removesuffix("Fast") + "Pil"
     if not hasattr(transformers, kind):
