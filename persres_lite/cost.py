@@ -41,8 +41,7 @@ def without_gpu(base: str | os.PathLike) -> str | None:
     minutes = MINUTES * (size / 512) ** 2.5 * 2 / cores
     return (
         f"There is no GPU here. On {cores} {'cores' if cores > 1 else 'core'} a picture of {size} x {size} pixels takes "
-        f"{_about(minutes)}, and learning a concept {_about(PICTURES * minutes)}; the weights, where they are not here "
-        "yet, are some gigabytes to fetch. On Colab choose Runtime > Change runtime type > a GPU; Toybox needs none."
+        f"{_about(minutes)} in 50 steps, and learning a concept {_about(PICTURES * minutes)}; Toybox needs no GPU."
     )
 
 

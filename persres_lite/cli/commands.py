@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from tqdm.auto import tqdm
 from persres_lite import Residuals, load_base, load_concept, localized
 from persres_lite import personalize as learn
 from persres_lite.bases import entry
+from persres_lite.cost import without_gpu
 from persres_lite.lora import PREFIX, export_lora, import_lora
 from persres_lite.masks import average
 from persres_lite.residuals import FORMAT
@@ -26,7 +29,7 @@ def personalize(chosen: Namespace) -> None:
     """Learn a concept and write its residuals."""
     _needs_suffix(chosen.out, ".safetensors")
     concept = load_concept(_one_or_many(chosen.concept), chosen.macro_class, chosen.token)
-    base = load_base(chosen.base, chosen.device, _dtype(chosen.dtype))
+    base = _load_base(chosen)
     start = time.perf_counter()
     residuals = learn(
         base,
@@ -98,10 +101,18 @@ def _load(chosen: Namespace) -> tuple[Any, Residuals]:
     _, metadata = read_tensors(chosen.residuals)
     ours = metadata.get("format") == FORMAT
     known = metadata.get("base") if ours else metadata.get(PREFIX + "base")
-    base = load_base(chosen.base or known, chosen.device, _dtype(chosen.dtype))
+    base = _load_base(chosen, known)
     if ours:
         return base, Residuals.load(chosen.residuals, base)
     return base, import_lora(chosen.residuals, base, only_proj_out=chosen.only_proj_out)
+
+
+def _load_base(chosen: Namespace, known: str | None = None) -> Any:
+    """The base asked for, else the one that a file names; what it costs without a GPU is said before it is fetched."""
+    name = chosen.base or known or os.environ.get("PERSRES_BASE") or "toybox"
+    if chosen.command != "export" and (cost := without_gpu(name)):
+        print(cost, file=sys.stderr, flush=True)
+    return load_base(name, chosen.device, _dtype(chosen.dtype))
 
 
 def _words(chosen: Namespace, residuals: Residuals) -> str:

@@ -63,7 +63,9 @@ def start(base: str | None = None) -> tuple[Path, str]:
     requirements = project_requirements(HOME)
     missing = missing_requirements(requirements)
     if missing and not _was_fetched(HOME):
-        raise NotReady(f"Missing here: {', '.join(missing)}. Run `make lab` in the project's folder, or {_line(missing)}")
+        raise NotReady(
+            f"Missing here: {', '.join(missing)}. Run `make lab` in the project's folder, or {_line(missing)}"
+        )
     if missing:
         install(requirements, missing)
     refuse_stale(requirements, installed_now=bool(missing))
@@ -73,7 +75,7 @@ def start(base: str | None = None) -> tuple[Path, str]:
         from persres_lite.cost import without_gpu
 
         if cost := without_gpu(base):
-            print(cost)
+            print(cost, "To get one: Runtime > Change runtime type." if "google.colab" in sys.modules else "")
     return HOME, base
 
 
@@ -163,7 +165,9 @@ def refuse_stale(requirements: list[str], installed_now: bool = False) -> None:
     from packaging.requirements import Requirement
 
     for requirement in map(Requirement, requirements):
-        loaded = getattr(sys.modules.get({"pillow": "PIL"}.get(requirement.name, requirement.name)), "__version__", None)
+        loaded = getattr(
+            sys.modules.get({"pillow": "PIL"}.get(requirement.name, requirement.name)), "__version__", None
+        )
         if loaded is None:
             continue
         on_disk = importlib.metadata.version(requirement.name)
