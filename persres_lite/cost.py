@@ -14,8 +14,8 @@ LARGE = 256
 """Pixels: a base whose pictures are smaller than this is quick anywhere."""
 
 MINUTES = 12.0
-"""For one picture of 512 x 512 pixels in 50 steps on two cores, from `make bench`'s seconds for a step of SD 1.4's U-Net
-at 256 x 256 and the count of operations at both sizes. The time falls in proportion to the cores."""
+"""For a picture of 512 x 512 pixels in 50 steps on two cores: what `make bench` measures for a step of SD 1.4's U-Net
+at 256 x 256, times the operations of the larger size. More cores are taken to be faster in proportion."""
 
 PICTURES = 12.5
 """Learning a concept by the paper's recipe takes as long as so many pictures: 600 passes there and back."""
@@ -40,8 +40,8 @@ def without_gpu(base: str | os.PathLike) -> str | None:
     cores = os.cpu_count() or 1
     minutes = MINUTES * (size / 512) ** 2.5 * 2 / cores
     return (
-        f"There is no GPU here. On {cores} {'cores' if cores > 1 else 'core'} a picture of {size} x {size} pixels takes "
-        f"{_about(minutes)} in 50 steps, and learning a concept {_about(PICTURES * minutes)}; Toybox needs no GPU."
+        f"There is no GPU here. On {cores} core{'s' * (cores > 1)}, a picture of {size} x {size} pixels takes "
+        f"{_about(minutes)} and learning a concept {_about(PICTURES * minutes)}; Toybox needs no GPU."
     )
 
 

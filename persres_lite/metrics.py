@@ -236,7 +236,9 @@ def _load_processor(where: str | Path) -> Any:
     kind = str(found.get("image_processor_type") or found.get("feature_extractor_type") or "")
     kind = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Pil").removesuffix("Fast") + "Pil"
     if not hasattr(transformers, kind):
-        raise OSError(f"The judge {where} could not be loaded: it prepares pictures by {kind!r}, which is unknown here.")
+        raise OSError(
+            f"The judge {where} could not be loaded: it prepares pictures by {kind!r}, which is unknown here."
+        )
     return _load(getattr(transformers, kind), where)
 
 

@@ -24,8 +24,11 @@ KEPT = ("torch", "numpy", "ipywidgets")
 """Packages that a running Colab has already loaded or that match its front end: replacing one breaks the session."""
 
 TOGETHER = ("diffusers", "transformers", "accelerate", "safetensors", "peft")
-"""Packages that share others (huggingface_hub, tokenizers): pip must choose their versions in one go, or it takes one
-that does not go with the rest."""
+"""Packages that share others: pip must choose their versions in one go, or it takes one that does not go with the
+rest."""
+
+SHARED = ("huggingface_hub", "tokenizers")
+"""What they share."""
 
 
 class NotReady(RuntimeError):
@@ -38,8 +41,8 @@ class NotReady(RuntimeError):
 def start(base: str | None = None) -> tuple[Path, str]:
     """Make the notebook ready and print one line: base, device, versions.
 
-    Where everything fits, nothing is installed. In a copy that the first cell has fetched, what is missing or too old is
-    installed by one pip command, and the line before it says so.
+    Where everything fits, nothing is installed. In a copy that the first cell has fetched, one pip command installs
+    what is missing or too old, and a line before it says so.
 
     Parameters
     ----------
@@ -63,9 +66,8 @@ def start(base: str | None = None) -> tuple[Path, str]:
     requirements = project_requirements(HOME)
     missing = missing_requirements(requirements)
     if missing and not _was_fetched(HOME):
-        raise NotReady(
-            f"Missing here: {', '.join(missing)}. Run `make lab` in the project's folder, or {_line(missing)}"
-        )
+        listed = ", ".join(missing)
+        raise NotReady(f"Missing here: {listed}. Run `make lab` in the project's folder, or: {_line(missing)}")
     if missing:
         install(requirements, missing)
     refuse_stale(requirements, installed_now=bool(missing))
@@ -75,7 +77,7 @@ def start(base: str | None = None) -> tuple[Path, str]:
         from persres_lite.cost import without_gpu
 
         if cost := without_gpu(base):
-            print(cost, "To get one: Runtime > Change runtime type." if "google.colab" in sys.modules else "")
+            print(cost + (" Choose one under Runtime > Change runtime type." if "google.colab" in sys.modules else ""))
     return HOME, base
 
 
@@ -135,8 +137,9 @@ def install(requirements: list[str], missing: list[str]) -> None:
         named = [text for text in requirements if text in missing or _name(text) in TOGETHER]
         listed = [_name(text) for text in named]
         named = named + [name for name in _installed(TOGETHER) if name not in listed]
-    has = ", ".join(f"{name} {version}" for name, version in _installed(tuple(map(_name, missing))).items())
-    print(f"Not all that is needed is here{f' (too old or too new: {has})' if has else ''}, so once: {_line(named)}")
+    unfit = " and ".join(f"{name} {version}" for name, version in _installed(tuple(map(_name, missing))).items())
+    why = f"{unfit} will not do" if unfit else "some packages are missing"
+    print(f"In this session {why}, so what belongs together is installed once: {_line(named)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "kept.txt"
         constraints.write_text("".join(f"{name}=={version}\n" for name, version in _installed(KEPT).items()))
@@ -147,7 +150,7 @@ def install(requirements: list[str], missing: list[str]) -> None:
 
 
 def refuse_stale(requirements: list[str], installed_now: bool = False) -> None:
-    """Ask for a restart if the session has loaded a version that does not serve.
+    """Stop if the session has loaded a version that does not serve, or one of `KEPT` does not.
 
     Parameters
     ----------
@@ -164,21 +167,20 @@ def refuse_stale(requirements: list[str], installed_now: bool = False) -> None:
     """
     from packaging.requirements import Requirement
 
-    for requirement in map(Requirement, requirements):
-        loaded = getattr(
-            sys.modules.get({"pillow": "PIL"}.get(requirement.name, requirement.name)), "__version__", None
-        )
-        if loaded is None:
-            continue
+    for requirement in map(Requirement, (*requirements, *_installed(SHARED))):
+        if requirement.name not in _installed((requirement.name,)):
+            continue  # not needed on this Python
         on_disk = importlib.metadata.version(requirement.name)
-        serves = requirement.specifier.contains(loaded, prereleases=True)
-        if serves and not (installed_now and loaded != on_disk):
+        used = _loaded(requirement.name) or on_disk
+        serves = requirement.specifier.contains(used, prereleases=True)
+        if serves and (used == on_disk or not installed_now):
             continue
-        if loaded == on_disk:  # only one of KEPT, which is not replaced: a restart would not help
-            wanted = f"{requirement.name}{requirement.specifier}"
-            raise NotReady(f"{requirement.name} {loaded} is installed here, and {wanted} is needed: update it first.")
+        if used == on_disk:  # one of KEPT, which this cell does not replace: a restart would not help
+            raise NotReady(
+                f"{requirement.name} {used} is installed here, and {requirement} is needed: update it first."
+            )
         raise NotReady(
-            f"{requirement.name} {loaded} is still in memory, and {on_disk} is installed now: restart the session (on "
+            f"{requirement.name} {used} is still in memory, and {on_disk} is installed now: restart the session (on "
             "Colab: Runtime > Restart session) and run this cell again."
         )
 
@@ -195,8 +197,11 @@ def _name(requirement: str) -> str:
 
 def _version(package: str) -> str:
     """Of the package in memory, or of the one on disk, which is what an import would load."""
-    loaded = getattr(sys.modules.get(package), "__version__", None)
-    return loaded or importlib.metadata.version(package)
+    return _loaded(package) or importlib.metadata.version(package)
+
+
+def _loaded(package: str) -> str | None:
+    return getattr(sys.modules.get({"pillow": "PIL"}.get(package, package)), "__version__", None)
 
 
 def _installed(names: tuple[str, ...]) -> dict[str, str]:

@@ -3,9 +3,9 @@
     build/colab/bin/python -m persres_lite.maintain.colab [NAME ...]
 
 Each notebook is put alone into an empty folder, and its first cell fetches the project from a local address that stands
-for the public one: what was committed here. Run is what stands in the working tree, under this very Python. Tried then
-are what a user of Colab has beside notebooks: the command without an installation, and setuptools reading pyproject.toml.
-Nothing of it may install or change a package, or say anything but what the notebooks say themselves.
+for the public one and has what is committed here. Tried as well: the command without an installation, setuptools on
+pyproject.toml, and the tests that depend most on the libraries. Nothing of it may install or change a package, and no
+notebook may complain.
 """
 
 from __future__ import annotations
@@ -61,11 +61,8 @@ def alone(path: Path, address: str) -> list[str]:
 
 def without_installing(address: str) -> list[str]:
     """The command from a clone, and what setuptools reads of the project; returns what failed."""
-    metadata = "import setuptools.build_meta as build; build.prepare_metadata_for_build_wheel('build')"
-    tried = {
-        "the command": ["-m", "persres_lite", "--version"],
-        "setuptools": ["-c", f"import os; os.mkdir('build'); {metadata}"],
-    }
+    read = "import os; os.mkdir('x'); import setuptools.build_meta as b; b.prepare_metadata_for_build_wheel('x')"
+    tried = {"the command": ["-m", "persres_lite", "--version"], "setuptools": ["-c", read]}
     found = []
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["git", "clone", "--quiet", address, folder], check=True)
@@ -80,9 +77,10 @@ def main(names: list[str] | None = None) -> int:
     names = names or list(DEFAULT)
     for variable in ("PYTHONPATH", "PERSRES_BASE"):
         os.environ.pop(variable, None)
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # old kernels warn of their own debugger
     before, colabs = installed(), listed()
     others = [
-        f"{name} {before.get(name)} for {version}" for name, version in colabs.items() if before.get(name) != version
+        f"{name} {before.get(name)} for {wanted}" for name, wanted in colabs.items() if before.get(name) != wanted
     ]
     print("Versions as on Colab" + (f", but {', '.join(others)}." if others else "."), flush=True)
     problems = []
@@ -93,7 +91,7 @@ def main(names: list[str] | None = None) -> int:
         for path in notebooks.notebook_paths(names=names):
             print(path.name, flush=True)
             problems += [f"{path.name}: {complaint}" for complaint in alone(path, bare.as_uri())]
-    # Told that there is no network, diffusers 0.39 refuses even a file on disk if it is not named apart from its folder.
+    # Told that there is no network, diffusers 0.39 refuses even a file on disk.
     tests = [sys.executable, "-m", "pytest", "--quiet", *LIBRARIES]
     done = subprocess.run(tests, cwd=notebooks.ROOT, env={**os.environ, "HF_HUB_OFFLINE": "0"})
     problems += ["a test of the libraries failed"] if done.returncode else []
