@@ -228,18 +228,18 @@ def _load(kind: Any, where: str | Path) -> Any:
 
 
 def _load_processor(where: str | Path) -> Any:
-    """What prepares an encoder's pictures, with Pillow: AutoImageProcessor would ask for torchvision."""
+    return _load(SimpleNamespace(from_pretrained=_prepared_by_pillow), where)
+
+
+def _prepared_by_pillow(where: str) -> Any:
+    """What prepares an encoder's pictures, without torchvision, which AutoImageProcessor would take or ask for."""
     import transformers
 
-    settings = SimpleNamespace(from_pretrained=transformers.CLIPImageProcessorPil.get_image_processor_dict)
-    found, _ = _load(settings, where)  # only read, to see which kind it is; old files name it by another word
-    kind = str(found.get("image_processor_type") or found.get("feature_extractor_type") or "")
-    kind = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Pil").removesuffix("Fast") + "Pil"
-    if not hasattr(transformers, kind):
-        raise OSError(
-            f"The judge {where} could not be loaded: it prepares pictures by {kind!r}, which is unknown here."
-        )
-    return _load(getattr(transformers, kind), where)
+    settings, _ = transformers.CLIPImageProcessorPil.get_image_processor_dict(where)  # only read, of whatever kind
+    name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""  # the older word
+    name = name.replace("FeatureExtractor", "ImageProcessor").removesuffix("Pil").removesuffix("Fast")
+    kind = getattr(transformers, f"{name}Pil", transformers.AutoImageProcessor)
+    return kind.from_pretrained(where)
 
 
 def _features(output: Any) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -183,3 +185,20 @@ def test_pictures_that_cannot_be_compared_are_refused():
         background_distance(a, Image.new("RGB", (4, 4)), square())
     with pytest.raises(ValueError, match="covers the whole picture"):
         background_distance(a, a, torch.ones(8, 8))
+
+
+@pytest.mark.parametrize(
+    "settings, kind",
+    [
+        ({"image_processor_type": "CLIPImageProcessor"}, "CLIPImageProcessorPil"),
+        ({"image_processor_type": "ViTImageProcessorFast"}, "ViTImageProcessorPil"),
+        ({"feature_extractor_type": "ViTFeatureExtractor", "size": 224}, "ViTImageProcessorPil"),  # as DINO's
+        ({"feature_extractor_type": "CLIPFeatureExtractor", "size": 224, "crop_size": 224}, "CLIPImageProcessorPil"),
+    ],
+)
+def test_pictures_are_prepared_without_torchvision(settings, kind, tmp_path, capfd):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    processor = metrics._load_processor(tmp_path)
+    assert type(processor).__name__ == kind
+    assert processor(images=pictures(1), return_tensors="pt")["pixel_values"].shape == (1, 3, 224, 224)
+    assert capfd.readouterr() == ("", "")
