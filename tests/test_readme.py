@@ -118,7 +118,7 @@ def clone(tmp_path_factory, env):
         if each.name not in ("persres-lite", "jupyter"):
             (venv / "bin" / each.name).symlink_to(each)
     # Scripts name the Python that they were installed for; in this folder that would be another project's.
-    for name, module in {"persres-lite": "persres_lite.cli", "jupyter": "jupyter"}.items():
+    for name, module in {"persres-lite": "persres_lite", "jupyter": "jupyter"}.items():
         script = venv / "bin" / name
         script.write_text(f'#!/bin/sh\nPYTHONPATH={clone} exec {venv}/bin/python -m {module} "$@"\n')
         script.chmod(0o755)
@@ -215,7 +215,9 @@ def test_conda_to_the_end(clone, env, port):
 
 
 @needs_make
-@pytest.mark.parametrize("command", [each for each in dict.fromkeys(INLINE) if each.split()[1] in ("bench", "pretrain")])
+@pytest.mark.parametrize(
+    "command", [each for each in dict.fromkeys(INLINE) if each.split()[1] in ("bench", "pretrain")]
+)
 def test_long_commands_are_understood(clone, env, command):
     """What takes hours is only asked whether it knows its options; its work has tests of its own."""
     planned = run(command.replace("make", "make -n", 1), clone, env).stdout.splitlines()
