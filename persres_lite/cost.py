@@ -47,17 +47,19 @@ def without_gpu(base: str | os.PathLike) -> str | None:
 
 def picture_size(base: str | os.PathLike) -> int:
     """Side of a base's pictures in pixels, as far as that is known before it is loaded: otherwise SD 1.4's."""
-    config = Path(base).expanduser() / "unet" / "config.json"
-    if config.is_file():
-        side = json.loads(config.read_text(encoding="utf-8")).get("sample_size")
-        return 8 * side if isinstance(side, int) else BASES["sd-1.4"].size
+    try:  # what is wrong with a folder is said by the one who loads it
+        side = json.loads((Path(base) / "unet" / "config.json").read_text(encoding="utf-8"))["sample_size"]
+        return 8 * int(side)
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
     try:
         return entry(os.fspath(base)).size
     except ValueError:
         return BASES["sd-1.4"].size
 
 
+
 def _about(minutes: float) -> str:
     if minutes < 90:
         return f"about {max(1, round(minutes))} minutes" if minutes >= 1.5 else "about a minute"
-    return f"about {round(minutes / 60)} hours"
+    return f"about {round(minutes / 30) / 2:g} hours"

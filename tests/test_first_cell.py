@@ -211,7 +211,7 @@ def test_the_cost_of_stable_diffusion_without_a_gpu_is_said(no_gpu, monkeypatch,
     line, cost = capsys.readouterr().out.splitlines()
     assert line.startswith("Base: sd-1.4. Device: cpu. ")
     assert cost.startswith("There is no GPU here. On 2 cores, a picture of 512 x 512 pixels takes about 12 minutes and")
-    assert "learning a concept about 2 hours" in cost and "Runtime" not in cost
+    assert "learning a concept about 2.5 hours;" in cost and "Runtime" not in cost
     monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
     notebook.start("sd-1.4")
     assert capsys.readouterr().out.endswith("Choose one under Runtime > Change runtime type.\n")
@@ -226,6 +226,10 @@ def test_how_large_a_base_is_is_known_before_it_is_loaded(no_gpu, monkeypatch, t
     assert cost.picture_size(tmp_path) < cost.LARGE and cost.without_gpu(tmp_path) is None
     (tmp_path / "unet" / "config.json").write_text('{"sample_size": 96}')
     assert "768 x 768" in cost.without_gpu(tmp_path)
+    for damaged in ("", "[]", "{}", '{"sample_size": [64, 64]}', "\xff"):
+        (tmp_path / "unet" / "config.json").write_text(damaged, encoding="latin-1")
+        assert cost.picture_size(tmp_path) == 512, "what is wrong with it is said when it is loaded"
+    assert {cost.picture_size(odd) for odd in ("~nobody/x", "a\0b", "")} == {512}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert cost.without_gpu("sd-1.4") is None
 

@@ -211,6 +211,9 @@ def test_conda_to_the_end(clone, env, port):
     """The environment is not made, since that is gigabytes: test_packaging compares its versions with those tested."""
     (block,) = [text for language, text in BLOCKS if language == "bash" and text.startswith("conda")]
     assert serves(CONDA + block, clone, env, port)["type"] == "notebook"
+    made = "\n".join(block.splitlines()[:2])
+    for command in re.findall(r"\(with conda, the command is `(.*?)` alone;\nin a clone [^`]*`(.*?)`\)", README)[0]:
+        assert run(f"{CONDA}{made}\n{command} --version", clone, env).stdout.startswith("persres-lite ")
     with pytest.raises(AssertionError, match="conda does not know: activate other"):
         run(f"{CONDA}{block.splitlines()[0]}\nconda activate other", clone, env)
 
