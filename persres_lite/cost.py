@@ -58,7 +58,6 @@ def picture_size(base: str | os.PathLike) -> int:
         return BASES["sd-1.4"].size
 
 
-
 def _about(minutes: float) -> str:
     if minutes < 90:
         return f"about {max(1, round(minutes))} minutes" if minutes >= 1.5 else "about a minute"
