@@ -9,9 +9,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PINS := tests/constraints.txt
+NOTEBOOKS ?= notebooks
+
+# Notebook 00, with the whole checkout below it so that links to data/ lead somewhere; no news and no looking for updates.
+LAB := --LabApp.default_url=/lab/tree/notebooks/00_the_result_first.ipynb --LabApp.news_url=None \
+	--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
+ROOT := $(if $(filter 0,$(shell id -u 2>/dev/null)),--allow-root)
+
+# `make colab` takes Colab's versions. Its torch with CUDA is some gigabytes, and for Linux that is what the index has
+# under that number; make colab TORCH=2.13.0 names another, of which a CPU build may be at hand.
+COLAB := build/colab
+VERSIONS := tests/colab-versions.txt
+TORCH ?= $(shell sed -n 's/^torch==//p' $(VERSIONS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab notebooks bench pretrain setup clean
+.PHONY: help demo test lab notebooks bench pretrain colab setup clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -20,14 +32,16 @@ demo: $(READY)  ## personalize Toybox on a shipped concept, write one picture, p
 	$(BIN)/python -m persres_lite.maintain.demo $(ARGS)
 
 test: $(READY)  ## style, types, every test, and every notebook against its saved outputs
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
-	HF_HUB_OFFLINE=1 PERSRES_BASE=toybox $(BIN)/python -m pytest --nbval-lax --nbval-current-env notebooks
+	@failed=; run() { echo "$$*"; "$$@" || failed="$$failed [$$*]"; }; \
+	run $(BIN)/ruff check .; \
+	run $(BIN)/ruff format --check .; \
+	run $(BIN)/mypy; \
+	run $(BIN)/python -m pytest $(ARGS); \
+	run env HF_HUB_OFFLINE=1 PERSRES_BASE=toybox $(BIN)/python -m pytest --nbval-lax --nbval-current-env $(NOTEBOOKS); \
+	[ -z "$$failed" ] || { echo "Failed:$$failed" >&2; exit 1; }
 
-lab: $(READY)  ## the notebooks in JupyterLab
-	$(BIN)/jupyter lab notebooks $(ARGS)
+lab: $(READY)  ## the notebooks in JupyterLab, 00 first
+	$(BIN)/jupyter lab $(LAB) $(ROOT) $(ARGS)
 
 notebooks: $(READY)  ## run every notebook in place and save its outputs
 	$(BIN)/python -m persres_lite.maintain.notebooks run $(ARGS)
@@ -38,6 +52,15 @@ bench: $(READY)  ## time and memory of sampling and training, against the altern
 pretrain: $(READY)  ## make Toybox from nothing and score it (a night; stops and resumes at any point)
 	$(BIN)/python -m persres_lite.maintain.pretraining $(ARGS)
 	$(BIN)/python -m persres_lite.maintain.toybox_scores
+
+# setuptools by itself, because newer torches ask for a newer one; only reading pyproject.toml depends on it.
+colab:  ## run the first cell and two notebooks on the versions that Colab has, in an environment of their own
+	rm -rf $(COLAB)
+	$(PYTHON) -m venv $(COLAB)
+	grep -Ev '^(torch|setuptools)==' $(VERSIONS) >$(COLAB)/versions.txt
+	$(COLAB)/bin/python -m pip install --quiet -r $(COLAB)/versions.txt torch==$(TORCH) nbclient pytest
+	$(COLAB)/bin/python -m pip install --quiet --no-deps $$(grep '^setuptools==' $(VERSIONS))
+	$(COLAB)/bin/python -m persres_lite.maintain.colab $(ARGS)
 
 setup: $(READY)  ## only the virtual environment
 

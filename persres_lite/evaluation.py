@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -440,9 +441,18 @@ def _load(kind: Any, where: str | Path) -> Any:
 
 
 def _load_processor(where: str | Path) -> Any:
-    from transformers import AutoImageProcessor
+    return _load(SimpleNamespace(from_pretrained=_prepared_by_pillow), where)
 
-    return _load(AutoImageProcessor, where)
+
+def _prepared_by_pillow(where: str) -> Any:
+    """What prepares an encoder's pictures, without torchvision, which AutoImageProcessor would take or ask for."""
+    import transformers
+
+    settings, _ = transformers.CLIPImageProcessorPil.get_image_processor_dict(where)  # only read, of whatever kind
+    name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""  # the older word
+    name = name.replace("FeatureExtractor", "ImageProcessor").removesuffix("Pil").removesuffix("Fast")
+    kind = getattr(transformers, f"{name}Pil", transformers.AutoImageProcessor)
+    return kind.from_pretrained(where)
 
 
 def _dinos_own() -> Any:

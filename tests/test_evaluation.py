@@ -5,6 +5,7 @@ same noise drawn in several ways.
 from __future__ import annotations
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -263,3 +264,20 @@ def test_dino_sees_a_picture_as_its_authors_prepared_it(folders, monkeypatch):
     right = (torch.from_numpy(np.asarray(by_hand).copy()).float() / 255 - mean) / std
     assert seen.shape == (3, 224, 224)
     assert (seen - right.permute(2, 0, 1)).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    "settings, kind",
+    [
+        ({"image_processor_type": "CLIPImageProcessor"}, "CLIPImageProcessorPil"),
+        ({"image_processor_type": "ViTImageProcessorFast"}, "ViTImageProcessorPil"),
+        ({"feature_extractor_type": "ViTFeatureExtractor", "size": 224}, "ViTImageProcessorPil"),  # as DINO's
+        ({"feature_extractor_type": "CLIPFeatureExtractor", "size": 224, "crop_size": 224}, "CLIPImageProcessorPil"),
+    ],
+)
+def test_pictures_are_prepared_without_torchvision(settings, kind, tmp_path, capfd):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    processor = evaluation._load_processor(tmp_path)
+    assert type(processor).__name__ == kind
+    assert processor(images=pictures(1), return_tensors="pt")["pixel_values"].shape == (1, 3, 224, 224)
+    assert capfd.readouterr() == ("", "")

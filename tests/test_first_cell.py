@@ -7,13 +7,18 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
+from persres_lite import cost
+from persres_lite.cli import commands, main
 from persres_lite.course import start as notebook
 from persres_lite.maintain import notebooks
 from tests.notebook_example import example
+from tests.tiny import tiny_pipeline
 
 ROOT = notebooks.ROOT
 CELL = notebooks.first_cell(notebooks.public_address())
@@ -60,7 +65,7 @@ def fresh(tmp_path_factory):
     return str(python), site
 
 
-def test_alone_in_an_empty_folder_it_fetches_and_installs_the_project(bare, fresh, tmp_path):
+def test_alone_in_an_empty_folder_it_fetches_the_project_and_installs_nothing(bare, fresh, tmp_path):
     python, site = fresh
     before = {path.name for path in site.iterdir()}
     after = (
@@ -68,19 +73,18 @@ def test_alone_in_an_empty_folder_it_fetches_and_installs_the_project(bare, fres
         "fetched = here / 'persres-lite'\n"
         "print('from', Path(persres_lite.__file__).is_relative_to(fetched), HOME == fetched)"
     )
-    # Without an index pip can install nothing but the project: whatever else the cell wanted would be an error.
     env = {"PERSRES_REPOSITORY": bare, "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     done = run_cell(first_code_cell() + after, tmp_path, python, **env)
-    assert done.returncode == 0, done.stderr
-    assert "Base: toybox. Device: " in done.stdout and "from True True" in done.stdout
-    added = {path.name for path in site.iterdir()} - before
-    assert all("persres" in name or name == "__pycache__" for name in added), added
-    assert before <= {path.name for path in site.iterdir()}
-    if "could not be installed" not in done.stdout:
-        assert any(name.startswith("persres_lite-") and name.endswith(".dist-info") for name in added)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    found, where = done.stdout.splitlines()  # one line says what it found
+    assert found.startswith("Base: toybox. Device: ") and where == "from True True"
+    assert {path.name for path in site.iterdir()} - {"__pycache__"} == before - {"__pycache__"}
     again = run_cell(first_code_cell(), tmp_path, python, PERSRES_REPOSITORY="file:///nowhere", PERSRES_BASE="sd-1.4")
     assert again.returncode == 0, again.stderr  # found, not fetched again
     assert "Base: sd-1.4." in again.stdout
+    version = [python, "-m", "persres_lite", "--version"]
+    said = subprocess.run(version, cwd=tmp_path / "persres-lite", capture_output=True, text=True, check=True).stdout
+    assert said.startswith("persres-lite ")
 
 
 def test_in_a_clone_it_fetches_and_installs_nothing_and_its_first_line_is_the_switch(tmp_path):
@@ -111,31 +115,129 @@ def test_requirements_are_missing_only_if_absent_or_too_old():
     assert notebook.missing_requirements(notebook.project_requirements(ROOT)) == []
 
 
-def test_installing_pins_what_a_running_colab_must_keep(monkeypatch, tmp_path):
+WANTED = ["torch>=2.4", "diffusers>=99", "transformers>=5.6", "accelerate>=1.0", "pillow>=1", "no-such-package>=1"]
+
+
+def test_one_pip_command_names_all_that_belong_together_and_keeps_what_a_running_colab_needs(monkeypatch, capsys):
     calls = []
 
     def pip(command):
-        calls.append(command[4:])  # after python -m pip install
-        if "--constraint" in command:
-            calls[-1] = [*command[4:], Path(command[command.index("--constraint") + 1]).read_text()]
+        assert capsys.readouterr().out, "what is installed is said before"
+        calls.append((command, Path(command[command.index("--constraint") + 1]).read_text()))
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(notebook.subprocess, "run", pip)
-    notebook.install(tmp_path, ["peft>=0.17"])
-    first, second = calls
-    assert "peft>=0.17" in first
-    assert [line.split("==")[0] for line in first[-1].splitlines()] == ["torch", "numpy", "ipywidgets"]
-    assert "--no-deps" in second and second[-2:] == ["--editable", str(tmp_path)]
+    monkeypatch.setattr(notebook, "_installed", fake_versions(diffusers="0.30", peft="0.20", torch="2.6.0"))
+    notebook.install(WANTED, notebook.missing_requirements(WANTED))
+    ((command, kept),) = calls
+    names = command[command.index("--constraint") + 2 :]
+    assert names == ["diffusers>=99", "transformers>=5.6", "accelerate>=1.0", "no-such-package>=1", "peft"]
+    assert kept == "torch==2.6.0\n"
+    monkeypatch.setattr(notebook.subprocess, "run", lambda command: calls.append(command) or pip_done())
+    notebook.install(WANTED, ["no-such-package>=1"])
+    assert calls[-1][-1] == "no-such-package>=1" and "diffusers>=99" not in calls[-1], "nothing that is not needed"
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and said.endswith(
+        'some packages are missing, so what belongs together is installed once: pip install "no-such-package>=1"\n'
+    )
+
+
+def fake_versions(**versions: str):
+    return lambda names: {name: versions[name] for name in names if name in versions}
+
+
+def pip_done(code: int = 0) -> subprocess.CompletedProcess:
+    return subprocess.CompletedProcess([], code)
+
+
+def test_a_version_in_memory_that_does_not_serve_asks_for_a_restart(monkeypatch):
+    notebook.refuse_stale(notebook.project_requirements(ROOT))
+    notebook.refuse_stale(notebook.project_requirements(ROOT), installed_now=True)
+    old = types.ModuleType("old")
+    old.__version__ = "0.30.0"
+    monkeypatch.setitem(sys.modules, "tqdm", old)
+    with pytest.raises(notebook.NotReady, match=r"tqdm 0.30.0 is still in memory, and \S+ is installed now: restart"):
+        notebook.refuse_stale(["tqdm>=4.60"])
+    notebook.refuse_stale(["tqdm>=0.1"])  # it serves
+    with pytest.raises(notebook.NotReady, match="restart the session"):
+        notebook.refuse_stale(["tqdm>=0.1"], installed_now=True)  # its other parts would come from the new version
+    with pytest.raises(
+        notebook.NotReady, match=r"torch \S+ is installed here, and torch>=99 is needed: update it first"
+    ):
+        notebook.refuse_stale(["torch>=99"])
+
+
+def test_the_line_names_the_versions_in_memory(monkeypatch):
+    import diffusers
+
+    monkeypatch.setattr(diffusers, "__version__", "0.39.0.in.memory")
+    assert ", diffusers 0.39.0.in.memory, transformers " in notebook.describe("toybox")
+
+
+def test_in_a_notebook_one_sentence_is_shown_and_no_trace():
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell, shown = InteractiveShell(), []
+    shell._showtraceback = lambda kind, error, lines: shown.append(lines)
+    shell.run_cell("from persres_lite.course.start import NotReady\nraise NotReady('Do this.')")
+    assert shown == [["Do this."]]
 
 
 def test_what_is_missing_in_a_clone_is_said_and_not_installed(monkeypatch):
     monkeypatch.setattr(notebook, "project_requirements", lambda home: ["no-such-package>=1"])
-    monkeypatch.setattr(notebook, "install", lambda home, missing: pytest.fail("nothing may be installed in a clone"))
-    with pytest.raises(RuntimeError, match="no-such-package>=1. Run `make lab`"):
+    monkeypatch.setattr(notebook, "install", lambda *_: pytest.fail("nothing may be installed in a clone"))
+    with pytest.raises(RuntimeError, match='no-such-package>=1. Run `make lab`.*: pip install "no-such-package>=1"$'):
         notebook.start()
 
 
-def test_a_failing_pip_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(notebook.subprocess, "run", lambda command: subprocess.CompletedProcess(command, 1))
-    with pytest.raises(RuntimeError, match="could not install peft"):
-        notebook.install(tmp_path, ["peft"])
+def test_a_failing_pip_is_said(monkeypatch):
+    monkeypatch.setattr(notebook.subprocess, "run", lambda command: pip_done(1))
+    with pytest.raises(RuntimeError, match="could not install no-such-package"):
+        notebook.install(WANTED, ["no-such-package>=1"])
+
+
+# ------------------------------------------------------------------------------------- without a GPU
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+
+
+def test_the_cost_of_stable_diffusion_without_a_gpu_is_said(no_gpu, monkeypatch, capsys):
+    notebook.start("sd-1.4")
+    line, cost = capsys.readouterr().out.splitlines()
+    assert line.startswith("Base: sd-1.4. Device: cpu. ")
+    assert cost.startswith("There is no GPU here. On 2 cores, a picture of 512 x 512 pixels takes about 12 minutes and")
+    assert "learning a concept about 2.5 hours;" in cost and "Runtime" not in cost
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    notebook.start("sd-1.4")
+    assert capsys.readouterr().out.endswith("Choose one under Runtime > Change runtime type.\n")
+    notebook.start("toybox")
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_how_large_a_base_is_is_known_before_it_is_loaded(no_gpu, monkeypatch, tmp_path):
+    sizes = {"toybox": 64, "sd-1.5": 512, "sd-2.1": 768, "sdxl": 1024, "some/one": 512}
+    assert {base: cost.picture_size(base) for base in sizes} == sizes
+    tiny_pipeline("sd1").save_pretrained(tmp_path)
+    assert cost.picture_size(tmp_path) < cost.LARGE and cost.without_gpu(tmp_path) is None
+    (tmp_path / "unet" / "config.json").write_text('{"sample_size": 96}')
+    assert "768 x 768" in cost.without_gpu(tmp_path)
+    for damaged in ("", "[]", "{}", '{"sample_size": [64, 64]}', "\xff"):
+        (tmp_path / "unet" / "config.json").write_text(damaged, encoding="latin-1")
+        assert cost.picture_size(tmp_path) == 512, "what is wrong with it is said when it is loaded"
+    assert {cost.picture_size(odd) for odd in ("~nobody/x", "a\0b", "")} == {512}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cost.without_gpu("sd-1.4") is None
+
+
+def test_the_command_says_it_before_anything_is_fetched(no_gpu, monkeypatch, capsys):
+    def load(*_):
+        assert "There is no GPU here." in capsys.readouterr().err
+        raise OSError("no network")
+
+    monkeypatch.setattr(commands, "load_base", load)
+    assert main(["personalize", "plum-cat", "--base", "sd-1.4", "--out", "x.safetensors"]) == 1

@@ -25,14 +25,15 @@ MAY_IMPORT = {
     "bases": {"support"},
     "concepts": {"support"},
     "residuals": {"support"},
+    "cost": {"bases"},
     "training": FIRST,
     "attention": FIRST,
     "lora": FIRST,
     "localize": FIRST | {"attention", "lora"},
     "evaluation": FIRST | {"localize"},
     "toybox": set(),
-    "course": METHOD | {"toybox"},
-    "cli": METHOD,
+    "course": METHOD | {"toybox", "cost"},
+    "cli": METHOD | {"cost"},
     "maintain": METHOD | {"toybox", "course", "cli"},
 }
 

@@ -29,8 +29,8 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
-COLAB = {"torch": "2.6.0", "numpy": "2.0.2", "ipywidgets": "7.7.1"}
-"""What a Colab session has had loaded since the spring of 2025; an installation must be content with it."""
+EARLIER_COLAB = {"torch": "2.6.0", "numpy": "2.0.2", "ipywidgets": "7.7.1"}
+"""What a Colab session had loaded from the spring of 2025 on; an installation must be content with it, too."""
 
 
 def canonical(name: str) -> str:
@@ -68,13 +68,35 @@ def test_every_requirement_is_pinned_within_its_range(python):
         assert pinned[name] in allowed, f"{name} {pinned[name]} is outside of {allowed}"
 
 
+def colab() -> dict[str, Version]:
+    """What Colab has, by tests/colab-versions.txt."""
+    lines = (ROOT / "tests" / "colab-versions.txt").read_text().splitlines()
+    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
+    return {canonical(name): Version(version) for name, version in pairs}
+
+
 def test_requirements_are_ranges_that_leave_colabs_own_packages_alone():
     allowed = requirements(PROJECT["dependencies"])
     for name, specifiers in allowed.items():
         assert specifiers and not any(one.operator in ("==", "===", "~=") for one in specifiers), name
-    for name, version in COLAB.items():
+    for name, version in EARLIER_COLAB.items():
         assert Version(version) in allowed[name]
         assert not any("<" in one.operator for one in allowed[name]), f"a later {name} must do as well"
+    for name in allowed.keys() - {"tqdm"}:  # which the others bring
+        assert colab()[name] in allowed[name], f"on Colab {name} would be replaced"
+    assert colab()["peft"] in requirements(EXTRAS["dev"])["peft"]
+    assert re.search(r"had installed on \d+ \w+ 20\d\d", (ROOT / "tests" / "colab-versions.txt").read_text())
+
+
+def test_colabs_versions_are_tried_by_one_command_and_in_the_workflow():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"]["colab"]
+    assert workflow["steps"][-1] == {"run": "make colab"}
+    planned = make("-n", "colab", f"PYTHON={sys.executable}").stdout
+    assert f" torch=={colab()['torch']} " in planned and "-r build/colab/versions.txt" in planned
+    assert " torch==9.9 " in make("-n", "colab", "TORCH=9.9").stdout
+    (module,) = re.findall(r"-m (persres_lite[\w.]+)", planned)
+    assert (ROOT / (module.replace(".", "/") + ".py")).is_file()
+    assert "make" not in planned and "constraints" not in planned, "apart from .venv"
 
 
 def test_supported_pythons():
@@ -127,15 +149,43 @@ def test_gpu_runners_use_stable_diffusion():
     assert job["env"] == {"PERSRES_BASE": "sd-1.4"} and "gpu" in job["runs-on"]
 
 
-def make(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
+def test_one_failure_hides_no_other(tmp_path):
+    """The notebooks run also when a test has failed, and the whole has then failed."""
+    for name in ("Makefile", "pyproject.toml", "tests/constraints.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    tools = tmp_path / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    (tmp_path / ".venv" / ".ready").touch()
+    for tool in ("ruff", "mypy", "python"):
+        (tools / tool).write_text(
+            f'#!/bin/sh\necho "{tool} $*" >>ran\ncase "{tool} $*" in *"$BREAKS"*) exit 3;; esac\n'
+        )
+        (tools / tool).chmod(0o755)
+    order = [
+        "ruff check .",
+        "mypy ",
+        "python -m pytest -x",
+        "python -m pytest --nbval-lax --nbval-current-env notebooks",
+    ]
+    for breaks in ("nothing", *order):
+        (tmp_path / "ran").unlink(missing_ok=True)
+        done = make("test", "ARGS=-x", folder=tmp_path, BREAKS=breaks)
+        ran = (tmp_path / "ran").read_text().splitlines()
+        assert [line for line in ran if line in order] == order, breaks
+        assert (done.returncode == 0) == (breaks == "nothing"), breaks
+        assert breaks == "nothing" or f".venv/bin/{breaks.strip()}" in done.stderr, "named at the end"
+
+
+def make(*arguments: str, folder: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    return subprocess.run(["make", *arguments], cwd=folder, env=clean, capture_output=True, text=True)
+    return subprocess.run(["make", *arguments], cwd=folder, env=clean | env, capture_output=True, text=True)
 
 
 def test_make_lists_its_commands():
     listed = make("help").stdout
     assert make().stdout == listed
-    for command in ("demo", "test", "lab", "notebooks", "bench", "pretrain", "help"):
+    for command in ("demo", "test", "lab", "notebooks", "bench", "pretrain", "colab", "help"):
         assert re.search(rf"^make {command} +\S", listed, re.MULTILINE), command
 
 
@@ -238,7 +288,16 @@ def test_data_stay_small():
 
 def test_the_licence_is_the_one_that_is_declared():
     text = (ROOT / "LICENSE").read_text()
-    assert PROJECT["license"] == "MIT" and text.startswith("MIT License") and "persres-lite contributors" in text
+    declared = [line for line in PROJECT["classifiers"] if line.startswith("License")]
+    assert declared == ["License :: OSI Approved :: MIT License"]
+    assert text.startswith("MIT License") and "persres-lite contributors" in text
+
+
+def test_colabs_setuptools_can_read_the_project():
+    """Older than 77, it takes `license` as a table only, which newer ones will refuse; and knows no `license-files`."""
+    assert not {"license", "license-files"} & PROJECT.keys()
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]
+    assert colab()["setuptools"] in requirements(build["requires"])["setuptools"]
 
 
 def test_nothing_reads_pickles():

@@ -6,6 +6,7 @@ import io
 import itertools
 import os
 import re
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -25,6 +26,7 @@ from persres_lite import compare as side_by_side
 from persres_lite import personalize as learn
 from persres_lite.bases import BASES, settings_of
 from persres_lite.cli import Failed
+from persres_lite.cost import without_gpu
 from persres_lite.evaluation import Way, draw
 from persres_lite.lora import PREFIX, export_lora, import_lora
 from persres_lite.masks import find_rule
@@ -155,8 +157,11 @@ def _load(chosen: Namespace) -> tuple[Any, Residuals]:
 
 def _base(chosen: Namespace, name: str | None = None) -> Any:
     """The frozen model: the one asked for, else the one that a file names."""
+    name = chosen.base or name or os.environ.get("PERSRES_BASE") or "toybox"
+    if chosen.command != "export" and (cost := without_gpu(name)):  # said before anything is fetched
+        print(cost, file=sys.stderr, flush=True)
     with _silence():
-        return load_base(chosen.base or name, chosen.device, _dtype(chosen.dtype))
+        return load_base(name, chosen.device, _dtype(chosen.dtype))
 
 
 @contextmanager

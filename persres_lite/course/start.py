@@ -1,14 +1,14 @@
-"""What the first cell of every notebook calls: it completes a fetched copy, and says which base and device are used.
+"""What the first cell of every notebook calls: it looks at what is installed, and says which base and device are used.
 
-Nothing beyond the standard library is imported until the requirements are known to be there, because on Colab this
-module runs before they are.
+Nothing beyond the standard library is imported until the requirements are known to be there, because in a session that
+somebody else has set up (Colab's, say) this module runs before they are. The package itself is never installed: the
+first cell has put its folder on ``sys.path``.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import subprocess
@@ -23,9 +23,26 @@ HOME = Path(__file__).resolve().parents[2]
 KEPT = ("torch", "numpy", "ipywidgets")
 """Packages that a running Colab has already loaded or that match its front end: replacing one breaks the session."""
 
+TOGETHER = ("diffusers", "transformers", "accelerate", "safetensors", "peft")
+"""Packages that share others: pip must choose their versions in one go, or it takes one that does not go with the
+rest."""
+
+SHARED = ("huggingface_hub", "tokenizers")
+"""What they share."""
+
+
+class NotReady(RuntimeError):
+    """The notebook cannot go on here; what to do is one sentence, and a notebook shows that alone, without a trace."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython asks for it
+        return [str(self)]
+
 
 def start(base: str | None = None) -> tuple[Path, str]:
     """Make the notebook ready and print one line: base, device, versions.
+
+    Where everything fits, nothing is installed. In a copy that the first cell has fetched, one pip command installs
+    what is missing or too old, and a line before it says so.
 
     Parameters
     ----------
@@ -41,31 +58,36 @@ def start(base: str | None = None) -> tuple[Path, str]:
     ------
     FileNotFoundError
         If the project's data are not beside the package.
-    RuntimeError
-        If requirements are missing in a clone, where nothing may be installed without being asked.
+    NotReady
+        If requirements are missing in a clone, where nothing may be installed without being asked; if pip fails; if the
+        session must be restarted, because it has loaded a version that is too old.
     """
     data_dir()  # raises if the package was installed without its checkout
-    missing = missing_requirements(project_requirements(HOME))
-    if _was_fetched(HOME) and (missing or not _installed(("persres-lite",))):
-        install(HOME, missing)
-    elif missing:
-        raise RuntimeError(
-            f"Missing here: {', '.join(missing)}. Run `make lab` in the project's folder, or `pip install -e .`."
-        )
+    requirements = project_requirements(HOME)
+    missing = missing_requirements(requirements)
+    if missing and not _was_fetched(HOME):
+        listed = ", ".join(missing)
+        raise NotReady(f"Missing here: {listed}. Run `make lab` in the project's folder, or: {_line(missing)}")
+    if missing:
+        install(requirements, missing)
+    refuse_stale(requirements, installed_now=bool(missing))
     base = base or os.environ.get("PERSRES_BASE") or "toybox"
     print(describe(base))
+    if base != "toybox":  # the registry is only needed here
+        from persres_lite.cost import without_gpu
+
+        if cost := without_gpu(base):
+            print(cost + (" Choose one under Runtime > Change runtime type." if "google.colab" in sys.modules else ""))
     return HOME, base
 
 
 def describe(base: str) -> str:
-    """One line that names the base, the device that torch finds, and the versions that matter."""
+    """One line that names the base, the device that torch finds, and the versions in memory that matter."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     name = Path(base).name if Path(base).is_dir() else base  # a folder's full path says nothing to other readers
-    versions = ", ".join(
-        f"{package} {importlib.metadata.version(package)}" for package in ("torch", "diffusers", "transformers")
-    )
+    versions = ", ".join(f"{package} {_version(package)}" for package in ("torch", "diffusers", "transformers"))
     return f"Base: {name}. Device: {device}. Python {platform.python_version()}, {versions}."
 
 
@@ -99,29 +121,87 @@ def missing_requirements(requirements: list[str]) -> list[str]:
     return missing
 
 
-def install(home: Path, missing: list[str]) -> None:
-    """Install the missing requirements and then the project, leaving the packages of `KEPT` as they are.
+def install(requirements: list[str], missing: list[str]) -> None:
+    """Install what is missing by one pip command, and leave the packages of `KEPT` as they are.
 
-    The project comes without its dependencies and editable, so that its data stay beside it. An editable installation
-    is seen only after a restart of the kernel (colabtools #1171): the first cell has put the folder on ``sys.path``
-    already.
+    If one of `TOGETHER` is missing, all of them are named (peft only where it is installed), so that those which are
+    there already, or what they share, are not left in versions that do not go with the new one.
 
     Raises
     ------
-    RuntimeError
-        If pip fails to install a requirement.
+    NotReady
+        If pip fails.
     """
+    named = missing
+    if any(_name(text) in TOGETHER for text in missing):
+        named = [text for text in requirements if text in missing or _name(text) in TOGETHER]
+        listed = [_name(text) for text in named]
+        named = named + [name for name in _installed(TOGETHER) if name not in listed]
+    unfit = " and ".join(f"{name} {version}" for name, version in _installed(tuple(map(_name, missing))).items())
+    why = f"{unfit} will not do" if unfit else "some packages are missing"
+    print(f"In this session {why}, so what belongs together is installed once: {_line(named)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "kept.txt"
         constraints.write_text("".join(f"{name}=={version}\n" for name, version in _installed(KEPT).items()))
-        if missing and not _pip("--constraint", str(constraints), *missing):
-            raise RuntimeError(
-                f"pip could not install {', '.join(missing)}: is there a network? Its message stands above."
-            )
-    isolation = ["--no-build-isolation"] if importlib.util.find_spec("setuptools") else []
-    if not _pip("--no-deps", *isolation, "--editable", str(home)):
-        print("The command persres-lite could not be installed; the notebooks do not need it.")
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(constraints), *named]
+        if subprocess.run(command).returncode:
+            raise NotReady(f"pip could not install {', '.join(missing)}: is there a network? Its message stands above.")
     importlib.invalidate_caches()
+
+
+def refuse_stale(requirements: list[str], installed_now: bool = False) -> None:
+    """Stop if the session has loaded a version that does not serve, or one of `KEPT` does not.
+
+    Parameters
+    ----------
+    requirements
+        As the project names them.
+    installed_now
+        Whether pip has just run: then a loaded version must also be the one on disk, because these packages load their
+        parts only when they are needed, and the parts would come from another version.
+
+    Raises
+    ------
+    NotReady
+        If there is one.
+    """
+    from packaging.requirements import Requirement
+
+    for requirement in map(Requirement, (*requirements, *_installed(SHARED))):
+        if requirement.name not in _installed((requirement.name,)):
+            continue  # not needed on this Python
+        on_disk = importlib.metadata.version(requirement.name)
+        used = _loaded(requirement.name) or on_disk
+        serves = requirement.specifier.contains(used, prereleases=True)
+        if serves and (used == on_disk or not installed_now):
+            continue
+        if used == on_disk:  # one of KEPT, which this cell does not replace: a restart would not help
+            raise NotReady(
+                f"{requirement.name} {used} is installed here, and {requirement} is needed: update it first."
+            )
+        raise NotReady(
+            f"{requirement.name} {used} is still in memory, and {on_disk} is installed now: restart the session (on "
+            "Colab: Runtime > Restart session) and run this cell again."
+        )
+
+
+def _line(requirements: list[str]) -> str:
+    return "pip install " + " ".join(f'"{text}"' for text in requirements)
+
+
+def _name(requirement: str) -> str:
+    from packaging.requirements import Requirement
+
+    return Requirement(requirement).name
+
+
+def _version(package: str) -> str:
+    """Of the package in memory, or of the one on disk, which is what an import would load."""
+    return _loaded(package) or importlib.metadata.version(package)
+
+
+def _loaded(package: str) -> str | None:
+    return getattr(sys.modules.get({"pillow": "PIL"}.get(package, package)), "__version__", None)
 
 
 def _installed(names: tuple[str, ...]) -> dict[str, str]:
@@ -132,10 +212,6 @@ def _installed(names: tuple[str, ...]) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _pip(*arguments: str) -> bool:
-    return subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *arguments]).returncode == 0
 
 
 def _was_fetched(home: Path) -> bool:

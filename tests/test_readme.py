@@ -1,0 +1,264 @@
+"""Every command and code block of the README, run in a fresh clone.
+
+What would take long is made small by the environment (`ARGS` of make), Stable Diffusion is replaced by Toybox, and
+conda, which is rarely at hand, by a function of the same arguments. Everything else is run as it stands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import closing
+from pathlib import Path
+
+import nbformat
+import pytest
+from PIL import Image
+
+from persres_lite import load_concept
+from persres_lite.bases import BASES
+from persres_lite.maintain import notebooks
+
+ROOT = notebooks.ROOT
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+LINES = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
+INLINE = re.findall(r"`(make [a-z][^`]*)`", README)
+
+SMALL = {
+    "make demo": {"ARGS": "--steps 2"},
+    "make test": {"ARGS": "--quiet tests/test_rooms.py", "NOTEBOOKS": "small.ipynb"},
+}
+"""What makes a command small, by its beginning."""
+
+CONDA = """
+conda() {
+  if [ "$1 $2 $3" = "env create -f" ]; then made=$(sed -n 's/^name: //p' "$4")
+  elif [ "$1" = activate ] && [ "$2" = "$made" ]; then export PATH="$PWD/.venv/bin:$PATH"
+  else echo "conda does not know: $*" >&2; return 1; fi
+}
+"""
+
+needs_make = pytest.mark.skipif(
+    any(shutil.which(tool) is None for tool in ("git", "make", "bash")) or not (ROOT / ".git").exists(),
+    reason="needs git, make and bash, and the tests of a clone",
+)
+
+
+def line(beginning: str) -> str:
+    (found,) = [each for each in LINES if each.startswith(beginning)]
+    return found
+
+
+def on_toybox(command: str) -> str:
+    return command.replace("sd-1.4", "toybox")
+
+
+@pytest.fixture(scope="module")
+def port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory, port):
+    """The environment of a user: the public address is a bare clone here, and JupyterLab opens no browser."""
+    folder = tmp_path_factory.mktemp("readme")
+    public = folder / "public"
+    subprocess.run(["git", "clone", "--quiet", "--bare", str(ROOT), str(public)], check=True)
+    config = folder / "jupyter_config_dir"
+    config.mkdir()
+    server = {"port": port, "port_retries": 0, "ip": "127.0.0.1", "open_browser": False, "allow_root": True}
+    (config / "jupyter_server_config.json").write_text(
+        json.dumps({"ServerApp": server, "IdentityProvider": {"token": ""}})
+    )
+    kinds = ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "PERSRES"))}
+    return {
+        **clean,
+        **{kind: str(folder / kind.lower()) for kind in kinds},
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.{public.as_uri()}.insteadOf",
+        "GIT_CONFIG_VALUE_0": notebooks.public_address(),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def run(command: str, folder: Path, env: dict[str, str], **more: str) -> subprocess.CompletedProcess:
+    small = next((extra for beginning, extra in SMALL.items() if command.startswith(beginning)), {})
+    done = subprocess.run(
+        ["bash", "-ec", command], cwd=folder, env={**env, **small, **more}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory, env):
+    """What the README's first line leaves, with this Python's packages as its `.venv`, and some photographs."""
+    folder = tmp_path_factory.mktemp("home")
+    place = run(f"{line('git clone ')} && pwd", folder, env).stdout.split()[-1]
+    clone = Path(place)
+    venv = clone / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    for each in Path(sys.prefix).iterdir():
+        if each.name not in ("bin", ".ready"):
+            (venv / each.name).symlink_to(each)
+    for each in (Path(sys.prefix) / "bin").iterdir():
+        if each.name not in ("persres-lite", "jupyter"):
+            (venv / "bin" / each.name).symlink_to(each)
+    # Scripts name the Python that they were installed for; in this folder that would be another project's.
+    for name, module in {"persres-lite": "persres_lite", "jupyter": "jupyter"}.items():
+        script = venv / "bin" / name
+        script.write_text(f'#!/bin/sh\nPYTHONPATH={clone} exec {venv}/bin/python -m {module} "$@"\n')
+        script.chmod(0o755)
+    (venv / ".ready").touch()
+    (clone / "photos").mkdir()
+    for number, image in enumerate(load_concept("plum-cat").images):
+        photograph = image.resize((800, 600), Image.Resampling.BICUBIC).rotate(90, expand=True)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # as a telephone held upright writes it
+        photograph.save(clone / "photos" / f"IMG_{number:04d}.JPG", exif=exif)
+    cell = nbformat.v4.new_code_cell("print(1 + 1)", metadata={"tags": ["nbval-check-output"]}, execution_count=1)
+    cell.outputs = [nbformat.v4.new_output("stream", text="2\n")]
+    spec = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=spec), clone / "small.ipynb")
+    return clone
+
+
+def serves(command: str, folder: Path, env: dict[str, str], port: int) -> dict:
+    """Start what does not end by itself, wait until JupyterLab answers, look at the notebook's folder, and end it."""
+    with open(folder / "log", "w") as log:
+        server = subprocess.Popen(
+            ["bash", "-ec", command], cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        ends = time.monotonic() + 90
+        while time.monotonic() < ends and server.poll() is None:
+            try:
+                address = f"http://127.0.0.1:{port}/api/contents/notebooks/00_the_result_first.ipynb?content=0"
+                with closing(urllib.request.urlopen(address, timeout=20)) as answer:
+                    return json.load(answer)
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.2)
+        return pytest.fail(f"{command} did not start:\n{(folder / 'log').read_text()[-2000:]}")
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=30)
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+def test_every_line_and_block_is_run_below():
+    assert {language for language, _ in BLOCKS} == {"bash", "python", "bibtex"}
+    run_below = (
+        "git clone ",
+        "make demo",
+        "make test",
+        "conda env create ",
+        "conda activate ",
+        "jupyter lab",
+        ".venv/bin/persres-lite personalize photos/ --class cat ",
+        ".venv/bin/persres-lite compare mine.safetensors ",
+        ".venv/bin/persres-lite personalize photos/ --class dog ",
+        ".venv/bin/persres-lite compare rex.safetensors ",
+        "PERSRES_BASE=sd-1.4 make lab",
+    )
+    assert len(LINES) == len(run_below)
+    for beginning in run_below:
+        assert line(beginning)
+    assert {command.split()[1] for command in INLINE} == {"demo", "lab", "help", "bench", "pretrain"}
+
+
+@needs_make
+def test_the_two_commands(clone, env):
+    assert "LAG" in run(line("make demo"), clone, env).stdout
+    assert Image.open(clone / "build" / "demo.png").width > 400
+    said = run(line("make test"), clone, env).stdout
+    assert "ruff check ." in said and "Success: no issues found" in said
+    assert len(re.findall(r"\d+ passed", said)) == 2, "the tests and the notebooks"
+
+
+@needs_make
+@pytest.mark.parametrize("name", ["mine", "rex"])
+def test_ones_own_photographs(clone, env, name):
+    words = {"mine": "--class cat ", "rex": "--class dog "}[name]
+    learn = line(f".venv/bin/persres-lite personalize photos/ {words}")
+    assert f"{name}.safetensors" in run(on_toybox(learn) + " --steps 2", clone, env).stdout
+    assert "1 rows" in run(on_toybox(line(f".venv/bin/persres-lite compare {name}.safetensors ")), clone, env).stdout
+    assert Image.open(clone / f"{name}.png").width > 400
+    assert ("--base sd-1.4" in learn) == (name == "rex")
+
+
+@needs_make
+def test_the_notebooks_on_another_base(clone, env, port):
+    assert serves(on_toybox(line("PERSRES_BASE=sd-1.4 make lab")), clone, env, port)["type"] == "notebook"
+
+
+@needs_make
+def test_conda_to_the_end(clone, env, port):
+    """The environment is not made, since that is gigabytes: test_packaging compares its versions with those tested."""
+    (block,) = [text for language, text in BLOCKS if language == "bash" and text.startswith("conda")]
+    assert serves(CONDA + block, clone, env, port)["type"] == "notebook"
+    made = "\n".join(block.splitlines()[:2])
+    for command in re.findall(r"\(with conda, the command is `(.*?)` alone;\nin a clone [^`]*`(.*?)`\)", README)[0]:
+        assert run(f"{CONDA}{made}\n{command} --version", clone, env).stdout.startswith("persres-lite ")
+    with pytest.raises(AssertionError, match="conda does not know: activate other"):
+        run(f"{CONDA}{block.splitlines()[0]}\nconda activate other", clone, env)
+
+
+@needs_make
+@pytest.mark.parametrize(
+    "command", [each for each in dict.fromkeys(INLINE) if each.split()[1] in ("bench", "pretrain")]
+)
+def test_long_commands_are_understood(clone, env, command):
+    """What takes hours is only asked whether it knows its options; its work has tests of its own."""
+    planned = run(command.replace("make", "make -n", 1), clone, env).stdout.splitlines()
+    assert "usage: " in run(f"{planned[0]} --help", clone, env).stdout
+
+
+@needs_make
+def test_the_list_of_commands(clone, env):
+    listed = run("make help", clone, env).stdout
+    assert all(f"make {command.split()[1]} " in listed for command in INLINE)
+
+
+# ------------------------------------------------------------------------------------------------ code
+
+
+def test_the_python_block(monkeypatch):
+    (code,) = [text for language, text in BLOCKS if language == "python"]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(BASES["toybox"].recipe, "steps", 2)
+    found: dict = {}
+    exec(compile(code, "README.md", "exec"), found)
+    assert found["lag"].masks and str(found["concept"]) == "sks cat"
+    assert len(found["residuals"].history) == 2
+
+
+def test_the_entries_to_cite():
+    (text,) = [text for language, text in BLOCKS if language == "bibtex"]
+    entries = re.findall(r"^@(\w+)\{(\w+),\n(.*?)^\}$", text, re.MULTILINE | re.DOTALL)
+    assert [kind for kind, _, _ in entries] == ["inproceedings", "software"]
+    for _, _, body in entries:
+        fields = dict(re.findall(r"^  (\w+) += \{(.*)\},?$", body, re.MULTILINE))
+        assert len(fields) == len(body.splitlines()) and {"title", "author", "year"} <= fields.keys()
+        assert all(value.count("{") == value.count("}") for value in fields.values())
+
+
+def test_the_cost_without_a_gpu_is_what_the_command_says():
+    from persres_lite.cost import MINUTES, PICTURES
+
+    assert f"about {MINUTES:.0f} minutes for each picture and 2 to 3 hours" in README
+    assert 2 <= MINUTES * PICTURES / 60 <= 3
