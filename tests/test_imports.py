@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +15,18 @@ import persres_lite
 
 PACKAGE = Path(persres_lite.__file__).parent
 TESTS = Path(__file__).parent
+NOTEBOOKS = PACKAGE.parent / "notebooks"
 
 SMALL = {"support", "masks", "prompts"}
 FIRST = SMALL | {"bases", "concepts", "residuals"}
-METHOD = FIRST | {"training", "attention", "lora", "localize", "evaluation"}
+METHOD = FIRST | {"cost", "training", "attention", "lora", "localize", "evaluation"}
 #: By part (a module, or a whole subpackage): which others it may import, anywhere, also inside functions.
 MAY_IMPORT = {
     "support": set(),
     "masks": set(),
     "prompts": set(),
     "bases": {"support"},
+    "cost": {"bases"},
     "concepts": {"support"},
     "residuals": {"support"},
     "cost": {"bases"},
@@ -119,3 +123,15 @@ def lesson_of(module: str) -> int | None:
 def test_an_unknown_name():
     with pytest.raises(AttributeError, match="has no attribute 'personalise'"):
         _ = persres_lite.personalise
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("0*.ipynb")), ids=lambda path: path.stem)
+def test_a_lesson_ends_with_its_module_which_begins_with_the_lesson(path):
+    last = "".join(json.loads(path.read_text())["cells"][-1]["source"]).splitlines()[-1]
+    found = re.fullmatch(r"Source: \[(persres_lite/(\w+)\.py)\]\(\.\./\1\)", last)
+    assert found, last
+    text = ast.get_docstring(ast.parse((PACKAGE / f"{found[2]}.py").read_text())) or ""
+    if path.stem.startswith("00"):  # the whole before its parts: the comparison, which no lesson takes apart
+        assert found[2] == "evaluation"
+    else:
+        assert text.startswith(f"Lesson {path.stem[:2]}, `notebooks/{path.name}`: ")
