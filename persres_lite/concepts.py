@@ -27,19 +27,19 @@ class Concept:
 
     Attributes
     ----------
-    name
+    name : str
         What to call it in titles and file names.
-    macro_class
+    macro_class : str
         The paper's macro class: the word for things of this kind, "cat" or "teddy bear".
-    token
+    token : str
         The paper's V*: a rarely used word.
-    images
+    images : list of picture
         Reference pictures, RGB, each of its own size.
-    masks
+    masks : list of picture, optional
         For each picture where the object is (L, of the picture's size, white = object), or None if that is not known.
-    path
+    path : path, optional
         The folder that they came from, or None.
-    info
+    info : dict
         What else its card says: description, licence, source, …
     """
 
@@ -66,7 +66,10 @@ class Concept:
 
     @property
     def words(self) -> list[str]:
-        """The words whose attention maps are added up for LAG: token and macro class (the paper's set C)."""
+        """Token and macro class, one by one (the paper's set C), for instance for `record_attention`.
+
+        LAG does not read them: it looks for the phrase ``str(concept)``, so that another cat in the prompt is left out.
+        """
         return [self.token, self.macro_class]
 
     @property
@@ -76,7 +79,7 @@ class Concept:
 
 
 def shipped_concepts() -> list[str]:
-    """The names of the concepts in the project's data, for :func:`load_concept`."""
+    """The names of the concepts in the project's data, for `load_concept`."""
     return sorted(card.parent.name for card in (data_dir() / "concepts").glob(f"*/{CARD}"))
 
 
@@ -89,11 +92,11 @@ def load_concept(
 
     Parameters
     ----------
-    source
+    source : path, picture, or list of them
         A folder with pictures; the name of a shipped concept (`shipped_concepts`); or a list of files or PIL pictures.
         A folder may hold a card, ``concept.json``, with at least ``macro_class``, and masks: ``masks/0.png`` for
         ``0.jpg``, white where the object is.
-    macro_class, token
+    macro_class, token : str, optional
         What it is, and the word that will name it. None takes the card's; without a card the class must be given, and
         the token is `RARE_TOKEN`.
 
@@ -107,7 +110,7 @@ def load_concept(
         If there is no such folder, file or shipped concept.
     ValueError
         If no macro class is known, the card is not JSON, a picture or mask cannot be read (see
-        :mod:`persres_lite.support.images`), there is no picture at all, only some pictures have a mask, or it is not
+        `persres_lite.support.images`), there is no picture at all, only some pictures have a mask, or it is not
         clear which mask belongs to which picture.
 
     Warns

@@ -47,7 +47,7 @@ Pictures = Sequence[Image.Image] | Image.Image
 
 @dataclass
 class Judges:
-    """A CLIP-like and a DINO-like encoder with what they need to read their inputs; made by :func:`load_judges`."""
+    """A CLIP-like and a DINO-like encoder with what they need to read their inputs; made by `load_judges`."""
 
     clip: Any
     tokenizer: Any
@@ -60,9 +60,9 @@ class Judges:
 
         Parameters
         ----------
-        images
+        images : picture or list of picture
             n pictures, or one.
-        prompts
+        prompts : str or list of str
             One prompt for all pictures, or n prompts; without the rare token.
 
         Returns
@@ -123,11 +123,11 @@ def load_judges(
 
     Parameters
     ----------
-    base
+    base : pipeline or str
         A loaded pipeline or a base's name: Toybox has its own judges in ``data/``, all others take the paper's.
-    clip, dino
+    clip, dino : str or path, optional
         Other encoders: a folder, or an id on the Hugging Face hub.
-    device
+    device : str or torch.device, optional
         Where they compute; None takes the pipeline's device, or the CPU for a name.
 
     Returns
@@ -172,7 +172,7 @@ def draw(base: Any, prompts: Sequence[str], **options: Any) -> list[Image.Image]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Pictures drawn in several ways from the same noises; made by :func:`compare`.
+    """Pictures drawn in several ways from the same noises; made by `compare`.
 
     Attributes
     ----------
@@ -208,7 +208,7 @@ class Comparison:
         Parameters
         ----------
         judges : Judges
-            From :func:`load_judges`.
+            From `load_judges`.
         where : callable, optional
             Gives where the object is, (n, h, w) in [0, 1], for n pictures: then "background moved" is how far the
             background, which neither picture's object covers, is from that of the first way's picture.
@@ -276,7 +276,7 @@ def compare(
     Parameters
     ----------
     base : pipeline
-        From :func:`persres_lite.load_base`.
+        From `persres_lite.load_base`.
     residuals : Residuals
         The concept's.
     concept : Concept or str
@@ -292,7 +292,7 @@ def compare(
     scale : float
         Strength of the residual, everywhere and with LAG.
     lag : dict, optional
-        Further options of :func:`persres_lite.localized`.
+        Further options of `persres_lite.localized`.
     batch_size : int, optional
         Pictures drawn at once; the base's own number by default. A noise does not depend on it.
     progress : bool
@@ -311,7 +311,7 @@ def compare(
         If there are no prompts or seeds, if both places and prompts are given, or if a prompt lacks the concept's
         words.
     FloatingPointError
-        As :func:`draw`.
+        As `draw`.
     """
     settings = settings_of(base)
     if places is not None and prompts is not None:
@@ -360,8 +360,8 @@ def iou(mask: Any, truth: Any) -> Tensor:
 
     Parameters
     ----------
-    mask, truth
-        (h, w) or (n, h, w), as tensors, arrays or pictures; more than one half counts as inside. A mask of another
+    mask, truth : tensor, array or picture (h, w) or (n, h, w)
+        More than one half counts as inside. A mask of another
         size than the truth's is first scaled to it (nearest position).
 
     Returns
@@ -380,8 +380,8 @@ def pointing_game(map: Any, truth: Any) -> Tensor:
 
     Parameters
     ----------
-    map, truth
-        (h, w) or (n, h, w), as tensors, arrays or pictures. A map of another size is first scaled to the truth's
+    map, truth : tensor, array or picture (h, w) or (n, h, w)
+        A map of another size is first scaled to the truth's
         (bilinear).
 
     Returns
@@ -400,10 +400,10 @@ def background_distance(a: Any, b: Any, mask: Any) -> Tensor:
 
     Parameters
     ----------
-    a, b
+    a, b : picture or list of picture
         One picture each or n each, of one size, for example from the same noise with and without residuals.
-    mask
-        The object, (h, w) or (n, h, w), as tensor, array or picture: what it covers by more than one half does not
+    mask : tensor, array or picture (h, w) or (n, h, w)
+        The object: what it covers by more than one half does not
         count. For two pictures with objects in different places give the union of both masks.
 
     Returns

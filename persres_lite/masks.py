@@ -111,7 +111,20 @@ def find_rule(rule: str | Rule, /, **options: Any) -> Rule:
 
 
 def make_mask(maps: torch.Tensor, rule: str | Rule = "median", /, **options: Any) -> torch.Tensor:
-    """Masks in [0, 1] from maps (B, h, w) or one map (h, w), by a rule of `RULES` or a function of one's own.
+    """Masks in [0, 1] from attention maps.
+
+    Parameters
+    ----------
+    maps : tensor (B, h, w) or (h, w)
+        Several maps or one.
+    rule : str or callable
+        A rule of `RULES`, or a function of maps (B, h, w).
+    **options
+        Of the rule, for instance q=0.8 for 'quantile'.
+
+    Returns
+    -------
+    tensor of the shape of `maps`
 
     Raises
     ------

@@ -29,15 +29,15 @@ MAY_IMPORT = {
     "cost": {"bases"},
     "concepts": {"support"},
     "residuals": {"support"},
-    "cost": {"bases"},
     "training": FIRST,
     "attention": FIRST,
     "lora": FIRST,
     "localize": FIRST | {"attention", "lora"},
     "evaluation": FIRST | {"localize"},
     "toybox": set(),
-    "course": METHOD | {"toybox", "cost"},
-    "cli": METHOD | {"cost"},
+    "course": METHOD | {"toybox"},
+    "cli": METHOD,
+    "__main__": {"cli"},
     "maintain": METHOD | {"toybox", "course", "cli"},
 }
 

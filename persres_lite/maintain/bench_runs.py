@@ -199,7 +199,7 @@ def take_turns(
 
 
 def measure_memory(subject: Subject, method: str) -> float:
-    """What :func:`peak_memory` asks of its process."""
+    """What `peak_memory` asks of its process."""
     device = subject.base.unet.device
     step = training_step(subject, method)
     if device.type == "cuda":
@@ -223,7 +223,7 @@ def reset_peak() -> float:
 
 
 def resident_peak() -> float:
-    """The most memory that the process has had since the last :func:`reset_peak`, in bytes."""
+    """The most memory that the process has had since the last `reset_peak`, in bytes."""
     try:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:

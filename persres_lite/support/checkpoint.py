@@ -45,7 +45,7 @@ def snapshot(state: State) -> Snapshot:
 
 @torch.no_grad()
 def restore(state: State, saved: Snapshot) -> None:
-    """Put a :func:`snapshot` back, in place.
+    """Put a `snapshot` back, in place.
 
     Raises
     ------
@@ -74,15 +74,15 @@ def _restore(state: State, tensors: dict[str, Tensor], rest: dict[str, Any]) -> 
 
 
 def write_checkpoint(path: str | Path, saved: Snapshot, settings: dict[str, Any]) -> None:
-    """Write a :func:`snapshot`; an older file at `path` is replaced at once or not at all.
+    """Write a `snapshot`; an older file at `path` is replaced at once or not at all.
 
     Parameters
     ----------
-    path
+    path : path
         The file.
-    saved
-        From :func:`snapshot`.
-    settings
+    saved : Snapshot
+        From `snapshot`.
+    settings : dict
         Everything that the final tensors depend on, except the number of steps; must be JSON's types.
     """
     tensors, rest = saved
@@ -90,7 +90,7 @@ def write_checkpoint(path: str | Path, saved: Snapshot, settings: dict[str, Any]
 
 
 def read_checkpoint(path: str | Path, settings: dict[str, Any]) -> Snapshot:
-    """Read what :func:`write_checkpoint` wrote, if it belongs to a training with these settings.
+    """Read what `write_checkpoint` wrote, if it belongs to a training with these settings.
 
     Raises
     ------

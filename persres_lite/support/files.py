@@ -65,7 +65,7 @@ def check_place(path: str | os.PathLike, room: int = 1) -> None:
     Raises
     ------
     OSError
-        As :func:`whole_file`.
+        As `whole_file`.
     """
     path, trial = Path(path), None
     try:
@@ -113,7 +113,7 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], met
     Raises
     ------
     OSError
-        As :func:`whole_file`.
+        As `whole_file`.
     """
     # Not save_file: it makes files that only their owner may read, and a full disk is no OSError to it.
     whole = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)

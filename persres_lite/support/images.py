@@ -61,7 +61,7 @@ def read_image(source: Picture) -> Image.Image:
 
     Parameters
     ----------
-    source
+    source : path or picture
         A file or a PIL picture. A PIL picture is not changed.
 
     Returns
@@ -88,15 +88,15 @@ def read_mask(source: Picture, size: tuple[int, int]) -> Image.Image:
 
     Parameters
     ----------
-    source
-        A file or a PIL picture, of any mode that :func:`read_image` takes. What is transparent counts as black.
-    size
+    source : path or picture
+        A file or a PIL picture, of any mode that `read_image` takes. What is transparent counts as black.
+    size : (int, int)
         (width, height) that it must have: the picture's. The mask of a picture that was reduced is reduced like it.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        As :func:`read_image`; also if the size differs or nothing in it is white.
+        As `read_image`; also if the size differs or nothing in it is white.
     """
     with _opened(source) as (image, name):
         mask = _flatten(image, "black", name).convert("L")
@@ -114,14 +114,14 @@ def read_images(source: Picture | Iterable[Picture]) -> tuple[list[Image.Image],
 
     Parameters
     ----------
-    source
+    source : path, picture, or list of them
         A folder is read in the order of its file names (2.png before 10.png); its subfolders and hidden files are left
         alone. Files that are not pictures by name nor by content are skipped.
 
     Returns
     -------
     list of PIL.Image.Image
-        At least one, each as :func:`read_image` gives it.
+        At least one, each as `read_image` gives it.
     list of str
         The names of the files that were skipped; empty unless `source` is a folder.
 
@@ -130,7 +130,7 @@ def read_images(source: Picture | Iterable[Picture]) -> tuple[list[Image.Image],
     FileNotFoundError
         If there is no such file or folder.
     ValueError
-        If there is not one picture in it, or if a picture cannot be read (see :func:`read_image`).
+        If there is not one picture in it, or if a picture cannot be read (see `read_image`).
     """
     if isinstance(source, str | Path):
         path = Path(source)
@@ -166,11 +166,11 @@ def square_crop(image: Image.Image, size: int, mask: Image.Image | None = None):
 
     Parameters
     ----------
-    image
+    image : picture
         Mode RGB, any size.
-    size
+    size : int
         Side of the result, in pixels: the base's.
-    mask
+    mask : picture, optional
         Mode L, of the picture's size, white where the object is.
 
     Returns
@@ -196,7 +196,7 @@ def square_crop(image: Image.Image, size: int, mask: Image.Image | None = None):
 def square_crops(
     images: Sequence[Image.Image], size: int, masks: Sequence[Image.Image] | None = None
 ) -> tuple[list[Image.Image], list[Image.Image]]:
-    """:func:`square_crop` of several pictures and of their masks, with one warning for all that have to be enlarged.
+    """`square_crop` of several pictures and of their masks, with one warning for all that have to be enlarged.
 
     Returns
     -------

@@ -38,12 +38,12 @@ def rare_token_attached(base: Any, token: str, rows: Mapping[str, Tensor]) -> It
 
     Parameters
     ----------
-    base
+    base : pipeline
         The pipeline.
-    token
+    token : str
         V*.
-    rows
-        As from :func:`rare_token_embeddings`; empty for nothing to do.
+    rows : dict of str to tensor
+        As from `rare_token_embeddings`; empty for nothing to do.
     """
     with ExitStack() as hooks:
         for encoder, tokenizer in _encoders(base):
