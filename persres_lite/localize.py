@@ -64,7 +64,6 @@ def localized(
     scale: float = 1.0,
     unconditional: Literal["same", "own", "residual", "original"] = "same",
     window: tuple[float, float] = (0.0, 1.0),
-    outside: Literal["original", "residual"] = "original",
     fixed_mask: Any = None,
     aggregate: Literal["blocks", "steps", "both"] | None = None,
     refine: int = 0,
@@ -95,9 +94,8 @@ def localized(
         (default) uses the positive half's mask, so that a mask of ones is the plain residual; 'own' makes a mask of the
         attention to the same token positions in the negative prompt; 'residual' is M = 1, 'original' is M = 0.
     window : (float, float)
-        The share of steps at which masks are made: (0, 0.5) is the first half. A step is one U-Net evaluation.
-    outside : 'original' or 'residual'
-        What the other steps use: M = 0 or M = 1.
+        The share of steps at which masks are made: (0, 0.5) is the first half. At the others M = 0. A step is one
+        U-Net evaluation.
     fixed_mask : picture, array or tensor, or a list with one for each pair, optional
         A mask drawn by hand, (h, w) or one for each image (images, h, w), in [0, 1] (pictures and bytes: 0 to 255);
         resized to each block. Then no attention is looked at, and no words are needed.
@@ -127,7 +125,7 @@ def localized(
     if not pairs:
         raise ValueError("No residuals were given: pass residuals and a concept, or a list of such pairs.")
     refuse_compiled(base)
-    _check(unconditional=unconditional, outside=outside, aggregate=aggregate, window=window)
+    _check(unconditional=unconditional, aggregate=aggregate, window=window)
     drawn = None if fixed_mask is None else _drawn(fixed_mask, len(pairs))
     if drawn is None and any(which is None for _, which in pairs):
         raise ValueError("No concept was given: its words tell where to look (or pass `fixed_mask`).")
@@ -137,7 +135,6 @@ def localized(
         scale=scale,
         unconditional=unconditional,
         window=window,
-        outside=outside,
         drawn=drawn,
         aggregate=aggregate,
     )
@@ -164,7 +161,6 @@ def _check(**arguments: Any) -> None:
     """Refuse unknown choices at once, not at the first step."""
     choices = {
         "unconditional": ("same", "own", "residual", "original"),
-        "outside": ("original", "residual"),
         "aggregate": (None, "blocks", "steps", "both"),
     }
     for name, allowed in choices.items():
@@ -193,7 +189,6 @@ class _Choices:
     scale: float
     unconditional: str
     window: tuple[float, float]
-    outside: str
     drawn: list[torch.Tensor] | None  # masks by hand, one for each concept
     aggregate: str | None
 
@@ -316,7 +311,7 @@ class _Localizer:
     def weight(self, name: str, concept: int) -> torch.Tensor | float:
         """5. The block projects: M (batch, h, w), or one number where all positions are alike."""
         if not self.inside:
-            return 1.0 if self.choices.outside == "residual" else 0.0
+            return 0.0
         if name not in self.weights:  # the negative half alone, for which no map was asked
             return 1.0 if self.choices.unconditional == "residual" else 0.0
         return self.weights[name][concept]

@@ -289,10 +289,6 @@ class Residuals:
         """dW_i = A_i B_i of one layer, (m, m)."""
         return self.A[name] @ self.B[name]
 
-    def apply(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """A(Bx) for the input of a projection: (B, C, H, W) for a convolution, (B, HW, C) for a linear layer."""
-        return add_low_rank(torch.zeros_like(x), x, self.A[name], self.B[name])
-
     def layers_in(self, base: Any) -> dict[str, nn.Module]:
         """The projections of `base` that these residuals belong to; moves the factors to their device.
 

@@ -127,11 +127,12 @@ def test_methods_take_turns_in_rotating_order():
 
 
 def test_peaks_are_of_what_was_held_since_the_reset():
+    torch.ones(100_000_000)  # 400 MB, given back at once: without the reset nothing later would be seen to grow
     before = bench_runs.reset_peak()
     held = torch.ones(40_000_000)  # 160 MB
     grown = bench_runs.resident_peak() - before
     del held
-    assert 150e6 < grown < 260e6
+    assert grown > 80e6  # half of it, since a busy machine may take pages away in between
 
 
 def test_memory_is_measured_in_a_process_of_its_own():

@@ -117,7 +117,6 @@ def test_identity_controls_bit_for_bit(pipeline):
         ({"mask": torch.ones_like, "unconditional": "residual"}, everywhere),
         ({"mask": torch.zeros_like, "unconditional": "original"}, original),
         ({"mask": torch.zeros_like, "window": (0.0, 0.5)}, original),
-        ({"mask": torch.ones_like, "window": (0.5, 1.0), "outside": "residual"}, everywhere),
     ):
         with localized(pipeline, residuals, "sks cat", **arguments):
             assert torch.equal(sample(pipeline), expected), arguments
@@ -577,7 +576,6 @@ def test_no_lora_at_all(sd1):
         ({"mask": "mean"}, "Unknown mask rule 'mean': choose one of median"),
         ({"mask": "otsu", "q": 0.5}, "'otsu' has no option 'q'"),
         ({"unconditional": "none"}, "Unknown unconditional 'none': choose one of 'same', 'own', 'residual', 'orig"),
-        ({"outside": "both"}, "Unknown outside 'both'"),
         ({"aggregate": "heads"}, "Unknown aggregate 'heads': choose one of None, 'blocks', 'steps', 'both'"),
         ({"window": (0.5, 0.5)}, r"The window \(0.5, 0.5\) is not a range of shares"),
         ({"window": (0, 50)}, r"The window \(0, 50\) is not a range of shares"),
