@@ -256,6 +256,22 @@ class Comparison:
         return file.getvalue()
 
 
+def usual_ways(
+    base: Any,
+    residuals: Residuals,
+    concept: Concept | str | None,
+    *,
+    scale: float = 1.0,
+    lag: Mapping[str, Any] | None = None,
+) -> dict[str, Way]:
+    """The ways that the lessons compare, by name: the original model, the residual everywhere, and LAG."""
+    return {
+        "original": nullcontext,
+        "residual": lambda: residuals.attached(base, scale=scale),
+        "LAG": lambda: localized(base, residuals, concept, scale=scale, **lag or {}),
+    }
+
+
 def compare(
     base: Any,
     residuals: Residuals,
@@ -321,12 +337,7 @@ def compare(
     each = [(prompt, seed) for prompt in prompts for seed in seeds]
     if not each:
         raise ValueError("There is nothing to draw: give at least one place or prompt, and one seed.")
-    opened: dict[str, Way] = {
-        "original": nullcontext,
-        "residual": lambda: residuals.attached(base, scale=scale),
-        "LAG": lambda: localized(base, residuals, concept, scale=scale, **lag or {}),
-        **(ways or {}),
-    }
+    opened = usual_ways(base, residuals, concept, scale=scale, lag=lag) | dict(ways or {})
     options = settings.sampling | sampling
     size = batch_size or settings.images_per_prompt
     pictures: dict[str, list[Image.Image]] = {}

@@ -25,8 +25,9 @@ def sentences() -> dict[str, list[str]]:
     """By file: what it must say, with the numbers of now."""
     drawn = {name: (f"{share:.2f}", count) for name, (share, count) in results("toybox")["pictures"].items()}
     rows = results("concepts")
+    first = next(iter(rows["mean"].keys() - {"seconds", "residual", "LAG"}))  # what the other two are compared with
     mean = {
-        way: {name: f"{value:.2f}" for name, value in rows["mean"][way].items()} for way in ("class", "residual", "LAG")
+        way: {name: f"{value:.2f}" for name, value in rows["mean"][way].items()} for way in (first, "residual", "LAG")
     }
     rocket, snowman = rows["comet-rocket"], rows["garden-snowman"]
     shown = {way: rows["mean"][way]["place"] for way in ("residual", "LAG")}
@@ -43,7 +44,7 @@ def sentences() -> dict[str, list[str]]:
             "the main color in {} of {}".format(*drawn["main color"]),
             "both objects of a pair in {} of {}".format(*drawn["both of a pair"]),
             "a pattern that the prompt names is there in {} of {} pictures".format(*drawn["pattern"]),
-            f"a mean cosine of {mean['class']['identity']} becomes {mean['residual']['identity']} with the residual "
+            f"a mean cosine of {mean[first]['identity']} becomes {mean['residual']['identity']} with the residual "
             f"everywhere and {mean['LAG']['identity']} with LAG, after {rows['mean']['seconds']:.0f} seconds "
             "of training",
             f"moves the background by {mean['residual']['background moved']} of the range on average, "

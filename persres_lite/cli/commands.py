@@ -11,7 +11,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ from huggingface_hub.utils import logging as hub_logging
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from persres_lite import Residuals, load_base, load_concept, localized
+from persres_lite import Residuals, load_base, load_concept
 from persres_lite import compare as side_by_side
 from persres_lite import personalize as learn
 from persres_lite.bases import BASES, settings_of
 from persres_lite.cli import Failed
 from persres_lite.cost import without_gpu
-from persres_lite.evaluation import Way, draw
+from persres_lite.evaluation import draw, usual_ways
 from persres_lite.lora import PREFIX, export_lora, import_lora
 from persres_lite.masks import find_rule
 from persres_lite.prompts import find_words
@@ -231,13 +231,10 @@ def _sampling(chosen: Namespace) -> dict[str, Any]:
 
 def _draw(chosen: Namespace, base: Any, residuals: Residuals, prompt: str, seed: int) -> Image.Image:
     """One picture in the mode that was chosen."""
-    ways: dict[str, Way] = {
-        "original": nullcontext,
-        "residual": lambda: residuals.attached(base, scale=chosen.scale),
-        "lag": lambda: localized(base, residuals, _mask_words(chosen, residuals), scale=chosen.scale, **_rule(chosen)),
-    }
+    words = _mask_words(chosen, residuals) if chosen.mode == "lag" else None
+    ways = usual_ways(base, residuals, words, scale=chosen.scale, lag=_rule(chosen))
     options = settings_of(base).sampling | _sampling(chosen)
-    with _silence(), _one_sentence(), ways[chosen.mode]():
+    with _silence(), _one_sentence(), ways["LAG" if chosen.mode == "lag" else chosen.mode]():
         return draw(base, [prompt], generator=torch.Generator().manual_seed(seed), **options)[0]
 
 

@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from persres_lite import Residuals, load_base, localized
+from persres_lite import Residuals, load_base
 from persres_lite.bases import encode_prompt, settings_of
+from persres_lite.evaluation import usual_ways
 from persres_lite.support.checkpoint import State, snapshot
 from persres_lite.support.paths import data_dir
 from persres_lite.training import TrainingSet, _step, diffusion_loss
@@ -160,16 +161,12 @@ def training_step(subject: Subject, method: str) -> Callable[[], object]:
 
 def sampling_run(subject: Subject, method: str, residuals: Residuals) -> Callable[[], object]:
     """A function that samples once, to latents, guided, with the original model, the residual everywhere, or LAG."""
-    contexts: dict[str, Callable[[], AbstractContextManager]] = {
-        "original": nullcontext,
-        "residual": lambda: residuals.attached(subject.base),
-        "lag": lambda: localized(subject.base, residuals, WORDS),
-    }
+    way = usual_ways(subject.base, residuals, WORDS)["LAG" if method == "lag" else method]
     options = {"num_inference_steps": subject.steps, "num_images_per_prompt": subject.images, "output_type": "latent"}
     options |= {"height": subject.size, "width": subject.size, "guidance_scale": 7.5}
 
     def run() -> None:
-        with contexts[method]():
+        with way():
             subject.base(PROMPT, generator=torch.Generator().manual_seed(0), **options)
 
     return run
