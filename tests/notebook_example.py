@@ -19,34 +19,37 @@ OPENING = """# 04 · An example
 
 **Time and memory:** not measured yet"""
 
-EXERCISE = """### Exercise 4.1: the delta
+EXERCISE = """### Exercise 4.1: merging
 
 **Difficulty:** ●○○ · **Minutes:** 2
 
-Write `delta(A, B)`.
+Write `merge(W, A, B, scale)`.
 
 <details><summary>Hint</summary>
 
-`@` multiplies matrices.
+`[:, :, None, None]` makes a kernel of a matrix.
 
 </details>
 
 <details><summary>Solution</summary>
 
 ```python
-def delta(A, B):
-    return A @ B
+def merge(W, A, B, scale):
+    return W + scale * (A @ B)[:, :, None, None]
 ```
 
-Rows of A meet columns of B.
+A scale of 0 leaves W as it is.
 
 </details>"""
 
-STUB = """def delta(A, B):
+STUB = """def merge(W, A, B, scale):
     return ...  # your answer
 
 
-check.delta(delta)"""
+check.merge(merge)"""
+
+WRONG = """def merge(W, A, B, scale):
+    return W + (A @ B)[:, :, None, None]"""
 
 PREDICT = """**Predict before you run.** What is 2 + 2?
 
@@ -70,7 +73,7 @@ def example(first_cell: str | None = None) -> NotebookNode:
         text("## Discussion\n\nFour is enough."),
         text("## Exercises"),
         text(EXERCISE),
-        code(STUB, metadata={"tags": ["exercise"], "persres": {"wrong": ["def delta(A, B):\n    return B @ A"]}}),
+        code(STUB, metadata={"tags": ["exercise"], "persres": {"wrong": [WRONG]}}),
         text("## References\n\n- arXiv 2405.12978"),
     ]
     made = notebooks.stamped(v4.new_notebook(cells=cells), NAME, ADDRESS)
