@@ -68,8 +68,8 @@ def summary_of(hidden: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([stage.mean((2, 3)) for half in halves for stage in half], 1)
 
 
-class Readings(nn.Module):
-    """Linear readings of the identity encoder's features.
+class LinearProbes(nn.Module):
+    """Linear probes: what is in a picture, read off the identity encoder's features by linear layers.
 
     Features are the maps after each stage: averaged over each half of the picture for what is in it, and resized to
     16 x 16 for where the toys are.
@@ -107,7 +107,7 @@ class Judge:
         if not (folder / "readings.safetensors").is_file():
             raise FileNotFoundError(f"{folder} holds no judge: take the one of data, or train it.")
         self.encoder = ResNetModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-        self.readings = Readings(self.encoder.config).eval().requires_grad_(False)
+        self.readings = LinearProbes(self.encoder.config).eval().requires_grad_(False)
         state = load_file(folder / "readings.safetensors")
         self.readings.load_state_dict(
             {key: value.float() if value.is_floating_point() else value for key, value in state.items()}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from persres_lite.toybox.judge import READINGS, Readings, labels_of, summary_of
+from persres_lite.toybox.judge import READINGS, LinearProbes, labels_of, summary_of
 from persres_lite.toybox.models import make_identity_encoder
 from persres_lite.toybox.world import CLASSES, scene_by_index
 
@@ -25,7 +25,7 @@ VIEWS = 10_000  # toys seen twice, if nothing else is asked for
 def judge_parts() -> nn.ModuleDict:
     """The identity encoder and its readings."""
     encoder = make_identity_encoder()
-    return nn.ModuleDict({"encoder": encoder, "readings": Readings(encoder.config)})
+    return nn.ModuleDict({"encoder": encoder, "readings": LinearProbes(encoder.config)})
 
 
 def misread(named: dict[str, torch.Tensor], answers: dict[str, torch.Tensor]) -> torch.Tensor:

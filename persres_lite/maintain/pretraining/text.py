@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPTextModel
 
-from persres_lite.toybox.judge import READINGS, Readings, labels_of
+from persres_lite.toybox.judge import READINGS, LinearProbes, labels_of
 from persres_lite.toybox.models import make_clip, make_identity_encoder, make_tokenizer
 from persres_lite.toybox.world import NAMES, caption, scene_by_index, vocabulary
 
@@ -29,7 +29,7 @@ def clip_parts() -> nn.ModuleDict:
     clip = make_clip(make_tokenizer())
     with torch.no_grad():
         clip.logit_scale.fill_(math.log(14))
-    width = 2 * Readings(make_identity_encoder().config).width
+    width = 2 * LinearProbes(make_identity_encoder().config).width
     looks = nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, clip.config.projection_dim))
     attributes = nn.Linear(clip.config.vision_config.hidden_size, sum(len(v) for v in READINGS.values()))
     return nn.ModuleDict({"clip": clip, "looks": looks, "attributes": attributes})
