@@ -36,7 +36,7 @@ INLINE = re.findall(r"`(make [a-z][^`]*)`", README)
 
 SMALL = {
     "make demo": {"ARGS": "--steps 2"},
-    "make test": {"ARGS": "--quiet tests/test_rooms.py", "NOTEBOOKS": "small.ipynb"},
+    "make test": {"ARGS": "--quiet tests/test_imports.py", "NOTEBOOKS": "small.ipynb"},
 }
 """What makes a command small, by its beginning."""
 
@@ -244,7 +244,7 @@ def test_the_python_block(monkeypatch):
     found: dict = {}
     exec(compile(code, "README.md", "exec"), found)
     assert found["lag"].masks and str(found["concept"]) == "sks cat"
-    assert len(found["residuals"].history) == 2
+    assert len(found["residuals"].losses) == 2
 
 
 def test_the_entries_to_cite():
