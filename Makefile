@@ -49,8 +49,8 @@ notebooks: $(READY)  ## run every notebook in place and save its outputs
 bench: $(READY)  ## time and memory of sampling and training, against the alternatives
 	$(BIN)/python -m persres_lite.maintain.bench $(ARGS)
 
-pretrain: $(READY)  ## make Toybox from nothing and score it (a night; stops and resumes at any point)
-	$(BIN)/python -m persres_lite.maintain.pretraining $(ARGS)
+pretrain: $(READY)  ## make Toybox from nothing and score it (five hours; stops and resumes at any point)
+	$(BIN)/python -m persres_lite.toybox.pretrain $(ARGS)
 	$(BIN)/python -m persres_lite.maintain.toybox_scores
 
 # setuptools by itself, because newer torches ask for a newer one; only reading pyproject.toml depends on it.

@@ -1,8 +1,8 @@
 """The shipped concepts: particular toys, in paint that pretraining never showed, photographed four times each.
 
-``python -m persres_lite.toybox.concepts`` draws ``data/concepts/`` again. Five
-concepts stand in four different places. The other five are "biased": all four pictures are taken in one place, as
-photographs of one's own things tend to be, so that the place can leak into what is learned.
+``python -m persres_lite.toybox.concepts`` draws ``data/concepts/`` again, pixel for pixel. Five concepts stand in
+four different places. The other five are "biased": all four pictures are taken in one place, as photographs of
+one's own things tend to be, so that the place can leak into what is learned.
 """
 
 from __future__ import annotations

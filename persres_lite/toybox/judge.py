@@ -18,15 +18,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import ResNetModel
 
-from .render import SIZE
-from .world import ACCESSORIES, CLASSES, COLORS, PATTERNS, PLACES, STYLES, Scene
+from .world import CLASSES, COLORS, PATTERNS, PLACES, STYLES, Scene
 
 READINGS = {
     "class": CLASSES,
     "main": tuple(COLORS),
     "second": tuple(COLORS),
     "pattern": PATTERNS,
-    "accessory": ACCESSORIES,
     "place": PLACES,
     "style": STYLES,
     "left": CLASSES,
@@ -52,7 +50,6 @@ def labels_of(scenes: list[Scene]) -> dict[str, torch.Tensor]:
                 "main": READINGS["main"].index(toy.main) if colored else -1,
                 "second": READINGS["second"].index(toy.second) if colored else -1,
                 "pattern": PATTERNS.index(toy.pattern) if single else -1,
-                "accessory": ACCESSORIES.index(toy.accessory) if single else -1,
                 "place": PLACES.index(scene.place),
                 "style": STYLES.index(scene.style),
                 "left": -1 if single else CLASSES.index(scene.toys[0].kind),
@@ -68,8 +65,8 @@ def summary_of(hidden: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([stage.mean((2, 3)) for half in halves for stage in half], 1)
 
 
-class LinearProbes(nn.Module):
-    """Linear probes: what is in a picture, read off the identity encoder's features by linear layers.
+class Readings(nn.Module):
+    """Linear readings of the identity encoder's features.
 
     Features are the maps after each stage: averaged over each half of the picture for what is in it, and resized to
     16 x 16 for where the toys are.
@@ -105,16 +102,16 @@ class Judge:
     def __init__(self, data: str | Path = "data"):
         folder = Path(data) / "toybox-dino"
         if not (folder / "readings.safetensors").is_file():
-            raise FileNotFoundError(f"{folder} holds no judge: take the one of data, or train it.")
+            raise FileNotFoundError(f"{folder} holds no judge: run `make pretrain`, or take the project's data folder.")
         self.encoder = ResNetModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-        self.readings = LinearProbes(self.encoder.config).eval().requires_grad_(False)
+        self.readings = Readings(self.encoder.config).eval().requires_grad_(False)
         state = load_file(folder / "readings.safetensors")
         self.readings.load_state_dict(
             {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
         )
 
     def _hidden(self, images: list[Image.Image]) -> list[torch.Tensor]:
-        arrays = [np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)) for image in images]
+        arrays = [np.asarray(image.convert("RGB").resize((64, 64), Image.Resampling.BOX)) for image in images]
         x = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
         return self.encoder(x, output_hidden_states=True).hidden_states
 

@@ -1,0 +1,1 @@
+"""The stages that train the second edition; `__main__` runs them in their order."""

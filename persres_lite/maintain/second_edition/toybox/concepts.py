@@ -1,0 +1,95 @@
+"""The shipped concepts: particular toys, in paint that pretraining never showed, photographed four times each.
+
+``python -m persres_lite.maintain.second_edition.toybox.concepts`` draws ``data/second-edition/concepts/`` again. Five
+concepts stand in four different places. The other five are "biased": all four pictures are taken in one place, as
+photographs of one's own things tend to be, so that the place can leak into what is learned.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+from PIL import Image
+
+from .render import draw
+from .world import PLACES, RESERVED, Toy, random_view
+
+PICTURES = 4
+SIZE = 128
+
+VARIED = {
+    "plum-cat": Toy("cat", "purple", "yellow", "dotted", None, (1.02, 1.0, 1.0)),
+    "tiger-robot": Toy("robot", "orange", "blue", "plain", "flag", (1.1, 0.95, 1.0)),
+    "flamingo-duck": Toy("duck", "cyan", "pink", "plain", "bow", (0.95, 1.1, 1.0)),
+    "picnic-teapot": Toy("teapot", "red", "white", "dotted", None, (1.0, 0.9, 1.05)),
+    "cricket-car": Toy("car", "green", "yellow", "striped", None, (0.95, 1.15, 1.0)),
+}
+BIASED = {
+    "dream-mushroom": (Toy("mushroom", "blue", "orange", "plain", "hat", (1.1, 1.0, 1.1)), "on the beach"),
+    "berry-mug": (Toy("mug", "pink", "purple", "checkered", None, (1.0, 1.05, 1.0)), "on a wooden table"),
+    "comet-rocket": (Toy("rocket", "yellow", "red", "striped", None, (1.15, 0.95, 1.15)), "on the grass"),
+    "lilac-house": (Toy("house", "purple", "cyan", "plain", None, (0.9, 1.1, 1.0)), "in the desert"),
+    "garden-snowman": (Toy("snowman", "green", "red", "plain", "hat", (1.0, 1.0, 1.0)), "in front of a brick wall"),
+}
+# For finding steps, rate and rank of the recipe: in no table and no notebook.
+SEARCH = {
+    "search-cat": (Toy("cat", "green", "orange", "striped"), None),
+    "search-robot": (Toy("robot", "pink", "cyan", "dotted"), "on a checkered floor"),
+    "search-teapot": (Toy("teapot", "blue", "yellow", "plain", "flag"), "in the snow"),
+    "search-car": (Toy("car", "purple", "white", "plain"), None),
+}
+
+
+def photograph(name: str, toy: Toy, place: str | None, size: int = SIZE) -> list:
+    """Four pictures (`render.Picture`) of a toy, in one place or in four drawn at random; the name alone decides
+    the views.
+    """
+    assert toy.paint in RESERVED
+    rng = random.Random(f"toybox-concept-{name}")
+    places = [place] * PICTURES if place else rng.sample(PLACES, PICTURES)
+    return [draw(random_view(rng, (toy,), place=where), size, supersample=4) for where in places]
+
+
+def write(name: str, toy: Toy, place: str | None, folder: Path) -> None:
+    """Write one concept's folder: pictures, masks and ``concept.json``; whole or not at all."""
+    new = folder / f"{name}.new"
+    shutil.rmtree(new, ignore_errors=True)
+    (new / "masks").mkdir(parents=True)
+    for index, picture in enumerate(photograph(name, toy, place)):
+        Image.fromarray(picture.image).save(new / f"{index}.png", optimize=True)
+        Image.fromarray(picture.masks[0]).save(new / "masks" / f"{index}.png", optimize=True)
+    paint = f"{toy.main} and {toy.second}" + (f" {toy.pattern}" if toy.pattern != "plain" else "")
+    wears = f" with a {toy.accessory}" if toy.accessory else ""
+    card = {
+        "name": name,
+        "macro_class": toy.kind,
+        "token": "sks",
+        "description": f"a {paint} {toy.kind}{wears}, " + (f"always {place}" if place else "in four different places"),
+        "biased_place": place,
+        "source": "drawn by persres_lite.maintain.second_edition.toybox.concepts",
+        "license": "MIT",
+    }
+    (new / "concept.json").write_text(json.dumps(card, indent=2) + "\n")
+    shutil.rmtree(folder / name, ignore_errors=True)
+    os.replace(new, folder / name)
+
+
+def all_shipped() -> dict[str, tuple[Toy, str | None]]:
+    """The ten shipped concepts by name: the toy, and the place it is always in, or None."""
+    return {**{name: (toy, None) for name, toy in VARIED.items()}, **BIASED}
+
+
+def main() -> None:
+    folder = Path("data/second-edition/concepts")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (toy, place) in all_shipped().items():
+        write(name, toy, place, folder)
+        print(name)
+
+
+if __name__ == "__main__":
+    main()
