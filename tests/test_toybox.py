@@ -177,9 +177,7 @@ def test_interrupted_training_goes_on_from_its_checkpoint(tmp_path, monkeypatch)
             seen.append(number)
             return {"loss": layer(torch.randn(4, 3)).square().mean()}
 
-        trainer.train(
-            "toy", layer, step, minutes=minutes, lr=0.1, pictures=4, folder=tmp_path, ema=0.9, save_every=0
-        )
+        trainer.train("toy", layer, step, minutes=minutes, lr=0.1, pictures=4, folder=tmp_path, ema=0.9, save_every=0)
         return layer.weight.detach()
 
     clock = iter(range(100_000))

@@ -67,7 +67,7 @@ def _begin(rank: int, processes: int, meeting: str, work: Callable, arguments: t
 
 
 def side_by_side(work: Callable, processes: int, *arguments) -> None:
-    """Run ``work(*arguments)`` in several processes of one thread each, whose :func:`train` learns as one.
+    """Run ``work(*arguments)`` in several processes of one thread each, whose `train` learns as one.
 
     Most operations here are too small for several threads to share. `work` and `arguments` must be picklable.
     """
@@ -171,7 +171,7 @@ def train(
 
     The learning rate rises over 100 steps, stays, and falls to zero over the last 40 % of the budget. Time is
     counted over all runs; a checkpoint is written every `save_every` seconds, so a kill loses no more than that.
-    Under :func:`side_by_side` every process takes its own pictures and all take the mean gradient.
+    Under `side_by_side` every process takes its own pictures and all take the mean gradient.
 
     Parameters
     ----------

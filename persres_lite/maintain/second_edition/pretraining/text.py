@@ -112,7 +112,7 @@ def lengthen_unused(clip: Any) -> None:
 
 
 def trained_text(folder: Path) -> Any:
-    """The text stage's parts as it has left them, with :func:`lengthen_unused` done."""
+    """The text stage's parts as it has left them, with `lengthen_unused` done."""
     parts = trained("text", clip_parts(), folder)
     lengthen_unused(parts["clip"])
     return parts

@@ -58,7 +58,7 @@ def _begin(rank: int, processes: int, meeting: str, work: Callable, arguments: t
 
 
 def data_parallel(work: Callable, processes: int, *arguments) -> None:
-    """Run ``work(*arguments)`` in several processes of one thread each, whose :func:`train` learns as one.
+    """Run ``work(*arguments)`` in several processes of one thread each, whose `train` learns as one.
 
     Most operations here are too small for several threads to share. `work` and `arguments` must be picklable.
     """
@@ -174,7 +174,7 @@ def train(
 
     The learning rate rises over 100 steps, stays, and falls to zero over the last 40 % of the budget. Time is
     counted over all runs; a checkpoint is written every `save_every` seconds, so a kill loses no more than that.
-    Under :func:`data_parallel` every process takes its own pictures and all take the mean gradient. Where a stage that
+    Under `data_parallel` every process takes its own pictures and all take the mean gradient. Where a stage that
     this one `needs` has learned since, this one has its whole budget again, and begins with what it knows.
 
     Parameters
@@ -197,7 +197,7 @@ def train(
     needs : tuple of str, optional
         Stages whose result this one learns from.
     muon : bool, optional
-        Whether matrices learn by Muon (:mod:`muon`) rather than by AdamW.
+        Whether matrices learn by Muon (`muon`) rather than by AdamW.
     ema : float, optional
         Decay of the moving average that `module` ends with; by default it ends with its last weights.
     save_every, publish_every : float, optional
