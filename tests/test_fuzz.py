@@ -35,6 +35,12 @@ def base():
     return tiny_pipeline("sd1")
 
 
+@pytest.fixture(autouse=True)
+def of_known_size(monkeypatch):
+    """It is no folder, so what it costs without a GPU would be said."""
+    monkeypatch.setattr(commands, "without_gpu", lambda _: None)
+
+
 def damaged(draw: random.Random, whole: bytes) -> bytes:
     """One file with a few wrong bits, bytes, lengths, or pieces that are gone, doubled or moved."""
     data = bytearray(whole)
@@ -239,7 +245,7 @@ def test_residuals_and_loras(base, tmp_path, capsys, monkeypatch, kind):
 def test_arguments(base, tmp_path, capsys, monkeypatch):
     """Odd values of every option, one or two at a time."""
     monkeypatch.setattr(commands, "load_base", lambda *_: base)
-    monkeypatch.setattr(commands, "_draw", lambda *_: (Image.new("RGB", (64, 64)), Image.new("L", (64, 64))))
+    monkeypatch.setattr(commands, "_draw", lambda *_: Image.new("RGB", (64, 64)))
     monkeypatch.chdir(tmp_path)
     residuals = Residuals(base, rank=2)
     residuals.metadata.update(token="sks", macro_class="cat", base="toybox")

@@ -50,6 +50,7 @@ def home(tmp_path_factory):
 def loaded(monkeypatch):
     """The base need not be read anew for every file."""
     monkeypatch.setattr(commands, "load_base", lambda *_: tiny_pipeline("sd1"))
+    monkeypatch.setattr(commands, "without_gpu", lambda _: None)  # which would take it for one of unknown size
 
 
 def container(header: object, data: bytes = b"", length: int | None = None) -> bytes:
