@@ -19,34 +19,36 @@ OPENING = """# 04 · An example
 
 **Time and memory:** not measured yet"""
 
-EXERCISE = """### Exercise 4.1: the delta
+EXERCISE = """### Exercise 4.1: the loss
 
 **Difficulty:** ●○○ · **Minutes:** 2
 
-Write `delta(A, B)`.
+Write `loss(A, B)`.
 
 <details><summary>Hint</summary>
 
-`@` multiplies matrices.
+`mean()` is over all numbers.
 
 </details>
 
 <details><summary>Solution</summary>
 
 ```python
-def delta(A, B):
-    return A @ B
+def loss(A, B):
+    return ((A - B) ** 2).mean()
 ```
 
-Rows of A meet columns of B.
+One number for all.
 
 </details>"""
 
-STUB = """def delta(A, B):
+STUB = """def loss(A, B):
     return ...  # your answer
 
 
-check.delta(delta)"""
+check.loss(loss)"""
+
+WRONG = "def loss(A, B):\n    return ((A - B) ** 2).sum()"
 
 PREDICT = """**Predict before you run.** What is 2 + 2?
 
@@ -70,7 +72,10 @@ def example(first_cell: str | None = None) -> NotebookNode:
         text("## Discussion\n\nFour is enough."),
         text("## Exercises"),
         text(EXERCISE),
-        code(STUB, metadata={"tags": ["exercise"], "persres": {"wrong": ["def delta(A, B):\n    return B @ A"]}}),
+        code(
+            STUB,
+            metadata={"tags": ["exercise"], "persres": {"wrong": ["def loss(A, B):\n    return ((A - B) ** 2).sum()"]}},
+        ),
         text("## References\n\n- arXiv 2405.12978"),
     ]
     made = notebooks.stamped(v4.new_notebook(cells=cells), NAME, ADDRESS)

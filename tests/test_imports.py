@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "toybox": set(),
     "course": METHOD | {"toybox", "cost"},
     "cli": METHOD | {"cost"},
+    "__main__": {"cli"},
     "maintain": METHOD | {"toybox", "course", "cli"},
 }
 

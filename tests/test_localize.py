@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -35,6 +37,15 @@ class Cat:
 
     def __str__(self):
         return "sks cat"
+
+
+@torch.no_grad()
+def both_halves(pipeline):
+    """Embeddings as under guidance: of the empty prompt, and of `PROMPT`; (2, tokens, width)."""
+    positive, negative = pipeline.encode_prompt(
+        PROMPT, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
+    )[:2]
+    return torch.cat([negative, positive])
 
 
 # Against the slow reference
@@ -74,10 +85,11 @@ def test_gradients_agree_with_the_reference(kind):
     residuals = random_residuals(pipeline)
     A = {name: value.detach().clone().requires_grad_() for name, value in residuals.A.items()}
     B = {name: value.detach().clone().requires_grad_() for name, value in residuals.B.items()}
+    arguments = call_arguments(kind) | {"encoder_hidden_states": both_halves(pipeline)}
     with localized(pipeline, residuals, "sks cat", prompts=PROMPT):
-        pipeline.unet(**call_arguments(kind)).sample.square().mean().backward()
+        pipeline.unet(**arguments).sample.square().mean().backward()
     with reference(pipeline.unet, A, B, [AT]):
-        pipeline.unet(**call_arguments(kind)).sample.square().mean().backward()
+        pipeline.unet(**arguments).sample.square().mean().backward()
     for ours, slow in ((residuals.A, A), (residuals.B, B)):
         for name in ours:
             largest = slow[name].grad.abs().max().item()
@@ -182,24 +194,40 @@ def block_masks(lag, step=0):
 def test_policies_for_the_unconditional_half(sd1, policy):
     """One U-Net call with two rows: what the negative row does is what it would do with that mask alone."""
     residuals = random_residuals(sd1)
-    arguments = call_arguments("sd1")
+    arguments = call_arguments("sd1") | {"encoder_hidden_states": both_halves(sd1)}
     with localized(sd1, residuals, "sks cat", prompts=PROMPT, unconditional=policy) as lag:
-        ours = sd1.unet(**arguments).sample
-    masks = block_masks(lag)
-    assert all(len(mask) == 1 for mask in masks.values())
-    alone = {key: value[:1] if value.ndim else value for key, value in arguments.items()}
-    rules = {"residual": torch.ones_like, "original": torch.zeros_like, "own": "median"}
-    if policy == "same":
-        blocks = iter(masks.values())
-        rule = lambda maps: next(blocks)  # noqa: E731
-    else:
-        rule = rules[policy]
-    with localized(sd1, residuals, "sks cat", prompts=PROMPT, mask=rule):
-        expected = sd1.unet(**alone).sample
+        with record_attention(sd1, PROMPT, ["sks cat"], halves=("uncond",)) as record:
+            ours = sd1.unet(**arguments).sample
+    positive = block_masks(lag)
+    assert all(len(mask) == 1 for mask in positive.values())
+    masks = {
+        "same": positive,
+        "own": {block: make_mask(maps[:, 0]) for (_, block, _), maps in record.maps.items()},
+        "residual": {block: torch.ones_like(mask) for block, mask in positive.items()},
+        "original": {block: torch.zeros_like(mask) for block, mask in positive.items()},
+    }[policy]
+    negative = {key: value[:1] if value.ndim else value for key, value in arguments.items()}
+    with by_hand(sd1.unet, residuals, masks):
+        expected = sd1.unet(**negative).sample
     torch.testing.assert_close(ours[:1], expected, atol=1e-4, rtol=1e-4)
     with localized(sd1, residuals, "sks cat", prompts=PROMPT):  # the positive half is never touched by the policy
-        positive = sd1.unet(**{key: value[1:] if value.ndim else value for key, value in arguments.items()}).sample
-    torch.testing.assert_close(ours[1:], positive, atol=1e-4, rtol=1e-4)
+        alone = sd1.unet(**{key: value[1:] if value.ndim else value for key, value in arguments.items()}).sample
+    torch.testing.assert_close(ours[1:], alone, atol=1e-4, rtol=1e-4)
+
+
+@contextmanager
+def by_hand(unet, residuals, masks):
+    """Add the residuals where `masks` (1, h, w), by block, are one."""
+
+    def add(module, args, output, *, name):
+        return output + masks[name][:, None] * torch.einsum("oc,bchw->bohw", residuals.delta(name), args[0])
+
+    handles = [
+        projection.register_forward_hook(partial(add, name=name)) for name, projection in find_proj_outs(unet).items()
+    ]
+    yield
+    for handle in handles:
+        handle.remove()
 
 
 @pytest.mark.parametrize(

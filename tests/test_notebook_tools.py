@@ -69,9 +69,9 @@ def test_other_pictures_and_large_files_are_refused():
 
 def test_exercises_are_found_with_all_their_parts():
     (found,) = exercises.exercises(example())
-    assert (found.number, found.check) == ("4.1", "check.delta(delta)")
-    assert found.solution == "def delta(A, B):\n    return A @ B"
-    assert found.wrong == ("def delta(A, B):\n    return B @ A",)
+    assert (found.number, found.check) == ("4.1", "check.loss(loss)")
+    assert found.solution == "def loss(A, B):\n    return ((A - B) ** 2).mean()"
+    assert found.wrong == ("def loss(A, B):\n    return ((A - B) ** 2).sum()",)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_an_exercise_needs_its_cell_its_check_and_a_wrong_answer():
     for change, sentence in (
         (lambda cell: cell.metadata.tags.clear(), "tag 'exercise'"),
         (lambda cell: cell.metadata.persres.wrong.clear(), "wrong answer"),
-        (lambda cell: cell.update(source="delta = ..."), "check"),
+        (lambda cell: cell.update(source="loss = ..."), "check"),
     ):
         made = example()
         change(next(cell for cell in made.cells if "exercise" in cell.metadata.get("tags", [])))
@@ -111,14 +111,14 @@ def test_solutions_pass_and_wrong_answers_are_refused(tmp_path):
     done = runs.execute(proved, tmp_path)
     assert exercises.unproved(done) == []
     printed = [output.text for cell in code_cells(done) for output in cell.outputs]
-    assert any(text.startswith("Refused: this is B A") for text in printed)
+    assert any(text.startswith("Refused: ") and "sum, not the mean" in text for text in printed)
 
 
 def test_an_accepted_wrong_answer_and_a_failing_solution_are_found():
     """Without a kernel: the cells are plain Python."""
     made = example(first_cell="pass")
     stub = next(cell for cell in made.cells if "exercise" in cell.metadata.get("tags", []))
-    stub.metadata.persres.wrong = ["def delta(A, B):\n    return 1 * A @ B"]
+    stub.metadata.persres.wrong = ["def loss(A, B):\n    return 1 * ((A - B) ** 2).mean()"]
     refusing, solving = code_cells(exercises.with_solutions(made))[-2:]
     names: dict = {}
     exec("from persres_lite.course import check", names)
@@ -126,7 +126,7 @@ def test_an_accepted_wrong_answer_and_a_failing_solution_are_found():
         exec(refusing.source, names)
     silent = nbformat.v4.new_notebook(cells=[stub, solving])
     assert [problem.split(" does")[0] for problem in exercises.unproved(silent)] == [
-        "the exercise cell 'def delta(A, B):'",
+        "the exercise cell 'def loss(A, B):'",
         "the solution of exercise 4.1",
     ]
 

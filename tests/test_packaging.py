@@ -192,7 +192,8 @@ def test_every_command_sets_up_what_it_needs(command, tmp_path):
     planned = make("-n", command, f"PYTHON={sys.executable}", folder=tmp_path).stdout
     assert "-m venv .venv" in planned and "--constraint tests/constraints.txt" in planned
     for module in re.findall(r"-m (persres_lite[\w.]+)", planned):
-        assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / ".ready").touch()
     assert "-m venv" not in make("-n", command, folder=tmp_path).stdout, "only once"

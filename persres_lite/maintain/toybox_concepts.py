@@ -1,9 +1,10 @@
 """What personalizing Toybox gives: ``python -m persres_lite.maintain.toybox_concepts concepts | ranks | search``.
 
 ``concepts``
-    For each of the ten shipped concepts, trained three times, in places where its references do not stand, from the
-    same noise: the original model, the residual everywhere, and LAG. Scores by the judge, means of the three: identity
-    (cosine with the references), the place asked for, and for the biased five the place of the references.
+    For each of the ten shipped concepts, trained `--trainings` times (3), in places where its references do not stand,
+    from the same noise: the original model, the residual everywhere, and LAG. Scores by the judge, means over the
+    trainings: identity (cosine with the references), the place asked for, and for the biased five the place of the
+    references.
 ``ranks``
     The same scores over the rank, for one varied and one biased concept.
 ``search``
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -42,7 +44,6 @@ from persres_lite.toybox.world import PLACES
 SEEDS = (0, 1)  # of the pictures, for each place
 UNSEEN = 4  # places
 MODES = ("original", "residual", "LAG")
-TRAININGS = (0, 1, 2)  # their seeds
 
 
 def unseen_places(images: list[Image.Image], judge: Judge) -> list[str]:
@@ -161,7 +162,7 @@ def _table(rows: dict[str, dict]) -> list[str]:
 def _save(what: str, rows: dict[str, dict], folder: Path, last: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     name = what if what == "concepts" else f"toybox-{what}"
-    command = f"Made by `python -m persres_lite.maintain.toybox_concepts {what}`."
+    command = f"Made by `python -m persres_lite.maintain.toybox_concepts {' '.join(sys.argv[1:]) or what}`."
     lines = [command, "", *_table(rows), "", *([last, ""] if last else [])]
     (folder / f"{name}.md").write_text("\n".join(lines))
     (folder / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -171,6 +172,7 @@ def _save(what: str, rows: dict[str, dict], folder: Path, last: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["concepts", "ranks", "search"])
+    parser.add_argument("--trainings", type=int, default=3, help="of each of the ten concepts, from seeds 0, 1, ...")
     parser.add_argument("--data", type=Path, default=Path("data"))
     args = parser.parse_args()
     rows, last = {}, ""
@@ -178,7 +180,7 @@ def main() -> None:
         base, judge = load_base("toybox"), Judge(args.data)
         for name, (_, biased) in tqdm(shipped.all_shipped().items(), desc="concepts"):
             concept = load_concept(args.data / "concepts" / name)
-            trained = [run(base, judge, concept, biased, seed=seed) for seed in TRAININGS]
+            trained = [run(base, judge, concept, biased, seed=seed) for seed in range(args.trainings)]
             rows[name] = {**mean_of(trained), "trainings": trained}
         rows["mean"] = mean_of(list(rows.values()))
     elif args.what == "ranks":
