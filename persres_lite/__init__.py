@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from persres_lite.support.notices import without_torchvision
+
 if TYPE_CHECKING:
     from persres_lite.attention import record_attention
     from persres_lite.bases import load_base, settings_of
@@ -54,6 +56,9 @@ __all__ = [
     "export_lora",
     "import_lora",
 ]
+
+
+without_torchvision()
 
 
 def __getattr__(name: str) -> Any:

@@ -58,25 +58,25 @@ class Base:
 
     Attributes
     ----------
-    name
+    name : str
         Its short name, or where it was loaded from.
-    repositories
+    repositories : tuple of (str, str or None)
         Pairs (hub id, revision), tried in order; a revision is a commit, so that the weights are always the same ones.
-    folder
+    folder : str
         Instead of repositories: a folder in the project's data.
-    size
+    size : int
         Side of its pictures, in pixels.
-    sampling
+    sampling : dict of str to object
         Keyword arguments for a call of the pipeline: num_inference_steps, guidance_scale, height, width.
-    recipe
+    recipe : dict of str to object
         What :func:`persres_lite.personalize` takes when nothing else is said: steps, batch_size, lr, rank.
-    images_per_prompt
+    images_per_prompt : int
         How many pictures of one prompt a figure shows: one row.
-    classes
+    classes : tuple of str
         Macro classes that it knows well.
-    places
+    places : tuple of str
         Endings for prompts: f"a photo of a {concept} {place}".
-    prompts
+    prompts : tuple of str
         Example prompts without a concept.
     """
 
@@ -178,16 +178,16 @@ def load_base(
 
     Parameters
     ----------
-    name
+    name : str or os.PathLike, optional
         A short name of `BASES`, a folder in diffusers' layout, or a hub id. None takes the environment variable
         ``PERSRES_BASE`` (the one switch of the notebooks), and without it Toybox, which needs no network.
-    device
+    device : str or torch.device, optional
         "cpu", "cuda", "mps", … None takes the best that there is.
-    dtype
+    dtype : torch.dtype, optional
         None: fp32 on CPU and MPS, and for Toybox everywhere; on CUDA bf16 where the processor has it, else fp16. In
         fp16 the autoencoder of XL overflows to black pictures (diffusers #4325): its pipeline decodes in fp32 by
         itself, and :func:`persres_lite.personalize` encodes in fp32.
-    safety_checker
+    safety_checker : bool
         Stable Diffusion 1.x comes with a classifier that paints pictures black which it takes for indecent. It is not
         loaded, because a black picture falsifies the figures and scores of an experiment. Load it for anything that
         shows pictures to a public.
@@ -254,7 +254,7 @@ def settings_of(base: Any) -> Base:
 
     Parameters
     ----------
-    base
+    base : pipeline
         A loaded pipeline, or a name of `BASES` (or a repository or folder of one of them).
 
     Returns
@@ -286,10 +286,10 @@ def encode_images(base: Any, images: list[Image.Image]) -> tuple[Tensor, Tensor 
 
     Parameters
     ----------
-    base
+    base : pipeline
         The pipeline; its autoencoder is used in fp32 where its configuration asks for that (SDXL's overflows in fp16,
         diffusers #4325).
-    images
+    images : list of PIL.Image.Image
         n square RGB pictures of one size.
 
     Returns
@@ -330,11 +330,11 @@ def encode_prompt(base: Any, prompt: str, size: int) -> dict[str, Any]:
 
     Parameters
     ----------
-    base
+    base : pipeline
         A Stable Diffusion or Stable Diffusion XL pipeline.
-    prompt
+    prompt : str
         The text.
-    size
+    size : int
         Side of the pictures in pixels: XL is also told the original size, the crop's corner and the size asked for.
 
     Returns

@@ -27,19 +27,19 @@ class Concept:
 
     Attributes
     ----------
-    name
+    name : str
         What to call it in titles and file names.
-    macro_class
+    macro_class : str
         The paper's macro class: the word for things of this kind, "cat" or "teddy bear".
-    token
+    token : str
         The paper's V*: a rarely used word.
-    images
+    images : list of PIL.Image.Image
         Reference pictures, RGB, each of its own size.
-    masks
+    masks : list of PIL.Image.Image
         For each picture where the object is (L, of the picture's size, white = object), or None if that is not known.
-    path
+    path : Path
         The folder that they came from, or None.
-    info
+    info : dict of str to object
         What else its card says: description, licence, source, …
     """
 
@@ -89,11 +89,11 @@ def load_concept(
 
     Parameters
     ----------
-    source
+    source : Picture or iterable of Picture
         A folder with pictures; the name of a shipped concept (`shipped_concepts`); or a list of files or PIL pictures.
         A folder may hold a card, ``concept.json``, with at least ``macro_class``, and masks: ``masks/0.png`` for
         ``0.jpg``, white where the object is.
-    macro_class, token
+    macro_class, token : str, optional
         What it is, and the word that will name it. None takes the card's; without a card the class must be given, and
         the token is `RARE_TOKEN`.
 

@@ -26,7 +26,7 @@ def without_gpu(base: str | os.PathLike) -> str | None:
 
     Parameters
     ----------
-    base
+    base : str or os.PathLike
         A base's name, folder or hub id; nothing is loaded.
 
     Returns

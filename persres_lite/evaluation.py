@@ -60,9 +60,9 @@ class Judges:
 
         Parameters
         ----------
-        images
+        images : picture or list of pictures
             n pictures, or one.
-        prompts
+        prompts : str or list of str
             One prompt for all pictures, or n prompts; without the rare token.
 
         Returns
@@ -123,11 +123,11 @@ def load_judges(
 
     Parameters
     ----------
-    base
+    base : pipeline
         A loaded pipeline or a base's name: Toybox has its own judges in ``data/``, all others take the paper's.
-    clip, dino
+    clip, dino : str or Path, optional
         Other encoders: a folder, or an id on the Hugging Face hub.
-    device
+    device : str or torch.device, optional
         Where they compute; None takes the pipeline's device, or the CPU for a name.
 
     Returns
@@ -360,7 +360,7 @@ def iou(mask: Any, truth: Any) -> Tensor:
 
     Parameters
     ----------
-    mask, truth
+    mask, truth : picture, array or tensor
         (h, w) or (n, h, w), as tensors, arrays or pictures; more than one half counts as inside. A mask of another
         size than the truth's is first scaled to it (nearest position).
 
@@ -380,7 +380,7 @@ def pointing_game(map: Any, truth: Any) -> Tensor:
 
     Parameters
     ----------
-    map, truth
+    map, truth : tensor or array
         (h, w) or (n, h, w), as tensors, arrays or pictures. A map of another size is first scaled to the truth's
         (bilinear).
 
@@ -400,9 +400,9 @@ def background_distance(a: Any, b: Any, mask: Any) -> Tensor:
 
     Parameters
     ----------
-    a, b
+    a, b : picture or list of pictures
         One picture each or n each, of one size, for example from the same noise with and without residuals.
-    mask
+    mask : picture, array or tensor
         The object, (h, w) or (n, h, w), as tensor, array or picture: what it covers by more than one half does not
         count. For two pictures with objects in different places give the union of both masks.
 

@@ -75,17 +75,17 @@ def diffusion_loss(
 
     Parameters
     ----------
-    unet
+    unet : UNet2DConditionModel
         The U-Net, with residuals attached or not.
-    scheduler
+    scheduler : scheduler
         Gives z_t and the target; its ``prediction_type`` is "epsilon" (the noise), "v_prediction" or "sample".
-    latents, noise
+    latents, noise : tensor
         (b, c, h, w) in fp32.
-    condition
+    condition : dict of str to object
         From :func:`encode_prompt`; broadcast over the batch.
-    timesteps
+    timesteps : tensor
         (b,) whole numbers.
-    weights
+    weights : tensor, optional
         (b, 1, h, w) or None: the loss becomes the weighted mean over positions.
 
     Returns
@@ -165,34 +165,34 @@ def personalize(
 
     Parameters
     ----------
-    base
+    base : pipeline
         The pipeline from ``load_base``.
-    concept
+    concept : Concept
         The reference pictures and their words; no further pictures of the class are used.
-    steps, batch_size, lr, rank
+    steps, batch_size, lr, rank : int or float, optional
         None takes the base's recipe: for Stable Diffusion the paper's 150, 4, 1e-3 and 0.05. `rank` is a fraction of
         each layer's width, or a whole number.
-    seed
+    seed : int
         Of the initialization and of every random draw.
-    init
+    init : str
         "lora": dW(0) = 0. "random": both factors random, see ``Residuals``.
-    on_step
+    on_step : callable, optional
         Called as ``on_step(step, loss, residuals)`` after each step, counted from 1, with the residuals attached.
-    checkpoint
+    checkpoint : str or Path, optional
         A file. Every 25 steps, when interrupted and at the end, the state is written there; the same call with the same
         file goes on from it and ends in the same tensors. With larger `steps` a finished training goes on.
-    sample_every
+    sample_every : int, optional
         Every so many steps a picture of the training prompt is made, always from the noise of `seed`, and kept in the
         result's ``samples`` (a dict, by step).
-    train_token
+    train_token : bool
         V*'s embedding learns too, in every text encoder, at the same rate. Slower: the text is encoded at each step.
-    masked_loss
+    masked_loss : bool
         Only the object counts; needs the concept's masks.
-    gradient_checkpointing
+    gradient_checkpointing : bool
         Less memory for about a third more time (diffusers' non-reentrant kind).
-    mixed_precision
+    mixed_precision : str, optional
         "fp16" or "bf16": autocast. A, B and Adam stay in fp32, whatever the base's precision; fp16 scales the loss.
-    progress
+    progress : bool
         Show a bar with the loss.
 
     Returns

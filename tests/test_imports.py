@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -120,3 +121,18 @@ def lesson_of(module: str) -> int | None:
 def test_an_unknown_name():
     with pytest.raises(AttributeError, match="has no attribute 'personalise'"):
         _ = persres_lite.personalise
+
+
+SECTION = re.compile(r"^(?:Parameters|Attributes)\n-+\n(.*?)(?=^\S[^\n]*\n-+\n|\Z)", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_docstrings_are_of_one_dialect(path):
+    """numpy's: each parameter and attribute with its type, `name : type`."""
+    untyped = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            for section in SECTION.findall(ast.get_docstring(node) or ""):
+                entries = [line for line in section.splitlines() if line and not line.startswith((" ", "**"))]
+                untyped += [f"{node.name}: {line}" for line in entries if " : " not in line]
+    assert not untyped

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Parameters
     ----------
-    arguments
+    arguments : list of str, optional
         Without the program's name; None takes those of the process.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -66,13 +66,13 @@ def maps(record: Any, picture: Image.Image, words: Sequence[str] | None = None, 
 
     Parameters
     ----------
-    record
+    record : AttentionRecord
         From `record_attention`.
-    picture
+    picture : PIL.Image.Image
         What the pipeline made.
-    words
+    words : list of str, optional
         Those of the record by default.
-    image
+    image : int
         Which image of the batch.
     """
     words = list(words or record.words)
@@ -99,9 +99,9 @@ def masks(picture: Image.Image, attention: torch.Tensor, truth: Any = None) -> E
 
     Parameters
     ----------
-    attention
+    attention : tensor
         The map, (h, w).
-    truth
+    truth : picture, array or tensor
         The true mask, of any size: outlined in white, and compared with.
     """
     options = {name: _option(rule) for name, rule in RULES.items()}
@@ -133,9 +133,9 @@ def compare(
 
     Parameters
     ----------
-    pictures
+    pictures : dict of float to dict of str to PIL.Image.Image
         By scale, then by name: ``{0.0: {"residual": …, "LAG": …}, 1.0: …}``; every scale has the same names.
-    references
+    references : list of PIL.Image.Image, optional
         Pictures of the concept, shown beside.
 
     Raises

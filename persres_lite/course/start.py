@@ -46,7 +46,7 @@ def start(base: str | None = None) -> tuple[Path, str]:
 
     Parameters
     ----------
-    base
+    base : str, optional
         Name of the frozen model. None takes the environment variable ``PERSRES_BASE``, and without it ``"toybox"``.
 
     Returns
@@ -154,9 +154,9 @@ def refuse_stale(requirements: list[str], installed_now: bool = False) -> None:
 
     Parameters
     ----------
-    requirements
+    requirements : list of str
         As the project names them.
-    installed_now
+    installed_now : bool
         Whether pip has just run: then a loaded version must also be the one on disk, because these packages load their
         parts only when they are needed, and the parts would come from another version.
 

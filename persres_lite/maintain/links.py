@@ -21,10 +21,10 @@ def broken(root: Path, address: str) -> list[str]:
 
     Parameters
     ----------
-    root
+    root : Path
         The project's folder: its ``*.md`` files, those of ``notebooks/`` and below ``data/``, and the notebooks are
         read.
-    address
+    address : str
         The public address, from `persres_lite.maintain.notebooks.public_address`.
     """
     problems = []

@@ -46,12 +46,12 @@ def execute(
 
     Parameters
     ----------
-    env
+    env : dict of str to str, optional
         Environment variables for the kernel, added to the present ones. Progress bars are off: they are noise in a
         saved file.
-    timeout
+    timeout : int
         Seconds that one cell may take.
-    on_cell
+    on_cell : callable, optional
         Called with (number, count) before each cell.
 
     Raises

@@ -78,11 +78,11 @@ def write_checkpoint(path: str | Path, saved: Snapshot, settings: dict[str, Any]
 
     Parameters
     ----------
-    path
+    path : str or Path
         The file.
-    saved
+    saved : Snapshot
         From :func:`snapshot`.
-    settings
+    settings : dict of str to object
         Everything that the final tensors depend on, except the number of steps; must be JSON's types.
     """
     tensors, rest = saved

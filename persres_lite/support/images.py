@@ -61,7 +61,7 @@ def read_image(source: Picture) -> Image.Image:
 
     Parameters
     ----------
-    source
+    source : Picture
         A file or a PIL picture. A PIL picture is not changed.
 
     Returns
@@ -88,9 +88,9 @@ def read_mask(source: Picture, size: tuple[int, int]) -> Image.Image:
 
     Parameters
     ----------
-    source
+    source : Picture
         A file or a PIL picture, of any mode that :func:`read_image` takes. What is transparent counts as black.
-    size
+    size : (int, int)
         (width, height) that it must have: the picture's. The mask of a picture that was reduced is reduced like it.
 
     Raises
@@ -114,7 +114,7 @@ def read_images(source: Picture | Iterable[Picture]) -> tuple[list[Image.Image],
 
     Parameters
     ----------
-    source
+    source : Picture or iterable of Picture
         A folder is read in the order of its file names (2.png before 10.png); its subfolders and hidden files are left
         alone. Files that are not pictures by name nor by content are skipped.
 
@@ -166,11 +166,11 @@ def square_crop(image: Image.Image, size: int, mask: Image.Image | None = None):
 
     Parameters
     ----------
-    image
+    image : PIL.Image.Image
         Mode RGB, any size.
-    size
+    size : int
         Side of the result, in pixels: the base's.
-    mask
+    mask : PIL.Image.Image, optional
         Mode L, of the picture's size, white where the object is.
 
     Returns

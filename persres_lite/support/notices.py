@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Any
 
@@ -31,3 +32,14 @@ _others: Any = warnings.formatwarning
 
 def _format(message: Any, category: type[Warning], *where: Any, **rest: Any) -> str:
     return f"Note: {message}\n" if issubclass(category, Notice) else _others(message, category, *where, **rest)
+
+
+def without_torchvision() -> None:
+    """Let transformers not say, at every import of diffusers, what it would do if torchvision were there: it is not
+    used here.
+    """
+    logging.getLogger("transformers.utils.import_utils").addFilter(_of_use)
+
+
+def _of_use(record: logging.LogRecord) -> bool:
+    return "requires torchvision" not in record.getMessage()

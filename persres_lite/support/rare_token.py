@@ -38,11 +38,11 @@ def rare_token_attached(base: Any, token: str, rows: Mapping[str, Tensor]) -> It
 
     Parameters
     ----------
-    base
+    base : pipeline
         The pipeline.
-    token
+    token : str
         V*.
-    rows
+    rows : dict of str to tensor
         As from :func:`rare_token_embeddings`; empty for nothing to do.
     """
     with ExitStack() as hooks:

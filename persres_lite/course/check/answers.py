@@ -74,9 +74,9 @@ def same(
 
     Parameters
     ----------
-    what
+    what : str
         What is compared, as the beginning of a sentence: "the blend".
-    mistakes
+    mistakes : dict of str to object, optional
         Sentences for well-known mistakes, each with the value that such a mistake gives; a matching one is named.
     """
     if isinstance(wanted, torch.Tensor):

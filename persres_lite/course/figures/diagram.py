@@ -46,9 +46,9 @@ def unet_diagram(unet: Any, caption: str | None = None) -> Drawing:
 
     Parameters
     ----------
-    unet
+    unet : UNet2DConditionModel
         A `UNet2DConditionModel` of any size, also one without weights (built under ``torch.device("meta")``).
-    caption
+    caption : str, optional
         By default, how many output projections there are, of which widths.
     """
     parts = unet_parts(unet)

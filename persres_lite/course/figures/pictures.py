@@ -29,7 +29,7 @@ def grid(
 
     Parameters
     ----------
-    rows, columns
+    rows, columns : list of str, optional
         Words beside the rows and above the columns; long ones are broken into lines.
     """
     rows_given = [pictures] if isinstance(pictures[0], Image.Image) else pictures
@@ -63,11 +63,11 @@ def heats(
 
     Parameters
     ----------
-    pictures
+    pictures : PIL.Image.Image or list of PIL.Image.Image
         One for each map, or one for all.
-    maps
+    maps : list of tensor or array
         Each (h, w), any size.
-    columns
+    columns : int, optional
         How many stand in a row; at most four by default.
     """
     pictures = [pictures] * len(maps) if isinstance(pictures, Image.Image) else list(pictures)
@@ -94,7 +94,7 @@ def outlines(
 
     Parameters
     ----------
-    truth
+    truth : picture, array or tensor
         The true mask, one for all, or a list with one for each mask.
     """
     pictures = [pictures] * len(masks) if isinstance(pictures, Image.Image) else list(pictures)
@@ -122,9 +122,9 @@ def heat_picture(
 
     Parameters
     ----------
-    attention
+    attention : tensor or array
         The map, (h, w), any size: tensor or array.
-    low, high
+    low, high : float, optional
         Values that get the darkest and the brightest color; the map's own extremes by default.
     """
     values = as_array(attention)

@@ -33,9 +33,9 @@ def curves(
 
     Parameters
     ----------
-    smooth
+    smooth : int
         Width of a running mean, in points; the raw values stay visible behind it. 0 draws them as they are.
-    log
+    log : bool
         Whether the vertical axis is logarithmic.
     """
     figure, axes = new_plot()
@@ -66,9 +66,9 @@ def loss_by_noise_level(
 
     Parameters
     ----------
-    losses
+    losses : dict of str to (list of float, list of float)
         By name: (timesteps, losses), both (n,).
-    last
+    last : int
         The number of timesteps that the model was trained on.
     """
     figure, axes = new_plot()
@@ -97,7 +97,7 @@ def bars(
 
     Parameters
     ----------
-    reference
+    reference : (str, float), optional
         A name and a value to compare with, drawn as a dashed line.
     """
     figure, axes = new_plot(height=2.8)
@@ -124,7 +124,7 @@ def singular_values(matrices: Mapping[str, Any], rank: int | None = None, captio
 
     Parameters
     ----------
-    rank
+    rank : int, optional
         Drawn as a vertical line after the `rank` first values.
     """
     figure, axes = new_plot()

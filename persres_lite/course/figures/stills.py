@@ -28,9 +28,9 @@ def map_table(
 
     Parameters
     ----------
-    record
+    record : AttentionRecord
         From `record_attention`, or anything with its ``.steps``, ``.blocks`` and ``.map(word, step=, block=)``.
-    steps, blocks
+    steps, blocks : list of int, optional
         Four steps from first to last, and the first, middle and last block, by default.
     """
     steps = list(steps) if steps is not None else spread(record.steps, 4)
@@ -53,11 +53,11 @@ def mask_table(
 
     Parameters
     ----------
-    attention
+    attention : tensor
         The map, (h, w).
-    rules
+    rules : list of str, or dict of str to dict, optional
         Names of `persres_lite.masks.RULES`, or names with their options; all of them by default.
-    truth
+    truth : picture, array or tensor
         The true mask, outlined in white.
     """
     chosen = dict(rules) if isinstance(rules, Mapping) else {name: {} for name in rules or RULES}
@@ -71,7 +71,7 @@ def scale_table(pictures: Mapping[float, Mapping[str, Image.Image]], caption: st
 
     Parameters
     ----------
-    pictures
+    pictures : dict of float to dict of str to PIL.Image.Image
         By scale, then by name: ``{0.0: {"residual": …, "LAG": …}, 1.0: …}``.
     """
     scales = sorted(pictures)
