@@ -225,7 +225,7 @@ def alive(process: int) -> bool:
 def test_going_further_passes_on_what_an_earlier_stage_has_learned(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "SHARD", 32)
     monkeypatch.setattr(main, "PICTURES", 64)
-    monkeypatch.setattr(judge, "VIEWS", 64)
+    monkeypatch.setattr(main, "VIEWS", 64)
     monkeypatch.setattr(dataset, "ProcessPoolExecutor", lambda workers: ThreadPoolExecutor(1))
     for name in ("toybox-sd", "toybox-clip", "toybox-dino"):
         shutil.copytree(data_dir() / "second-edition" / name, tmp_path / "data" / name)
@@ -274,7 +274,7 @@ def test_a_run_that_goes_further_adds_to_the_card(tmp_path):
 def test_pretraining_goes_from_nothing_to_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "SHARD", 32)
     monkeypatch.setattr(main, "PICTURES", 64)
-    monkeypatch.setattr(judge, "VIEWS", 64)
+    monkeypatch.setattr(main, "VIEWS", 64)
     monkeypatch.setattr(dataset, "ProcessPoolExecutor", lambda workers: ThreadPoolExecutor(1))
     where = ["--folder", str(tmp_path / "runs"), "--data", str(tmp_path / "data")]
     options = [word for name in main.MINUTES for word in ("--stage", name, f"--{name}-minutes", "0.001")]

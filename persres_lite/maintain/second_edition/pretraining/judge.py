@@ -34,7 +34,7 @@ def misread(named: dict[str, torch.Tensor], answers: dict[str, torch.Tensor]) ->
     return torch.stack([F.cross_entropy(named[name], answers[name], ignore_index=-1) for name in settled]).sum()
 
 
-def train_judge(folder: Path, pictures: Shards, minutes: float, toys_twice: int = VIEWS) -> None:
+def train_judge(folder: Path, pictures: Shards, minutes: float, toys_twice: int) -> None:
     """The identity encoder, contrastively on two views of each toy, and the linear readings of its features."""
     torch.manual_seed(1)
     both = judge_parts()
