@@ -433,14 +433,17 @@ def test_a_rank_above_the_width_is_the_same_product(kind, tmp_path):
     theirs = sample(base, PROMPT)
     type(base).save_lora_weights(tmp_path, unet_lora_layers=state)
     fresh = tiny_pipeline(kind)
-    fresh.load_lora_weights(tmp_path)
-    expected = sample(fresh, PROMPT)
-    fresh.unload_lora_weights()
     residuals = import_lora(tmp_path / "pytorch_lora_weights.safetensors", fresh)
     assert residuals.ranks[MID] == 64
     with residuals.attached(fresh):
-        torch.testing.assert_close(sample(fresh, PROMPT), expected, rtol=1e-3, atol=1e-3)
+        ours = sample(fresh, PROMPT)
     assert (theirs - sample(fresh, PROMPT)).abs().max() > 0.1
+    # By hand, because diffusers before 0.40 scales a file of mixed rank without alphas wrongly (#14409).
+    for name in (name for name in state if name.endswith(".lora_A.weight")):
+        weight = fresh.unet.get_submodule(name.removesuffix(".lora_A.weight")).weight
+        product = state[name.replace("lora_A", "lora_B")].flatten(1) @ state[name].flatten(1)
+        weight.data += product.reshape(weight.shape)
+    torch.testing.assert_close(ours, sample(fresh, PROMPT), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
