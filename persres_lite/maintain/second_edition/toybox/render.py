@@ -22,9 +22,9 @@ FOCAL = 2.6  # of the camera, in half picture heights
 GLOSS = 0.22  # how bright a mirrored sun is
 MAIN, SECOND, DARK, WHITE = range(4)  # what a part is painted with
 
-# Stripes, dots or two checks per unit of length: at least three over the height of the largest part that has the main
-# paint (2.4 for the car), so that a flat body shows a pattern, too; over a whole toy that makes four to seven. Dots
-# are balls on a lattice: a box shows them where its faces lie near the lattice, hence the car's and the house's.
+# Stripes, dots or two checks per unit of length: about three or more over the height of the largest part that has the
+# main paint (2.4 for the car), so that a flat body shows a pattern, too; over the height of a whole toy three to eight.
+# Dots are balls on a lattice: a box shows them where its faces lie near the lattice, hence the car's and the house's.
 REPEATS = {
     "duck": 3.8, "robot": 4.7, "mug": 2.7, "car": 5.0, "rocket": 2.7,
     "house": 4.3, "mushroom": 3.6, "snowman": 3.4, "cat": 3.4, "teapot": 2.9,
