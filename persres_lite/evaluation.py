@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +38,15 @@ Way = Callable[[], AbstractContextManager]
 JUDGES = {"toybox": ("toybox-clip", "toybox-dino")}
 """A base's own CLIP- and DINO-like encoders, in the data folder."""
 
-DINO = "facebook/dino-vits16"
-PAPER_JUDGES = ("openai/clip-vit-base-patch32", DINO)
+CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"
+PAPER_JUDGES = (CLIP, DINO)
 """The encoders of the paper and of CustomConcept101, for every base that has none of its own."""
+
+REVISIONS = {CLIP: "c237dc49a33fc61debc9276459120b7eac67e7ef"}
+"""Commits, so that the weights are always the same ones. CLIP's is the hub's conversion to safetensors, which several
+unrelated public projects pin; its main branch has pickles only. So has every known commit of DINO: without one,
+transformers asks the hub for its conversion of the newest.
+"""
 
 Pictures = Sequence[Image.Image] | Image.Image
 
@@ -138,7 +144,8 @@ def load_judges(
     Raises
     ------
     OSError
-        If a folder is missing, or the hub is out of reach and nothing was fetched before.
+        If a folder is missing, if the hub is out of reach and nothing was fetched before, or if there are no weights as
+        safetensors: a pickle, which may run any code, is never opened.
     """
     name = settings_of(base).name
     own = [data_dir() / folder for folder in JUDGES[name]] if name in JUDGES else PAPER_JUDGES
@@ -147,10 +154,10 @@ def load_judges(
     from transformers import AutoModel, AutoTokenizer, CLIPModel
 
     return Judges(
-        clip=_load(CLIPModel, clip).to(device),
+        clip=_load_model(CLIPModel, clip).to(device),
         tokenizer=_load(AutoTokenizer, clip),
         clip_processor=_load_processor(clip),
-        dino=_load(AutoModel, dino).to(device),
+        dino=_load_model(AutoModel, dino).to(device),
         dino_processor=_dinos_own() if str(dino) == DINO else _load_processor(dino),
     )
 
@@ -437,33 +444,49 @@ def background_distance(a: Any, b: Any, mask: Any) -> Tensor:
     return (difference * outside).sum((-2, -1)) / outside.sum((-2, -1)).expand(len(difference))
 
 
-def _load(kind: Any, where: str | Path) -> Any:
+def _load_model(kind: Any, where: str | Path) -> Any:
+    """Frozen, in eval mode and in fp32, whatever was shipped; of safetensors only."""
+    return _load(kind, where, use_safetensors=True).eval().requires_grad_(False).float()
+
+
+def _load(kind: Any, where: str | Path, **options: Any) -> Any:
+    if str(where) in REVISIONS and not Path(where).is_dir():
+        options["revision"] = REVISIONS[str(where)]
     try:
-        loaded = kind.from_pretrained(str(where))
+        return kind.from_pretrained(str(where), **options)
     except (OSError, ValueError) as error:
-        if Path(where).is_dir():
-            advice = "its folder is not whole; fetch it again."
+        if not Path(where).is_dir():
+            often = (
+                " once" if "revision" in options else ""
+            )  # a conversion that the hub is asked for is not found offline
+            advice = (
+                f"connect to the network{often}, or name a folder with such a model.safetensors (clip=..., dino=...)."
+            )
+        elif options.get("use_safetensors") and not any(Path(where).glob("*.safetensors")) and any(_pickles(where)):
+            advice = "its weights are a pickle, which may run any code: convert them to model.safetensors first."
         else:
-            advice = "connect to the network once, or name a folder that holds such a model (clip=..., dino=...)."
+            advice = "its folder is not whole; fetch it again."
         raise OSError(f"The judge {where} could not be loaded: {advice}") from error
-    if isinstance(loaded, torch.nn.Module):
-        loaded.eval().requires_grad_(False).float()  # shipped in half precision, scored in single
-    return loaded
+
+
+def _pickles(folder: str | Path) -> Iterator[Path]:
+    return (path for path in Path(folder).iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
 
 
 def _load_processor(where: str | Path) -> Any:
     return _load(SimpleNamespace(from_pretrained=_prepared_by_pillow), where)
 
 
-def _prepared_by_pillow(where: str) -> Any:
+def _prepared_by_pillow(where: str, **options: Any) -> Any:
     """What prepares an encoder's pictures, without torchvision, which AutoImageProcessor would take or ask for."""
     import transformers
 
-    settings, _ = transformers.CLIPImageProcessorPil.get_image_processor_dict(where)  # only read, of whatever kind
+    # Only read, of whatever kind.
+    settings, _ = transformers.CLIPImageProcessorPil.get_image_processor_dict(where, **options)
     name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or ""  # the older word
     name = name.replace("FeatureExtractor", "ImageProcessor").removesuffix("Pil").removesuffix("Fast")
     kind = getattr(transformers, f"{name}Pil", transformers.AutoImageProcessor)
-    return kind.from_pretrained(where)
+    return kind.from_pretrained(where, **options)
 
 
 def _dinos_own() -> Any:

@@ -6,11 +6,16 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image, ImageFilter
 from transformers import (
     CLIPConfig,
@@ -115,7 +120,7 @@ def test_wrong_numbers_of_prompts_and_pictures_are_refused(judges):
 def test_a_base_chooses_its_judges(monkeypatch, sd1):
     asked = []
 
-    def record(kind, where):
+    def record(kind, where, **options):
         asked.append(str(where))
         return torch.nn.Identity()
 
@@ -130,10 +135,50 @@ def test_a_base_chooses_its_judges(monkeypatch, sd1):
 
 
 def test_a_judge_that_cannot_be_had_is_one_clear_error(folders, tmp_path):
-    with pytest.raises(OSError, match=r"openai/clip-vit-base-patch32 could not be loaded: connect to the network once"):
+    with pytest.raises(
+        OSError, match=r"openai/clip-vit-base-patch32 could not be loaded: connect to the network once, or"
+    ):
         load_judges("sd-1.4")  # tests run offline
     with pytest.raises(OSError, match="its folder is not whole"):
         load_judges("sd-1.4", clip=tmp_path, dino=folders / "vit")
+
+
+def test_a_judge_that_is_a_pickle_is_never_opened(folders, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "sprung",))
+
+    shutil.copytree(folders / "vit", tmp_path / "vit")
+    (tmp_path / "vit" / "model.safetensors").unlink()
+    with open(tmp_path / "vit" / "pytorch_model.bin", "wb") as file:
+        pickle.dump(Trap(), file)
+    with pytest.raises(OSError, match="vit could not be loaded: its weights are a pickle, .* model.safetensors first"):
+        load_judges("sd-1.4", clip=folders / "clip", dino=tmp_path / "vit")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_the_papers_judges_are_asked_for_by_commit_and_as_safetensors(monkeypatch):
+    asked = []
+
+    def record(name):
+        def from_pretrained(where, **options):
+            asked.append((name, where, options))
+            return torch.nn.Identity()
+
+        return classmethod(lambda kind, where, **options: from_pretrained(where, **options))
+
+    for name in ("CLIPModel", "AutoModel", "AutoTokenizer"):
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", record(name))
+    monkeypatch.setattr(evaluation, "_prepared_by_pillow", lambda where, **options: asked.append(("", where, options)))
+    load_judges("sd-1.4")
+    commit = {"revision": evaluation.REVISIONS[evaluation.CLIP]}
+    assert re.fullmatch("[0-9a-f]{40}", commit["revision"])
+    assert asked == [
+        ("CLIPModel", evaluation.CLIP, {"use_safetensors": True} | commit),
+        ("AutoTokenizer", evaluation.CLIP, commit),
+        ("", evaluation.CLIP, commit),
+        ("AutoModel", evaluation.DINO, {"use_safetensors": True}),
+    ]
 
 
 def test_toyboxes_judges_know_its_concepts():
@@ -254,7 +299,7 @@ def test_what_cannot_be_compared_is_refused(tiny, options, message):
 
 def test_dino_sees_a_picture_as_its_authors_prepared_it(folders, monkeypatch):
     """Shorter side to 256, bicubic, and the middle 224 x 224: not the whole picture squashed."""
-    monkeypatch.setattr(evaluation, "_load", lambda kind, where: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(evaluation, "_load", lambda kind, where, **options: torch.nn.Linear(1, 1))
     processor = load_judges("sd-1.4", clip=folders / "clip").dino_processor
     picture = Image.effect_noise((500, 300), 90).convert("RGB").filter(ImageFilter.GaussianBlur(3))
     seen = torch.as_tensor(processor(images=picture, return_tensors="pt")["pixel_values"])[0]
