@@ -166,15 +166,34 @@ def test_it_runs_on_stable_diffusions_layout_and_its_exercises_prove_themselves(
     assert "Base: sd-1.4-shaped" in said
 
 
-XL = [path for path in PATHS if path.stem[:2] == "05"]  # it makes noise by hand
+IN_BF16 = """
+import functools, torch, persres_lite
+persres_lite.load_base = functools.partial(persres_lite.load_base, dtype=torch.bfloat16)
+"""
+
+FEWER_PICTURES = {"[:24]": "[:8]", "[:12]": "[:4]"}
+"""In the sources of lesson 04, whose many pictures serve its scores and not what is tried here."""
+
+LAYOUTS = {  # of the lessons that look into a layer or make noise by hand: one run of each other kind of base
+    "02-xl": ("02", "sdxl", ""),  # several layers under one projection, another sampler's noise
+    "04-xl": ("04", "sdxl", ""),
+    "05-xl": ("05", "sdxl", ""),
+    "02-sd2-bf16": ("02", "sd2", IN_BF16),  # linear projections, prediction of v, half precision
+    "04-sd2-bf16": ("04", "sd2", IN_BF16),
+}
 
 
-@pytest.mark.parametrize("path", XL, ids=[path.stem for path in XL])
-def test_it_runs_on_xls_layout_whose_sampler_has_other_noise(path, tmp_path):
-    tiny_pipeline("sdxl").save_pretrained(tmp_path / "xl")
+@pytest.mark.parametrize(("number", "kind", "precision"), LAYOUTS.values(), ids=LAYOUTS)
+def test_it_runs_on_other_layouts(number, kind, precision, tmp_path):
+    (path,) = notebooks.notebook_paths(names=[number])
+    tiny_pipeline(kind).save_pretrained(tmp_path / kind)
     book = deepcopy(read(path))
-    book.cells = [*book.cells[:3], v4.new_code_cell(FEWER_STEPS.replace("sd-1.4", "sdxl")), *book.cells[3:]]
-    runs.execute(book, path.parent, env={"PERSRES_BASE": str(tmp_path / "xl"), "HF_HUB_OFFLINE": "1"}, timeout=300)
+    for cell in book.cells:
+        for many, few in FEWER_PICTURES.items():
+            cell.source = cell.source.replace(many, few)
+    steps = FEWER_STEPS.replace("sd-1.4", "sdxl") if kind == "sdxl" else FEWER_STEPS
+    book.cells.insert(3, v4.new_code_cell(steps + precision))
+    runs.execute(book, path.parent, env={"PERSRES_BASE": str(tmp_path / kind), "HF_HUB_OFFLINE": "1"}, timeout=300)
 
 
 @each
