@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 from persres_lite.masks import average
 from persres_lite.prompts import Call, find_words, watch_prompts, words_of
-from persres_lite.residuals import find_proj_outs, refuse_compiled, unet_of
+from persres_lite.residuals import LESS_MEMORY, find_proj_outs, refuse_compiling, unet_of
+from persres_lite.support.memory import advising
 
 Rows = Callable[[int], "slice | None"]
 Columns = Callable[[torch.Tensor], torch.Tensor]
@@ -168,17 +169,17 @@ def watch_attention(
     Raises
     ------
     ValueError
-        If a block is unknown.
+        If a block is unknown, or the U-Net is compiled, now or when it is called.
     RuntimeError
         From the U-Net call, if an attention layer does not use its `to_q` and `to_k`.
     """
     unet = unet_of(base)
-    refuse_compiled(base)
     projections = find_proj_outs(unet)
     for name in blocks or ():
         if name not in projections:
             raise ValueError(f"Unknown block {name!r}: the U-Net has {', '.join(projections)}.")
     with ExitStack() as hooks:
+        hooks.callback(refuse_compiling(base).remove)
         for name, proj_out in projections.items():
             if blocks is not None and name not in blocks:
                 continue
@@ -336,6 +337,7 @@ def record_attention(
     with ExitStack() as stack:
         stack.enter_context(watch_prompts(base, recorder.begin, prompt))
         stack.enter_context(watch_attention(base, recorder.rows, recorder.columns, recorder.tell, blocks, refine))
+        stack.enter_context(advising(*LESS_MEMORY))
         yield recorder.record
 
 

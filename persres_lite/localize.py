@@ -28,7 +28,16 @@ from torch import nn
 from persres_lite.attention import indicator, watch_attention
 from persres_lite.masks import Rule, average, find_rule, read_mask, resize
 from persres_lite.prompts import Call, find_words, watch_prompts
-from persres_lite.residuals import Residuals, add_low_rank, find_proj_outs, refuse_compiled, unet_of
+from persres_lite.residuals import (
+    LESS_MEMORY,
+    Residuals,
+    add_low_rank,
+    find_proj_outs,
+    refuse_compiled,
+    refuse_compiling,
+    unet_of,
+)
+from persres_lite.support.memory import advising
 
 Masks = dict[tuple[int, str], torch.Tensor]
 
@@ -118,8 +127,8 @@ def localized(
     ------
     ValueError
         At once if an argument is unknown or the residuals do not fit; from the pipeline call if a prompt lacks the
-        concept's words; from a U-Net call if its text is not that of the prompts (see `prompts.Call.next`), or if it is
-        made for the negative half alone while `unconditional` is 'same'.
+        concept's words; from a U-Net call if its text is not that of the prompts (see `prompts.Call.next`), if it is
+        made for the negative half alone while `unconditional` is 'same', or if the U-Net was compiled meanwhile.
     """
     pairs = [(residuals, concept)] if isinstance(residuals, (Residuals, str)) else list(residuals)
     if not pairs:
@@ -150,10 +159,12 @@ def localized(
         if drawn is None:
             stack.enter_context(watch_attention(base, localizer.rows, localizer.columns, localizer.tell, refine=refine))
         else:
+            stack.callback(refuse_compiling(base).remove)
             for name in find_proj_outs(unet_of(base)):
                 transformer = unet_of(base).get_submodule(name.removesuffix(".proj_out"))
                 hook = partial(localizer.draw, name=name)
                 stack.callback(transformer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        stack.enter_context(advising(*LESS_MEMORY))
         yield localizer.lag
 
 

@@ -21,13 +21,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from persres_lite.support.files import read_tensors, write_tensors
+from persres_lite.support.memory import advising
 from persres_lite.support.rare_token import ENCODERS, rare_token_attached, rare_token_embeddings
 
 FORMAT = "personalized-residuals"
 VERSION = 2  # 1 called the losses "history" and the token embeddings "rows"; it is still read
 LARGEST = 1e3  # of a change of one weight; the weights themselves stay below 10
+LESS_MEMORY = (
+    "draw fewer pictures at once (num_images_per_prompt) or smaller ones (height, width)",
+    "call the pipeline's `vae.enable_slicing()`",
+    "on a GPU its `enable_model_cpu_offload()`",
+)
+"""What to try if a pipeline runs out of memory while something is attached to it."""
 
 
 def unet_of(base: Any) -> nn.Module:
@@ -49,13 +57,33 @@ def refuse_compiled(base: Any) -> None:
     ValueError
         If it or a part of it was compiled (pytorch #117758).
     """
-    unet = base if isinstance(base, nn.Module) else base.unet
-    for module in unet.modules():
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-            raise ValueError(
-                "This U-Net was compiled by torch.compile, and compiled code does not call what is attached to its "
-                "layers: merge the residuals into its weights (`residuals.merge(base)`), or load it without compiling."
-            )
+    if _compiled(base if isinstance(base, nn.Module) else base.unet):
+        raise ValueError(
+            "This U-Net was compiled by torch.compile, and compiled code does not call what is attached to its "
+            "layers: merge the residuals into its weights (`residuals.merge(base)`), or load it without compiling."
+        )
+
+
+def _compiled(module: nn.Module) -> bool:
+    """Whether a module or a part of it was compiled. Asked at every U-Net call: `module.modules()` takes ten times as
+    long.
+    """
+    parts = [module]
+    while parts:
+        part = parts.pop()
+        own = vars(part)  # compiling leaves its traces here: of `compile()`, of torch.compile(module), of its forward
+        if own.get("_compiled_call_impl") or "_orig_mod" in own["_modules"]:
+            return True
+        if "forward" in own and hasattr(own["forward"], "_torchdynamo_orig_callable"):
+            return True
+        parts += [inner for inner in own["_modules"].values() if inner is not None]
+    return False
+
+
+def refuse_compiling(base: Any) -> RemovableHandle:
+    """`refuse_compiled` now and at every call of the U-Net, until the hook that is returned is removed."""
+    refuse_compiled(base)
+    return unet_of(base).register_forward_pre_hook(lambda module, args: refuse_compiled(base))
 
 
 def refuse_offloaded(base: Any, also_whole: bool = False) -> None:
@@ -331,15 +359,16 @@ class Residuals:
         Raises
         ------
         ValueError
-            If the residuals do not fit, or the U-Net was compiled.
+            If the residuals do not fit, or the U-Net was compiled; from the U-Net call, if it was compiled meanwhile.
         """
         with ExitStack() as hooks:
-            refuse_compiled(base)
+            hooks.callback(refuse_compiling(base).remove)
             for name, module in self.layers_in(base).items():
                 hook = partial(_add_residual, A=self.A[name], B=self.B[name], scale=scale)
                 hooks.callback(module.register_forward_hook(hook).remove)
             if scale != 0:
                 hooks.enter_context(self.token_attached(base))
+            hooks.enter_context(advising(*LESS_MEMORY))
             yield self
 
     def token_attached(self, base: Any) -> AbstractContextManager[None]:

@@ -33,6 +33,7 @@ from persres_lite.prompts import find_words
 from persres_lite.residuals import Residuals, refuse_compiled, refuse_offloaded, unet_of
 from persres_lite.support.checkpoint import Snapshot, State, read_checkpoint, restore, snapshot, write_checkpoint
 from persres_lite.support.images import square_crops
+from persres_lite.support.memory import advising
 from persres_lite.support.notices import tell
 from persres_lite.support.rare_token import rare_token_embeddings
 
@@ -211,6 +212,8 @@ def personalize(
         If the loss or a gradient is no longer finite. The last good state is in the error, and in `checkpoint`.
     OSError
         If `checkpoint` cannot be written before the first step; later on that is a warning.
+    MemoryError or RuntimeError
+        If memory runs out (on a GPU a torch.cuda.OutOfMemoryError), with what to try.
     KeyboardInterrupt
         Passed on, after the state is written to `checkpoint` if given.
 
@@ -263,7 +266,9 @@ def personalize(
     encode = partial(encode_prompt, base, concept.training_prompt, known.size)
     with torch.no_grad():
         text = encode()
-    with bar, _ready(unet, gradient_checkpointing), residuals.attached(base):
+    smaller = ["try gradient_checkpointing=True"] * (not gradient_checkpointing)
+    smaller += ["try batch_size=1"] * (recipe["batch_size"] > 1)
+    with bar, _ready(unet, gradient_checkpointing), residuals.attached(base), advising(*smaller):
         try:
             while len(state.losses) < recipe["steps"]:
                 condition = encode() if train_token else text
@@ -285,11 +290,6 @@ def personalize(
                 f"the last good state is in {where}.",
                 residuals,
             ) from None
-        except torch.cuda.OutOfMemoryError as error:
-            raise torch.cuda.OutOfMemoryError(
-                "The device ran out of memory: try gradient_checkpointing=True, or batch_size=1, and close what else "
-                f"uses it ({error})."
-            ) from error
         finally:  # the end, an error, or an interruption in the middle of a step: what counts is the last whole step
             state.optimizer.zero_grad()
             restore(state, good)

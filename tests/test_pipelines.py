@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from operator import attrgetter
+
 import pytest
 import torch
 from diffusers import (
@@ -23,7 +27,7 @@ from persres_lite.attention import record_attention
 from persres_lite.localize import localized
 from tests.helpers import NO_CHECKER, PICTURE, hooks_of, img2img, parts_of, random_residuals, refiner, with_unet
 from tests.reference import reference
-from tests.tiny import tiny_pipeline
+from tests.tiny import sample, tiny_pipeline
 
 PROMPT = "a photo of a sks cat on the beach"
 AT = [5, 6]  # sks cat
@@ -172,3 +176,35 @@ def test_a_controlnets_own_blocks_stay_as_they_are():
     with localized(pipeline, random_residuals(pipeline), "sks cat"):
         assert hooks_of(pipeline.controlnet) == 0 and pipeline.controlnet.attn_processors == before
         latents(pipeline, **arguments)
+
+
+@pytest.mark.parametrize("way", ["attached", "localized", "recorded"])
+@pytest.mark.parametrize(
+    "words", ["CUDA out of memory. Tried to allocate 2 GiB", "DefaultCPUAllocator: not enough memory"]
+)
+def test_too_little_memory_while_drawing_names_what_the_pipeline_has(sd1, way, words):
+    residuals = random_residuals(sd1)
+    contexts = {
+        "attached": lambda: residuals.attached(sd1),
+        "localized": lambda: localized(sd1, residuals, "sks cat"),
+        "recorded": lambda: record_attention(sd1),
+    }
+    kind = torch.cuda.OutOfMemoryError if "CUDA" in words else RuntimeError
+
+    def fail(*_):
+        raise kind(words)
+
+    sd1.unet.conv_out.register_forward_hook(fail)
+    with pytest.raises(kind, match="out of memory.*close what else uses it") as caught, contexts[way]():
+        sample(sd1)
+    said = str(caught.value)
+    assert words in said and said.count("close what else") == 1
+    for name in re.findall(r"`([\w.]+)\(\)`", said):
+        assert callable(attrgetter(name)(sd1))
+    for name in ("num_images_per_prompt", "height", "width"):
+        assert name in said and name in inspect.signature(type(sd1).__call__).parameters
+
+
+def test_other_errors_pass_as_they_are(sd1):
+    with pytest.raises(RuntimeError, match="^something else$"), random_residuals(sd1).attached(sd1):
+        raise RuntimeError("something else")

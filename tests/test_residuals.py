@@ -259,7 +259,7 @@ def test_leaving_restores_hooks_and_state_dict_also_through_an_exception(pipelin
     with pytest.raises(RuntimeError, match="in between"):
         with residuals.attached(pipeline) as same:
             assert same is residuals
-            assert hooks_of(pipeline.unet) == len(residuals.A)
+            assert hooks_of(pipeline.unet) == len(residuals.A) + 1  # and one that sees to it that nothing is compiled
             assert pipeline.unet.state_dict().keys() == before.keys()
             raise RuntimeError("in between")
     assert hooks_of(pipeline.unet) == 0
@@ -446,6 +446,46 @@ def test_a_compiled_model_is_told_because_it_would_not_call_what_is_attached(sd1
     else:
         compiled.unet = compiled.unet._orig_mod
     torch.testing.assert_close(sample(compiled), right, rtol=1e-3, atol=1e-3)
+
+
+def compile_now(base, how):
+    """Each way that the documentation of PyTorch or diffusers names; the backend runs the code as it is."""
+    if how == "unet.compile":
+        base.unet.compile(backend="eager")
+    elif how == "whole graph":
+        base.unet.compile(backend="eager", fullgraph=True)
+    elif how == "torch.compile":
+        base.unet = torch.compile(base.unet, backend="eager")
+    elif how == "forward":
+        base.unet.forward = torch.compile(base.unet.forward, backend="eager")
+    elif how == "one block":
+        base.unet.mid_block = torch.compile(base.unet.mid_block, backend="eager")
+    else:
+        base.unet.compile_repeated_blocks(backend="eager")
+
+
+WAYS_TO_COMPILE = ("unet.compile", "whole graph", "torch.compile", "forward", "one block", "repeated blocks")
+OTHER_CONTEXTS = ("localized", "drawn", "recorded")
+CASES = [("attached", how) for how in WAYS_TO_COMPILE] + [(context, "one block") for context in OTHER_CONTEXTS]
+
+
+@pytest.mark.parametrize(("context", "how"), CASES)
+def test_a_model_that_is_compiled_while_a_context_is_open_is_told_at_its_next_call(context, how):
+    base = tiny_pipeline("sd1")
+    residuals = random_residuals(base)
+    opened = {
+        "attached": lambda: residuals.attached(base),
+        "localized": lambda: localized(base, residuals, "sks cat"),
+        "drawn": lambda: localized(base, residuals, "sks cat", fixed_mask=torch.ones(4, 4)),
+        "recorded": lambda: record_attention(base),
+    }
+    unet = base.unet
+    with opened[context]():
+        sample(base, steps=1)
+        compile_now(base, how)
+        with pytest.raises(ValueError, match="compiled code does not call what is attached .* merge the residuals"):
+            sample(base, steps=1)
+    assert hooks_of(unet) == 0
 
 
 def test_merging_into_offloaded_weights_is_refused(sd1):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from persres_lite import __version__
+from persres_lite.support.memory import out_of_memory
 
 ABOUT = """\
 Personalized residuals: teach a frozen text-to-image model one particular thing from a few pictures and one word.
@@ -66,9 +67,6 @@ everywhere; LAG stays here, since it needs the attention maps while sampling.
 """
 
 LONGEST = 2000  # letters of a message: the name of a tensor in someone's file may have millions
-
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-"""How torch's devices put it."""
 
 
 class Failed(Exception):
@@ -120,8 +118,8 @@ def _complaint(error: Exception, chosen: argparse.Namespace) -> tuple[str, int] 
         return _as_typed(what, chosen), 2
     if isinstance(error, OSError):  # no network, no space; or a name that no file can have
         return what, 2 if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else 1
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(sign in what for sign in NO_MEMORY):
-        return f"out of memory: {_smaller(chosen, on_processor='CPU' in what or not what)}.", 1
+    if out_of_memory(error):
+        return f"out of memory: {_smaller(chosen, on_processor='CPU' in what or isinstance(error, MemoryError))}.", 1
     return None
 
 

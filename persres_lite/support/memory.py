@@ -1,0 +1,41 @@
+"""When memory runs out: one sentence that says what to do, with the library's own behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
+"""How torch's devices put it."""
+
+SAID = "The memory did not suffice (out of memory): "
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says so; on a GPU it has a class of its own, elsewhere only its words."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+    )
+
+
+@contextmanager
+def advising(*tries: str) -> Iterator[None]:
+    """An error of memory that leaves this context says what to try. Of nested contexts the innermost speaks.
+
+    Parameters
+    ----------
+    *tries : str
+        What needs less memory, the best first.
+
+    Raises
+    ------
+    MemoryError or RuntimeError
+        Of the class that was raised inside (on a GPU torch.cuda.OutOfMemoryError).
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error) or str(error).startswith(SAID):
+            raise
+        also = f" ({error})" if str(error) else ""
+        raise type(error)(f"{SAID}{', or '.join([*tries, 'close what else uses it'])}{also}.") from error
