@@ -27,8 +27,7 @@ from torch.nn import functional as F
 
 from persres_lite.masks import average
 from persres_lite.prompts import Call, find_words, watch_prompts, words_of
-from persres_lite.residuals import LESS_MEMORY, find_proj_outs, refuse_compiling, unet_of
-from persres_lite.support.memory import advising
+from persres_lite.residuals import advising_smaller, find_proj_outs, refuse_compiling, unet_of
 
 Rows = Callable[[int], "slice | None"]
 Columns = Callable[[torch.Tensor], torch.Tensor]
@@ -337,7 +336,7 @@ def record_attention(
     with ExitStack() as stack:
         stack.enter_context(watch_prompts(base, recorder.begin, prompt))
         stack.enter_context(watch_attention(base, recorder.rows, recorder.columns, recorder.tell, blocks, refine))
-        stack.enter_context(advising(*LESS_MEMORY))
+        stack.enter_context(advising_smaller())
         yield recorder.record
 
 

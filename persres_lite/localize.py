@@ -29,15 +29,14 @@ from persres_lite.attention import indicator, watch_attention
 from persres_lite.masks import Rule, average, find_rule, read_mask, resize
 from persres_lite.prompts import Call, find_words, watch_prompts
 from persres_lite.residuals import (
-    LESS_MEMORY,
     Residuals,
     add_low_rank,
+    advising_smaller,
     find_proj_outs,
     refuse_compiled,
     refuse_compiling,
     unet_of,
 )
-from persres_lite.support.memory import advising
 
 Masks = dict[tuple[int, str], torch.Tensor]
 
@@ -164,7 +163,7 @@ def localized(
                 transformer = unet_of(base).get_submodule(name.removesuffix(".proj_out"))
                 hook = partial(localizer.draw, name=name)
                 stack.callback(transformer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        stack.enter_context(advising(*LESS_MEMORY))
+        stack.enter_context(advising_smaller())
         yield localizer.lag
 
 

@@ -35,7 +35,7 @@ LESS_MEMORY = (
     "call the pipeline's `vae.enable_slicing()`",
     "on a GPU its `enable_model_cpu_offload()`",
 )
-"""What to try if a pipeline runs out of memory while something is attached to it."""
+"""What needs less memory where a pipeline draws."""
 
 
 def unet_of(base: Any) -> nn.Module:
@@ -84,6 +84,11 @@ def refuse_compiling(base: Any) -> RemovableHandle:
     """`refuse_compiled` now and at every call of the U-Net, until the hook that is returned is removed."""
     refuse_compiled(base)
     return unet_of(base).register_forward_pre_hook(lambda module, args: refuse_compiled(base))
+
+
+def advising_smaller() -> AbstractContextManager[None]:
+    """A context in which a pipeline that runs out of memory says what to try."""
+    return advising(*LESS_MEMORY)
 
 
 def refuse_offloaded(base: Any, also_whole: bool = False) -> None:
@@ -368,7 +373,7 @@ class Residuals:
                 hooks.callback(module.register_forward_hook(hook).remove)
             if scale != 0:
                 hooks.enter_context(self.token_attached(base))
-            hooks.enter_context(advising(*LESS_MEMORY))
+            hooks.enter_context(advising_smaller())
             yield self
 
     def token_attached(self, base: Any) -> AbstractContextManager[None]:
