@@ -182,11 +182,13 @@ def _see(body: _Body, poses: np.ndarray, size: int, shadows: bool = False) -> _S
 
 
 @functools.lru_cache(maxsize=None)
-def _place_colors(place: str, style: str | None) -> tuple[np.ndarray, float]:
-    """Colors that the empty place shows, in the sun and in a toy's shadow, (C, 3), and how bright its light is."""
+def _place_colors(place: str, style: str | None) -> tuple[np.ndarray, np.ndarray, float]:
+    """Colors of the empty place, (C, 3) each: of its sky or wall, and of its ground in the sun and in a toy's shadow.
+    Then how bright its light is.
+    """
     rng = random.Random(f"inverse-{place}")
     x, y = (a.ravel() for a in np.meshgrid(np.linspace(-1, 1, 48), np.linspace(-1, 1, 48)))
-    found = []
+    above, below = [], []
     for _ in range(8):
         tilt, distance = rng.uniform(0.1, 0.3), rng.uniform(2.5, 5.5)
         up, forward = np.array((0, np.cos(tilt), -np.sin(tilt))), np.array((0, -np.sin(tilt), -np.cos(tilt)))
@@ -194,18 +196,30 @@ def _place_colors(place: str, style: str | None) -> tuple[np.ndarray, float]:
         rays = (rays / np.linalg.norm(rays, axis=-1, keepdims=True)).astype(np.float32)
         origin = (np.array((0, 0.7, 0)) - distance * forward).astype(np.float32)
         color, ground, brightness = _place(Scene((), place, seed=rng.randrange(2**31)), origin, rays)
-        found += [color, *(color[np.isfinite(ground)] * shadow for shadow in (0.45, 0.6, 0.8))]
-    colors = _styled(np.clip(np.concatenate(found), 0, 1), style)
-    return np.unique(np.round(colors * 20), axis=0).astype(np.float32) / 20, brightness
+        above.append(color[np.isinf(ground)])
+        below += [color[np.isfinite(ground)] * shadow for shadow in (1, 0.8, 0.6, 0.45)]
+
+    def few(colors):
+        seen = _styled(np.clip(np.concatenate(colors), 0, 1), style)
+        return np.unique(np.round(seen * 20), axis=0).astype(np.float32) / 20
+
+    return few(above), few(below), brightness
 
 
 def _look(image: Image.Image, size: int, place: str, style: str | None) -> _Look:
+    """The ground begins at the row where that explains the picture best."""
     small = image.convert("RGB").resize((size, size), Image.Resampling.BOX)
     pixels = np.asarray(small, np.float32) / 255
-    colors, brightness = _place_colors(place, style)
+    *kinds, brightness = _place_colors(place, style)
     flat = pixels.reshape(-1, 3)
-    apart = (flat**2).sum(-1, keepdims=True) - 2 * flat @ colors.T + (colors**2).sum(-1)
-    cost = np.minimum(apart.min(1), UNEXPLAINED).reshape(size, size) + UNLIKELY
+    above, below = (
+        np.minimum((flat**2).sum(-1) + ((colors**2).sum(-1) - 2 * flat @ colors.T).min(1), UNEXPLAINED)
+        for colors in kinds
+    )
+    above, below = above.reshape(size, size), below.reshape(size, size)
+    total = np.append(0, above.sum(1).cumsum()) + np.append(below.sum(1)[::-1].cumsum()[::-1], 0)
+    horizon = total.argmin()
+    cost = np.concatenate([above[:horizon], below[horizon:]]) + UNLIKELY
     return _Look(pixels, cost, size, style, brightness)
 
 
@@ -249,7 +263,7 @@ def _templates(body_of: tuple) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]
     """
     body = _body(*body_of)
     found = []
-    height = 2 * body.middle[1]
+    height = body.outline[:, 1].max()
     for yaw in np.linspace(-0.7, 0.7, 5):
         for fill in (0.42, 0.50, 0.59, 0.69, 0.80):
             pose = np.array([yaw, 0.2, np.log(FOCAL * height / (2 * fill)), 0, 0, 0, 0.7])
@@ -290,11 +304,11 @@ def _coarse(look: _Look, body: _Body, count: int) -> list[np.ndarray]:
         best = best + np.tensordot(sliding_window_view(own, shape), covered, ((2, 3), (0, 1)))
         down, right = np.unravel_index(best.argmin(), best.shape) - corner
         moved = pose + np.array([0, 0, 0, 2 * right / look.size, -2 * down / look.size, 0, 0])
-        found.append((best.min(), moved))
+        found.append(moved)
     chosen: list[np.ndarray] = []
-    for _, pose in sorted(found, key=lambda one: one[0]):
-        if sum(pose[0] == other[0] for other in chosen) < 2:
-            chosen.append(pose)
+    for index in _cost(look, body, np.stack(found)).argsort():
+        if sum(found[index][0] == other[0] for other in chosen) < 2:
+            chosen.append(found[index])
     return chosen[:count]
 
 
