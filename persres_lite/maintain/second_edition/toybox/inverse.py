@@ -4,8 +4,8 @@ Nothing here is trained, and nothing is shared with the model that is judged. Th
 is drawn without paint, and each of all paints (pattern, main and second color) is then tried on it: its error is the
 sum of what two colors leave unexplained, each in the region that the pattern gives it. The view is the one in which
 the best paint, whichever it is, beats the colors of the empty place by most: first of coarse templates slid over the
-picture, then by steps downhill on smaller pictures. So the search favors no paint; only at its end are the toy's own and its
-near misses compared, all in the same view.
+picture, then by steps downhill on pictures of reduced size. So the search favors no paint; only at its end are the
+toy's own and its near misses compared, all in the same view.
 
 >>> reading = read(image, toy, "on the beach")
 >>> reading.rank, reading.pattern, draw(reading.scene).image
@@ -17,6 +17,7 @@ import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +50,7 @@ UNEXPLAINED = 0.3  # squared distance of colors beyond which a pixel counts as e
 UNLIKELY = 0.03  # what a pixel left to the place costs at least: a place has many colors, so to match one says little
 NOON = 1.15  # height of the sun in its direction (x, NOON, z)
 _RGB = np.array(list(COLORS.values()), np.float32)
+_FIXED = _palette(Toy("cat", "white", "black"))  # of any toy: only its dark and white parts are asked for
 
 # A pose: yaw, the camera's elevation (radians), the logarithm of its distance, where the toy's middle stands in the
 # picture (right and up, in half pictures), and the sun's x and z.
@@ -134,7 +136,7 @@ def _screen(body: _Body, pose: np.ndarray) -> np.ndarray:
 
 def _see(body: _Body, poses: np.ndarray, size: int, shadows: bool = False) -> _Seen:
     """Draw a toy without paint, in one pose after another; with `shadows` also those that it throws on itself."""
-    pose, row, column, origin, direction = [], [], [], [], []
+    grids = []
     for index, values in enumerate(poses):
         seen = _screen(body, values)
         left, bottom = np.clip(np.floor((1 + seen.min(0) * (1, -1)) / 2 * size).astype(int) + (-1, 2), 0, size)
@@ -143,11 +145,10 @@ def _see(body: _Body, poses: np.ndarray, size: int, shadows: bool = False) -> _S
         start, axes = _camera(body, values)
         x, y = (columns + 0.5) / size * 2 - 1 - values[3], 1 - (rows + 0.5) / size * 2 - values[4]
         rays = np.stack([x, y, np.full_like(x, FOCAL)], -1) @ axes
-        direction.append(rays / np.linalg.norm(rays, axis=-1, keepdims=True))
-        origin.append(np.broadcast_to(start, rays.shape))
-        pose.append(np.full(len(rows), index)), row.append(rows), column.append(columns)
-    pose, row, column = map(np.concatenate, (pose, row, column))
-    origin, direction = (np.concatenate(a).astype(np.float32) for a in (origin, direction))
+        rays = (rays / np.linalg.norm(rays, axis=-1, keepdims=True)).astype(np.float32)
+        origins = np.broadcast_to(start.astype(np.float32), rays.shape)
+        grids.append((np.full(len(rows), index), rows, columns, origins, rays))
+    pose, row, column, origin, direction = (np.concatenate(arrays) for arrays in zip(*grids, strict=True))
 
     with np.errstate(divide="ignore"):
         nearest = np.where(direction[:, 1] < -1e-3, -origin[:, 1] / direction[:, 1], np.inf)  # the ground
@@ -169,9 +170,8 @@ def _see(body: _Body, poses: np.ndarray, size: int, shadows: bool = False) -> _S
         mine = slice(start, end)
         sun = _turn(1, values[0]) @ (values[5], NOON, values[6])
         sun = (sun / np.linalg.norm(sun)).astype(np.float32)
-        lit = 1.0
-        if shadows:
-            lit = 1 - _blocked(body.parts, surface[mine] + normal[mine] * 0.02, sun).astype(np.float32)
+        shaded = _blocked(body.parts, surface[mine] + normal[mine] * 0.02, sun) if shadows else np.zeros(end - start)
+        lit = 1 - shaded.astype(np.float32)
         shade[mine], gloss[mine] = _light(normal[mine], direction[mine], sun, lit)
     paint = np.array([part.paint for part in body.parts])[which]
     points = surface / np.array(body.toy.proportions, np.float32)
@@ -181,7 +181,7 @@ def _see(body: _Body, poses: np.ndarray, size: int, shadows: bool = False) -> _S
     return _Seen(ends, row, column, paint, regions, shade, GLOSS * gloss)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _place_colors(place: str, style: str | None) -> tuple[np.ndarray, np.ndarray, float]:
     """Colors of the empty place, (C, 3) each: of its sky or wall, and of its ground in the sun and in a toy's shadow.
     Then how bright its light is.
@@ -211,12 +211,12 @@ def _look(image: Image.Image, size: int, place: str, style: str | None) -> _Look
     small = image.convert("RGB").resize((size, size), Image.Resampling.BOX)
     pixels = np.asarray(small, np.float32) / 255
     *kinds, brightness = _place_colors(place, style)
-    flat = pixels.reshape(-1, 3)
-    above, below = (
-        np.minimum((flat**2).sum(-1) + ((colors**2).sum(-1) - 2 * flat @ colors.T).min(1), UNEXPLAINED)
-        for colors in kinds
-    )
-    above, below = above.reshape(size, size), below.reshape(size, size)
+
+    def unexplained(colors):
+        apart = (pixels**2).sum(-1) + ((colors**2).sum(-1) - 2 * pixels @ colors.T).min(-1)
+        return np.minimum(apart, UNEXPLAINED)
+
+    above, below = map(unexplained, kinds)
     total = np.append(0, above.sum(1).cumsum()) + np.append(below.sum(1)[::-1].cumsum()[::-1], 0)
     horizon = total.argmin()
     cost = np.concatenate([above[:horizon], below[horizon:]]) + UNLIKELY
@@ -240,7 +240,7 @@ def _errors(look: _Look, seen: _Seen) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
     pixels, place = look.pixels[seen.row, seen.column], look.cost[seen.row, seen.column]
     painted, regions = wrong(_RGB[:, None]), seen.regions.reshape(-1, len(pixels))
-    fixed = np.where(seen.paint >= DARK, wrong(_palette(Toy("cat", "white", "black"))[seen.paint]), 0)
+    fixed = np.where(seen.paint >= DARK, wrong(_FIXED[seen.paint]), 0)
     rays = [slice(start, end) for start, end in zip(seen.ends, seen.ends[1:], strict=False)]
     sums = np.stack([regions[:, mine].astype(np.float32) @ painted[:, mine].T for mine in rays])
     return (
@@ -257,11 +257,17 @@ def _cost(look: _Look, body: _Body, poses: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=16)
-def _templates(body_of: tuple) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """A toy in coarse poses: the pose, the crop's first row and column, and (2 + 2 patterns, h, w) shade over the
-    dark and the white parts and over both colors' regions of each pattern.
+def _templates(
+    kind: str, accessory: str | None, proportions: tuple[float, float, float]
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """A toy in coarse poses, each cropped to its pixels.
+
+    Returns
+    -------
+    For each the pose, the first row and column of the crop, and (2 + 2 patterns, h, w) the shade: over the dark and the
+    white parts, then over the regions of main and second color in each pattern.
     """
-    body = _body(*body_of)
+    body = _body(kind, accessory, proportions)
     found = []
     height = body.outline[:, 1].max()
     for yaw in np.linspace(-0.7, 0.7, 5):
@@ -277,34 +283,33 @@ def _templates(body_of: tuple) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _coarse(look: _Look, body: _Body, count: int) -> list[np.ndarray]:
-    """Every template at every place in the picture: the best poses, `count` in all and two of a yaw at most."""
+    """The best poses of templates, each where it fits best in the picture: `count` in all and two of a yaw at most.
+
+    With shade s and paint c the squared error is |I|^2 - 2 c . (s I) + |c|^2 s^2, summed over pixels: two sums over a
+    window serve all paints. What this leaves out (gloss, and that errors have a bound) counts when templates are
+    compared.
+    """
     black = _styled(np.zeros((1, 3), np.float32), look.style)
 
-    def linear(colors):
+    def shown(colors):
         return (_styled(colors, look.style) - black) * look.brightness
 
-    dark, white = linear(_palette(Toy("cat", "white", "black"))[2:])
-    pixels = look.pixels - black
+    fixed, paints, pixels = shown(_FIXED[DARK:]), shown(_RGB), look.pixels - black
+    own = (pixels**2).sum(-1) - look.cost
     found = []
-    for pose, corner, shades in _templates((body.toy.kind, body.toy.accessory, body.toy.proportions)):
-        shape = shades.shape[1:]
-        covered = (shades[:4].sum(0) > 0).astype(np.float32)
-        # (rows, columns, 3, regions): the picture's colors weighted by the shade; then each region's best color.
-        seen = np.tensordot(sliding_window_view(pixels, shape, (0, 1)), shades, ((3, 4), (1, 2)))
+    for pose, corner, shades in _templates(body.toy.kind, body.toy.accessory, body.toy.proportions):
+        windows = sliding_window_view(pixels, shades.shape[1:], (0, 1))  # (down, right, 3, h, w)
+        seen = np.tensordot(windows, shades, ((3, 4), (1, 2))).swapaxes(2, 3)  # (down, right, regions, 3)
         power = (shades**2).sum((1, 2))
-
-        def left(colors, seen, power):
-            return (colors**2).sum(-1)[:, None] * power - 2 * np.tensordot(seen, colors, (2, 1)).swapaxes(2, 3)
-
-        best = left(linear(_RGB), seen[..., 2:], power[2:]).min(2)
-        best = best.reshape(*best.shape[:2], len(PATTERNS), 2).sum(-1).min(-1)
-        for index, color in enumerate((dark, white)):
-            best = best + left(color[None], seen[..., [index]], power[[index]])[..., 0, 0]
-        own = (pixels**2).sum(-1) - look.cost
-        best = best + np.tensordot(sliding_window_view(own, shape), covered, ((2, 3), (0, 1)))
-        down, right = np.unravel_index(best.argmin(), best.shape) - corner
-        moved = pose + np.array([0, 0, 0, 2 * right / look.size, -2 * down / look.size, 0, 0])
-        found.append(moved)
+        error = np.tensordot(
+            sliding_window_view(own, shades.shape[1:]), (shades[:4] > 0).any(0).astype(np.float32), ((2, 3), (0, 1))
+        )
+        for index, color in enumerate(fixed):
+            error = error + (color**2).sum() * power[index] - 2 * seen[:, :, index] @ color
+        best = ((paints**2).sum(-1) * power[2:, None] - 2 * seen[:, :, 2:] @ paints.T).min(-1)
+        error = error + best.reshape(*error.shape, len(PATTERNS), 2).sum(-1).min(-1)
+        down, right = np.unravel_index(error.argmin(), error.shape) - corner
+        found.append(pose + np.array([0, 0, 0, 2 * right / look.size, -2 * down / look.size, 0, 0]))
     chosen: list[np.ndarray] = []
     for index in _cost(look, body, np.stack(found)).argsort():
         if sum(found[index][0] == other[0] for other in chosen) < 2:
@@ -347,18 +352,16 @@ def read(image: Image.Image, toy: Toy, place: str, style: str | None = None) -> 
     if place not in PLACES or style not in STYLES:
         raise ValueError(f"{place!r}, {style!r}: the place must be one of {PLACES}, the style one of {STYLES}.")
     coarse, middle, fine = (_look(image, size, place, style) for size in (COARSE, MIDDLE, FINE))
-    body = _body(toy.kind, toy.accessory, toy.proportions)
-    poses = _coarse(coarse, body, 6)
-    poses = [_refined(lambda p: _cost(coarse, body, p), pose, 2, 0.8) for pose in poses]
-    poses = [_refined(lambda p: _cost(middle, body, p), pose, 2, 0.5) for _, pose in sorted(poses, key=lambda p: p[0])[:2]]
-    _, pose = min(poses, key=lambda p: p[0])
-    _, pose = _refined(lambda p: _cost(middle, body, p), pose, 3, 0.3)
 
-    def dressed(accessory):
-        other = _body(toy.kind, accessory, toy.proportions)
-        return _refined(lambda p: _cost(middle, other, p), pose, 1, 0.15)
+    def refined(look, pose, rounds, scale, accessory=toy.accessory):
+        body = _body(toy.kind, accessory, toy.proportions)
+        return _refined(lambda poses: _cost(look, body, poses), pose, rounds, scale)
 
-    worn = {accessory: dressed(accessory) for accessory in ACCESSORIES}
+    begun = _coarse(coarse, _body(toy.kind, toy.accessory, toy.proportions), 6)
+    nearer = sorted((refined(coarse, pose, 2, 0.8) for pose in begun), key=itemgetter(0))
+    _, pose = min((refined(middle, pose, 2, 0.5) for _, pose in nearer[:2]), key=itemgetter(0))
+    _, pose = refined(middle, pose, 3, 0.3)
+    worn = {accessory: refined(middle, pose, 1, 0.15, accessory) for accessory in ACCESSORIES}
     accessory = min(worn, key=lambda one: worn[one][0])
     pose, body = worn[accessory][1], _body(toy.kind, accessory, toy.proportions)
 
@@ -375,16 +378,15 @@ def read(image: Image.Image, toy: Toy, place: str, style: str | None = None) -> 
     pattern, main, second = PATTERNS[best[0]], names[best[1]], names[best[2]]
     outline = _screen(body, pose)
     low, high = outline.min(0), outline.max(0)
-    shown = replace(toy, main=main, second=second, pattern=pattern, accessory=accessory, yaw=float(pose[0]), name=None)
+    yaw, tilt, *_, x, z = map(float, pose)
+    shown = replace(toy, main=main, second=second, pattern=pattern, accessory=accessory, yaw=yaw, name=None)
+    scene = Scene((shown,), place, style, tilt, float(high[1] - low[1]) / 2, tuple((low + high) / 2), (x, NOON, z))
     return Reading(
         rank=1 + sum(error_of(other) <= error_of(toy) for other in near_misses(toy)),
         main=main,
         second=second,
         pattern=pattern,
         accessory=accessory,
-        scene=Scene(
-            (shown,), place, style, float(pose[1]), float(high[1] - low[1]) / 2,
-            tuple(((low + high) / 2).tolist()), (float(pose[5]), NOON, float(pose[6])),
-        ),
+        scene=scene,
         error=float(np.sqrt((table.min() + fixed[0]) / max(len(seen.row), 1))),
     )
