@@ -273,8 +273,8 @@ def judged_scenes() -> list[Scene]:
 
 
 def read_all(images: list[Image.Image], scenes: list[Scene], label: str) -> list[dict]:
-    """What the renderer as judge says of pictures that should show these scenes: each one's rank, which parts are read as
-    the toy has them, and the error that is left.
+    """What the renderer as judge says of pictures that should show these scenes: each one's rank, which parts are read
+    as the toy has them, and the error that is left.
     """
     rows = []
     for image, scene in tqdm(list(zip(images, scenes, strict=True)), desc=label):
