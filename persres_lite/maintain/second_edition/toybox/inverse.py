@@ -207,7 +207,7 @@ def _place_colors(place: str, style: str | None) -> tuple[np.ndarray, np.ndarray
 
 
 def _look(image: Image.Image, size: int, place: str, style: str | None) -> _Look:
-    """The ground begins at the row where that explains the picture best."""
+    """A picture made small. Its ground begins at the row where the empty place then explains most of it."""
     small = image.convert("RGB").resize((size, size), Image.Resampling.BOX)
     pixels = np.asarray(small, np.float32) / 255
     *kinds, brightness = _place_colors(place, style)
