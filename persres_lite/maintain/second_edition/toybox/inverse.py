@@ -382,7 +382,7 @@ def read(image: Image.Image, toy: Toy, place: str, style: str | None = None) -> 
     shown = replace(toy, main=main, second=second, pattern=pattern, accessory=accessory, yaw=yaw, name=None)
     scene = Scene((shown,), place, style, tilt, float(high[1] - low[1]) / 2, tuple((low + high) / 2), (x, NOON, z))
     return Reading(
-        rank=1 + sum(error_of(other) <= error_of(toy) for other in near_misses(toy)),
+        rank=1 + sum(bool(error_of(other) <= error_of(toy)) for other in near_misses(toy)),
         main=main,
         second=second,
         pattern=pattern,
