@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 
@@ -90,6 +91,13 @@ def test_judged_scenes_cover_the_world():
     assert len({(scene.toys[0].kind, scene.place) for scene in scenes}) == len(scenes) == 80
     count = [sum(scene.style == style for scene in scenes) for style in world.STYLES]
     assert count[0] == 40 and min(count) >= 10
+
+
+def test_rows_of_the_renderer_as_judge_can_be_written(renders):
+    scene, image, reading = renders[0]
+    (row,) = json.loads(json.dumps(scores.read_all([image], [scene], "one")))
+    assert (row["rank"], row["error"]) == (reading.rank, reading.error)
+    assert row["pattern"] == (reading.pattern == scene.toys[0].pattern)
 
 
 def test_table_of_the_renderer_as_judge_has_shares_and_means():
