@@ -5,6 +5,11 @@ on fresh renders is measured in the same run. The first 256 are those of the fir
 color and an accessory, too. Writes ``data/second-edition/results/toybox.json`` and ``toybox.md``, and the first 64
 pictures, unselected, as ``toybox-sheet.png``; puts the table into the card. Beside them ``toybox-world.png``: the first
 32 scenes of the training set, drawn finely.
+
+With ``--judge`` it says instead what the renderer as judge (`toybox.inverse`) makes of 80 fresh renders, of the same
+through the autoencoder (the ceiling of what the model can reach), of the model's pictures for their class words (the
+floor: it knows nothing of the toys), and of the concepts' own references. Writes ``renderer-judge.json`` and
+``renderer-judge.md``.
 """
 
 from __future__ import annotations
@@ -27,6 +32,8 @@ from persres_lite.attention import record_attention
 from persres_lite.bases import load_base
 from persres_lite.maintain.runs import between
 from persres_lite.maintain.second_edition.pretraining.dataset import draw_scenes, draw_views, to_float, views_by_index
+from persres_lite.maintain.second_edition.toybox import concepts
+from persres_lite.maintain.second_edition.toybox.inverse import read
 from persres_lite.maintain.second_edition.toybox.judge import READINGS, Judge, labels_of
 from persres_lite.maintain.second_edition.toybox.render import SIZE, draw
 from persres_lite.maintain.second_edition.toybox.world import (
@@ -36,6 +43,9 @@ from persres_lite.maintain.second_edition.toybox.world import (
     PATTERNS,
     PLACES,
     STYLES,
+    Scene,
+    random_toy,
+    random_view,
     scene_by_index,
     with_article,
 )
@@ -251,6 +261,69 @@ def score_patterns(base, judge: Judge, count: int = 1000) -> dict[str, float]:
     return scores
 
 
+def judged_scenes() -> list[Scene]:
+    """Eighty views of eighty toys: every class in every place once, every other one in a style."""
+    rng = random.Random("renderer-judge")
+    scenes = []
+    for index in range(len(CLASSES) * len(PLACES)):
+        kind, place = CLASSES[index % len(CLASSES)], PLACES[index // len(CLASSES)]
+        style = STYLES[1 + index // 2 % 3] if (index + index // len(CLASSES)) % 2 else None
+        scenes.append(random_view(rng, (random_toy(rng, kind),), place, style))
+    return scenes
+
+
+def read_all(images: list[Image.Image], scenes: list[Scene], label: str) -> list[dict]:
+    """What the renderer as judge says of pictures that should show these scenes: each one's rank, which parts are read
+    as the toy has them, and the error that is left.
+    """
+    rows = []
+    for image, scene in tqdm(list(zip(images, scenes, strict=True)), desc=label):
+        toy = scene.toys[0]
+        found = read(image, toy, scene.place, scene.style)
+        parts = {
+            part: getattr(found, part) == getattr(toy, part) for part in ("main", "second", "pattern", "accessory")
+        }
+        rows.append({"kind": toy.kind, "style": scene.style, "rank": found.rank, **parts, "error": found.error})
+    return rows
+
+
+def judge_by_renderer(data: Path, base) -> dict[str, list[dict]]:
+    """Readings by what was read: renders, the same through the autoencoder, the model's pictures, and concepts."""
+    scenes = judged_scenes()
+    drawn = [draw(scene).image for scene in scenes]
+    through = through_autoencoder(base, np.stack(drawn))
+    asked = [f"a photo of {with_article(s.toys[0].kind)} {s.place}" + f" {s.style or ''}".rstrip() for s in scenes]
+    made = sample(base, [{"prompt": prompt, "seed": seed} for seed, prompt in enumerate(asked)])
+    rows = {
+        "fresh renders": read_all([Image.fromarray(image) for image in drawn], scenes, "renders"),
+        "the same through the autoencoder": read_all([Image.fromarray(image) for image in through], scenes, "decoded"),
+        "the model's pictures for the class word": read_all(made, scenes, "class word"),
+    }
+    for name, (toy, place) in concepts.all_shipped().items():
+        images = [Image.open(data / "concepts" / name / f"{index}.png") for index in range(concepts.PICTURES)]
+        rows[f"references of {name}"] = read_all(images, concepts.views(name, toy, place), name)
+    return rows
+
+
+def judge_table(rows: dict[str, list[dict]]) -> list[str]:
+    """One line for each kind of picture, and for the first two also one for each style."""
+    groups = {}
+    for name, found in rows.items():
+        groups[name] = found
+        if name.startswith("the same") or name.startswith("fresh"):
+            for style in STYLES:
+                groups[f"{name}, {style or 'in no style'}"] = [row for row in found if row["style"] == style]
+    table = ["| pictures | count | own paint first | mean rank of 12 | main | second | pattern | accessory | error |"]
+    table += ["|---" * 9 + "|"]
+    for name, found in groups.items():
+        first = np.mean([row["rank"] == 1 for row in found])
+        parts = [np.mean([row[part] for row in found]) for part in ("main", "second", "pattern", "accessory")]
+        values = [f"{value:.2f}" for value in (first, np.mean([row["rank"] for row in found]), *parts)]
+        error = np.mean([row["error"] for row in found])
+        table.append(f"| {name} | {len(found)} | {' | '.join(values)} | {error:.3f} |")
+    return table
+
+
 def _rows(images: list[Image.Image], columns: int = 8) -> list[list[Image.Image]]:
     return [images[start : start + columns] for start in range(0, len(images), columns)]
 
@@ -268,10 +341,19 @@ def seconds_of(base, repeats: int = 3) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/second-edition"))
+    parser.add_argument("--judge", action="store_true", help="only the renderer as judge")
     args = parser.parse_args()
     results = args.data / "results"
     results.mkdir(parents=True, exist_ok=True)
-    base, judge = load_base(str(args.data / "toybox-sd")), Judge(args.data)
+    base = load_base(str(args.data / "toybox-sd"))
+    if args.judge:
+        found = judge_by_renderer(args.data, base)
+        head = ["Made by `python -m persres_lite.maintain.second_edition.scores --judge`.", ""]
+        (results / "renderer-judge.json").write_text(json.dumps(found, indent=1) + "\n")
+        (results / "renderer-judge.md").write_text("\n".join([*head, *judge_table(found), ""]))
+        print("\n".join(judge_table(found)))
+        return
+    judge = Judge(args.data)
     rows = prompts()
     images = sample(base, rows)
     sheet(_rows(images[:64])).save(results / "toybox-sheet.png", optimize=True)
