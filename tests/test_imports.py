@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "cost": {"bases"},
     "concepts": {"support"},
     "residuals": {"support"},
-    "training": FIRST,
+    "training": FIRST | {"cost"},
     "attention": FIRST,
     "lora": FIRST,
     "localize": FIRST | {"attention", "lora"},

@@ -726,7 +726,7 @@ def test_too_little_memory_is_said_in_python_too(sd1, concept, monkeypatch):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(training, "_step", fail)
-    with pytest.raises(torch.cuda.OutOfMemoryError, match="gradient_checkpointing=True, or batch_size=1"):
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="gradient_checkpointing=True and at_once=1"):
         personalize(sd1, concept, steps=1, progress=False)
 
 
