@@ -33,6 +33,7 @@ EVERY_BASE: dict[str, tuple[str, ...]] = {
     "01": ("c44",),
     "02": ("c21", "c26", "c32", "c36"),
     "03": ("c44",),
+    "07": ("c17", "c24", "c31"),
 }
 """By notebook, the cells (by id) whose checked output is the same on every base and in every precision: identities to
 the last bit, and counts. The other checked outputs are Toybox's numbers, comparisons that a base may decide the other
