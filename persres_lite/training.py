@@ -250,7 +250,10 @@ def personalize(
         "mixed_precision": mixed_precision,
     }
     unet = base.unet
-    plan = {"at_once": at_once or recipe["batch_size"], "gradient_checkpointing": bool(gradient_checkpointing)}
+    plan: dict[str, Any] = {
+        "at_once": at_once or recipe["batch_size"],
+        "gradient_checkpointing": bool(gradient_checkpointing),
+    }
     if at_once is None and gradient_checkpointing is None:
         plan = fitting(base, recipe["batch_size"], room() if unet.device.type == "cuda" else None)
         if plan["gradient_checkpointing"]:

@@ -110,12 +110,14 @@ def measure(base: Any, batch: int, rounds: int = 3, **sampling: Any) -> dict[str
         times["original"].append(middle - start)
         times["LAG"].append(time.perf_counter() - middle)
     learned = residuals.named_parameters().values()
+    need = memory_of(base, batch=batch)
+    assert need is not None  # of a base that is loaded it is always known
     return {
         "batch": batch,
         "parameters": sum(p.numel() for p in base.unet.parameters()),
         "residual_parameters": residuals.num_parameters(),
         "training_gib": round(training, 2),
-        "estimated_gib": round(memory_of(base, batch=batch).training, 2),
+        "estimated_gib": round(need.training, 2),
         "sampling_gib": round((_peak(device) - before) / GIB, 2),
         "lag_over_original": statistics.median(b / a for a, b in zip(*times.values(), strict=True)),
         "masks": len(lag.masks),
