@@ -23,7 +23,7 @@ VERSIONS := tests/colab-versions.txt
 TORCH ?= $(shell sed -n 's/^torch==//p' $(VERSIONS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab notebooks bench pretrain colab setup clean
+.PHONY: help demo test lab notebooks gpu bench pretrain colab setup clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -45,6 +45,9 @@ lab: $(READY)  ## the notebooks in JupyterLab, 00 first
 
 notebooks: $(READY)  ## run every notebook in place and save its outputs
 	$(BIN)/python -m persres_lite.maintain.notebooks run $(ARGS)
+
+gpu: $(READY)  ## every notebook on Stable Diffusion 1.4 (or PERSRES_BASE=sd-2.1) on this machine's GPU, into build
+	$(BIN)/python -m persres_lite.maintain.gpu run $(ARGS)
 
 bench: $(READY)  ## time and memory of sampling and training, against the alternatives
 	$(BIN)/python -m persres_lite.maintain.bench $(ARGS)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -28,8 +29,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from persres_lite.support.notices import tell
 from persres_lite.support.paths import data_dir
 from persres_lite.support.rare_token import ENCODERS
+from persres_lite.support.weights import choose, in_cache, on_hub, parts_with_weights
 
 
 class UnfitBase(ValueError):
@@ -195,7 +198,8 @@ def load_base(
     Returns
     -------
     diffusers.DiffusionPipeline
-        On `device`; no parameter requires a gradient. Small bases (up to 128 pixels) sample without a progress bar.
+        On `device`; no parameter requires a gradient. Small bases (up to 128 pixels) sample without a progress bar;
+        pictures of 512 pixels and more are decoded one by one.
 
     Raises
     ------
@@ -204,6 +208,12 @@ def load_base(
         transformer, say).
     OSError
         If the weights are neither on this machine nor to be had, or a folder is not whole.
+
+    Warns
+    -----
+    UserWarning
+        Before weights are downloaded: how many gigabytes. In half precision those of half precision are, where the
+        repository has them; what is in the cache already is taken.
     """
     name = os.fspath(name or os.environ.get("PERSRES_BASE") or "toybox")
     target = _device(device)
@@ -219,9 +229,10 @@ def load_base(
             options: dict[str, Any] = {} if safety_checker else _without_safety_checker(config)
             if local:
                 _find_parts(Path(source), config, without=options)
+            variant = None if local else _variant(name, source, revision, config, options, offline, dtype)
             with _quiet(bars=not local):
                 pipeline = DiffusionPipeline.from_pretrained(
-                    source, dtype=dtype, use_safetensors=True, **where, **options
+                    source, dtype=dtype, use_safetensors=True, variant=variant, **where, **options
                 )
             if local:
                 _find_gaps(Path(source), pipeline)
@@ -246,6 +257,8 @@ def load_base(
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=settings_of(pipeline).size <= 128)
+    if settings_of(pipeline).size >= 512 and hasattr(pipeline.vae, "enable_slicing"):
+        pipeline.vae.enable_slicing()  # several pictures are decoded one by one: four of XL's would take 12 GiB
     return pipeline.to(target)
 
 
@@ -403,6 +416,24 @@ def _refuse_other_models(config: dict[str, Any], source: str) -> None:
         )
     if _class_of(config.get("unet")) != "UNet2DConditionModel":
         raise UnfitBase(f"{source} is {kind}, which has no text-conditioned U-Net: choose a Stable Diffusion model.")
+
+
+def _variant(
+    name: str,
+    source: str,
+    revision: str | None,
+    config: dict[str, Any],
+    without: Iterable[str],
+    offline: bool,
+    dtype: torch.dtype,
+) -> str | None:
+    """Half precision where it is wanted and there; says how much is fetched before it is."""
+    parts = parts_with_weights(config, without)
+    hub = {} if offline or HF_HUB_OFFLINE else on_hub(source, revision)
+    variant, size = choose(in_cache(source, revision), hub, parts, half=dtype.itemsize == 2)
+    if size:
+        tell(f"{name} is downloaded now, once: {size / 1e9:.1f} GB from {source}.")
+    return variant
 
 
 def _class_of(part: Any) -> Any:

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from persres_lite.bases import encode_images, encode_prompt, settings_of
 from persres_lite.concepts import Concept
+from persres_lite.cost import fitting, room
 from persres_lite.prompts import find_words
 from persres_lite.residuals import Residuals, refuse_compiled, refuse_offloaded, unet_of
 from persres_lite.support.checkpoint import Snapshot, State, read_checkpoint, restore, snapshot, write_checkpoint
@@ -155,7 +156,8 @@ def personalize(
     sample_every: int | None = None,
     train_token: bool = False,
     masked_loss: bool = False,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | None = None,
+    at_once: int | None = None,
     mixed_precision: str | None = None,
     progress: bool = True,
 ) -> Residuals:
@@ -189,8 +191,13 @@ def personalize(
         V*'s embedding learns too, in every text encoder, at the same rate. Slower: the text is encoded at each step.
     masked_loss : bool
         Only the object counts; needs the concept's masks.
-    gradient_checkpointing : bool
+    gradient_checkpointing : bool, optional
         Less memory for about a third more time (diffusers' non-reentrant kind).
+    at_once : int, optional
+        How many pictures of a step go through the U-Net together; the gradients of its parts are added up, so the step
+        stays the same within rounding, and needs less memory. If neither this nor `gradient_checkpointing` is given, a
+        step is taken whole, or, where a GPU is estimated to be too small for that, by single pictures with
+        checkpointing.
     mixed_precision : str, optional
         "fp16" or "bf16": autocast. A, B and Adam stay in fp32, whatever the base's precision; fp16 scales the loss.
     progress : bool
@@ -227,7 +234,7 @@ def personalize(
     known = settings_of(base)
     given = {"steps": steps, "batch_size": batch_size, "lr": lr, "rank": rank}
     recipe = known.recipe | {name: value for name, value in given.items() if value is not None}
-    _check(recipe, sample_every, mixed_precision)
+    _check(recipe, sample_every, mixed_precision, at_once)
     find_words(base, [concept.training_prompt], concept.words)  # beyond the tokenizer's limit nobody would find them
     residuals = Residuals(base, rank=recipe["rank"], init=init, seed=seed)
     residuals.metadata.update(base=known.name, token=concept.token, macro_class=concept.macro_class)
@@ -246,6 +253,14 @@ def personalize(
         "mixed_precision": mixed_precision,
     }
     unet = base.unet
+    plan: dict[str, Any] = {
+        "at_once": at_once or recipe["batch_size"],
+        "gradient_checkpointing": bool(gradient_checkpointing),
+    }
+    if at_once is None and gradient_checkpointing is None:
+        plan = fitting(base, recipe["batch_size"], room() if unet.device.type == "cuda" else None)
+        if plan["gradient_checkpointing"]:
+            tell("A whole step needs more memory than this GPU has free: it is taken by single pictures, checkpointed.")
     learned = residuals.named_parameters()
     state = State(
         parameters=learned,
@@ -266,13 +281,14 @@ def personalize(
     encode = partial(encode_prompt, base, concept.training_prompt, known.size)
     with torch.no_grad():
         text = encode()
-    smaller = ["try gradient_checkpointing=True"] * (not gradient_checkpointing)
-    smaller += ["try batch_size=1"] * (recipe["batch_size"] > 1)
-    with bar, _ready(unet, gradient_checkpointing), residuals.attached(base), advising(*smaller):
+    smaller = ["try gradient_checkpointing=True"] * (not plan["gradient_checkpointing"])
+    smaller += ["try at_once=1"] * (plan["at_once"] > 1)
+    with bar, _ready(unet, plan["gradient_checkpointing"]), residuals.attached(base), advising(*smaller):
         try:
             while len(state.losses) < recipe["steps"]:
                 condition = encode() if train_token else text
-                loss = _step(unet, scheduler, data, condition, state, recipe["batch_size"], HALF.get(mixed_precision))
+                batch, autocast = recipe["batch_size"], HALF.get(mixed_precision)
+                loss = _step(unet, scheduler, data, condition, state, batch, autocast, plan["at_once"])
                 good = snapshot(state)
                 step = len(state.losses)
                 if checkpoint is not None and step % CHECKPOINT_EVERY == 0:
@@ -299,10 +315,12 @@ def personalize(
     return residuals
 
 
-def _check(recipe: dict[str, Any], sample_every: int | None, mixed_precision: str | None) -> None:
-    for name in ("steps", "batch_size"):
-        if recipe[name] < 1:
-            raise ValueError(f"{name} must be at least 1, not {recipe[name]}.")
+def _check(
+    recipe: dict[str, Any], sample_every: int | None, mixed_precision: str | None, at_once: int | None = None
+) -> None:
+    for name, value in {**{name: recipe[name] for name in ("steps", "batch_size")}, "at_once": at_once}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}.")
     if not 0 < recipe["lr"] < math.inf:
         raise ValueError(f"lr must be a positive number, not {recipe['lr']}: the paper's is 1e-3.")
     if sample_every is not None and sample_every < 1:
@@ -441,8 +459,12 @@ def _step(
     state: State,
     batch_size: int,
     autocast: torch.dtype | None,
+    at_once: int | None = None,
 ) -> float:
-    """One step of Adam on one batch; returns the loss. Raises FloatingPointError before it would spoil what learns."""
+    """One step of Adam on one batch; returns the loss. Raises FloatingPointError before it would spoil what learns.
+
+    Gradients add up over parts of `at_once` pictures, each with its share of the batch's loss.
+    """
     device, generator = unet.device, state.generator
     latents, weights = data.draw(batch_size, generator)
     noise = torch.randn(latents.shape, generator=generator)
@@ -450,10 +472,17 @@ def _step(
     latents, noise, timesteps = latents.to(device), noise.to(device), timesteps.to(device)
     weights = None if weights is None else weights.to(device)
     state.optimizer.zero_grad()
-    with torch.autocast(device.type, autocast, enabled=autocast is not None):
-        loss = diffusion_loss(unet, scheduler, latents, condition, noise, timesteps, weights)
-    state.scaler.scale(loss).backward()
-    value = loss.item()
+    value = 0.0
+    for start in range(0, batch_size, at_once or batch_size):
+        part = slice(start, start + (at_once or batch_size))
+        share = len(timesteps[part]) / batch_size
+        marked = None if weights is None else weights[part]
+        if weights is not None and marked is not None:  # the loss is a mean over what is marked in the whole batch
+            share *= float(marked.mean().clamp(min=1e-6) / weights.mean().clamp(min=1e-6))
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            loss = diffusion_loss(unet, scheduler, latents[part], condition, noise[part], timesteps[part], marked)
+        state.scaler.scale(loss * share).backward()
+        value += share * loss.item()
     if not math.isfinite(value):
         raise FloatingPointError(f"The loss became {value}")
     if state.scaler.is_enabled():  # a step whose gradients overflow fp16 is left out, and the scale is halved

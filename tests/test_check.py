@@ -42,7 +42,15 @@ def _attention(q, k, tokens):
     return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)[..., tokens].sum(-1).mean(0)
 
 
+def _detail(gray):
+    around = gray[:-2, 1:-1] + gray[2:, 1:-1] + gray[1:-1, :-2] + gray[1:-1, 2:]
+    return (around - 4 * gray[1:-1, 1:-1]).var()
+
+
 RIGHT = {
+    "passes": lambda steps, batch_size, photographs: steps * batch_size / photographs,
+    "detail": _detail,
+    "best_stage": lambda identity, fit, slack: int(identity.where(fit >= fit[0] - slack, torch.tensor(-1.0)).argmax()),
     "ddim_step": lambda z, n, a, b: b**0.5 * (z - (1 - a) ** 0.5 * n) / a**0.5 + (1 - b) ** 0.5 * n,
     "v_target": lambda z, n, a: a**0.5 * n - (1 - a) ** 0.5 * z,
     "timestep_of": lambda alpha_bars, share: int((1 - alpha_bars > share).int().argmax()),
@@ -108,6 +116,11 @@ WRONG = [  # check, answer, a part of the sentence
     ("blend", lambda f, g, m: torch.where(m[:, None] == 1, g, f), "one half"),
     ("weights", lambda m: m / 2, "single mask"),
     ("background_distance", lambda a, b, m: (a - b).abs().mean(), "not left out"),
+    ("passes", lambda steps, batch_size, photographs: steps * batch_size, "in all"),
+    ("passes", lambda steps, batch_size, photographs: steps / photographs, "not one"),
+    ("detail", lambda gray: _detail(gray).sqrt(), "standard deviation"),
+    ("best_stage", lambda identity, fit, slack: int(identity.argmax()), "forgotten the prompt"),
+    ("best_stage", lambda identity, fit, slack: int(fit.argmax()), "fits the prompt best"),
 ]
 
 

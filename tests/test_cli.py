@@ -267,7 +267,7 @@ def test_a_training_without_memory_advises_what_was_not_yet_asked_for(world, cap
     monkeypatch.setattr(training, "_step", fail)
     assert main(learn(world, "--gradient-checkpointing", out="no.safetensors")) == 1
     shown = capsys.readouterr().err
-    assert "--batch-size 1" in shown and "--gradient-checkpointing" not in shown
+    assert "--at-once 1" in shown and "--gradient-checkpointing" not in shown
 
 
 def test_a_mistake_of_the_program_itself_is_not_hidden(world, monkeypatch):

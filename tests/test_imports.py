@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "cost": {"bases"},
     "concepts": {"support"},
     "residuals": {"support"},
-    "training": FIRST,
+    "training": FIRST | {"cost"},
     "attention": FIRST,
     "lora": FIRST,
     "localize": FIRST | {"attention", "lora"},
@@ -128,7 +128,7 @@ def test_an_unknown_name():
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("0*.ipynb")), ids=lambda path: path.stem)
 def test_a_lesson_ends_with_its_module_which_begins_with_the_lesson(path):
     last = "".join(json.loads(path.read_text())["cells"][-1]["source"]).splitlines()[-1]
-    found = re.fullmatch(r"Source: \[(persres_lite/(\w+)\.py)\]\(\.\./\1\)", last)
+    found = re.fullmatch(r"Source: \[(persres_lite/([\w/]+)\.py)\]\(\.\./\1\)", last)
     assert found, last
     text = ast.get_docstring(ast.parse((PACKAGE / f"{found[2]}.py").read_text())) or ""
     if path.stem.startswith("00"):  # the whole before its parts: the comparison, which no lesson takes apart

@@ -725,9 +725,9 @@ def test_words_beyond_the_limit_are_refused_before_training(sd1, monkeypatch):
 @pytest.mark.parametrize(
     ("asked", "advised"),
     [
-        ({}, "try gradient_checkpointing=True, or try batch_size=1, or close"),
-        ({"gradient_checkpointing": True}, "): try batch_size=1, or close"),
-        ({"gradient_checkpointing": True, "batch_size": 1}, "): close"),
+        ({}, "try gradient_checkpointing=True, or try at_once=1, or close"),
+        ({"gradient_checkpointing": True}, "): try at_once=1, or close"),
+        ({"gradient_checkpointing": True, "at_once": 1}, "): close"),
     ],
 )
 def test_too_little_memory_is_said_in_python_too(sd1, concept, monkeypatch, asked, advised):

@@ -128,7 +128,7 @@ def _smaller(chosen: argparse.Namespace, on_processor: bool) -> str:
     tries = []
     if chosen.command == "personalize":
         tries += ["--gradient-checkpointing"] * (not chosen.gradient_checkpointing)
-        tries += ["--batch-size 1"] * (chosen.batch_size != 1)
+        tries += ["--at-once 1"] * (chosen.at_once != 1 and chosen.batch_size != 1)
     halved = chosen.dtype in ("float16", "bfloat16")
     if not halved and (on_processor or chosen.dtype == "float32"):  # on a GPU it is the default
         tries.append("--dtype bfloat16")
@@ -262,7 +262,15 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--init", default="lora", help="lora (starts at the original model) or random (both factors)")
     learn.add_argument("--train-token", action="store_true", help="V*'s embedding learns too")
     learn.add_argument("--masked-loss", action="store_true", help="only the object counts; needs masks")
-    learn.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
+    learn.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        default=None,
+        help="less memory, about a third more time (default: where a GPU is too small)",
+    )
+    learn.add_argument(
+        "--at-once", type=_whole(1), metavar="N", help="pictures of a step that go through the model together"
+    )
     learn.add_argument("--mixed-precision", metavar="KIND", help="fp16 or bf16")
     learn.add_argument("--checkpoint", type=Path, metavar="FILE", help="where an interrupted run goes on")
     learn.add_argument("--sample-every", type=_whole(), metavar="N", help="draw a picture every N steps")

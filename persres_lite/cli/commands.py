@@ -26,7 +26,7 @@ from persres_lite import compare as side_by_side
 from persres_lite import personalize as learn
 from persres_lite.bases import BASES, settings_of
 from persres_lite.cli import Failed
-from persres_lite.cost import without_gpu
+from persres_lite.cost import on_gpu, without_gpu
 from persres_lite.evaluation import draw, usual_ways
 from persres_lite.lora import PREFIX, export_lora, import_lora
 from persres_lite.masks import find_rule
@@ -67,6 +67,7 @@ def personalize(chosen: Namespace) -> None:
             train_token=chosen.train_token,
             masked_loss=chosen.masked_loss,
             gradient_checkpointing=chosen.gradient_checkpointing,
+            at_once=chosen.at_once,
             mixed_precision=chosen.mixed_precision,
             progress=not chosen.quiet,
         )
@@ -158,7 +159,9 @@ def _load(chosen: Namespace) -> tuple[Any, Residuals]:
 def _base(chosen: Namespace, name: str | None = None) -> Any:
     """The frozen model: the one asked for, else the one that a file names."""
     name = chosen.base or name or os.environ.get("PERSRES_BASE") or "toybox"
-    if chosen.command != "export" and (cost := without_gpu(name)):  # said before anything is fetched
+    usual = chosen.device is None or chosen.device.startswith("cuda")
+    cost = without_gpu(name) or (on_gpu(name) if usual else None)
+    if chosen.command != "export" and cost:  # said before anything is fetched
         print(cost, file=sys.stderr, flush=True)
     with _silence():
         return load_base(name, chosen.device, _dtype(chosen.dtype))

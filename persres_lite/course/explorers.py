@@ -164,6 +164,38 @@ def compare(
     )
 
 
+def studio(
+    pictures: Mapping[float, Mapping[str, Image.Image]], masks: Mapping[float, torch.Tensor], local: str = "LAG"
+) -> Explorer:
+    """One picture at a time: choose the scale, the way of sampling, and whether LAG's mask lies over it.
+
+    Parameters
+    ----------
+    pictures : dict of float to dict of str to picture
+        As for `compare`: by scale, then by way.
+    masks : dict of float to tensor (h, w)
+        By scale: LAG's mean mask.
+    local : str
+        The way that the masks belong to.
+    """
+    scales = sorted(pictures)
+
+    def draw(scale: float, way: str, mask: bool) -> tuple[Image.Image, str]:
+        shown, words = enlarge(pictures[scale][way].convert("RGB"), SIDE), f"<b>{way}</b>, scale {scale:g}"
+        if mask and way == local:
+            return heat_picture(shown, masks[scale], 0, 1), f"{words}; bright: there the residual acted most often"
+        return shown, words
+
+    return Explorer(
+        draw,
+        {
+            "scale": widgets.SelectionSlider(options=[(f"{scale:g}", scale) for scale in scales], description="scale"),
+            "way": widgets.Dropdown(options=list(pictures[scales[0]]), description="way", value=local),
+            "mask": widgets.Checkbox(value=False, description="mask over picture"),
+        },
+    )
+
+
 def _option(rule: Callable) -> tuple[str, float] | None:
     """A rule's numeric option, and its value where the slider stands at 1: 1 for shares, else twice the default."""
     for name, parameter in inspect.signature(rule).parameters.items():

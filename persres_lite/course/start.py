@@ -74,10 +74,12 @@ def start(base: str | None = None) -> tuple[Path, str]:
     base = base or os.environ.get("PERSRES_BASE") or "toybox"
     print(describe(base))
     if base != "toybox":  # the registry is only needed here
-        from persres_lite.cost import without_gpu
+        from persres_lite.cost import on_gpu, without_gpu
 
         if cost := without_gpu(base):
             print(cost + (" Choose one under Runtime > Change runtime type." if "google.colab" in sys.modules else ""))
+        elif cost := on_gpu(base):
+            print(cost)
     return HOME, base
 
 

@@ -11,6 +11,7 @@ python -m persres_lite.maintain.notebooks                  only say what is not 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -153,7 +154,9 @@ def stamp_files(root: Path = ROOT) -> dict[Path, str]:
 def table_file(root: Path = ROOT) -> dict[Path, str]:
     """What `table` writes: the README with the table of notebooks between its two markers."""
     readme = root / "README.md"
-    rows = runs.table([(path, read(path)) for path in notebook_paths(root)])
+    results = root / runs.GPU_RESULTS
+    gpu = json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
+    rows = runs.table([(path, read(path)) for path in notebook_paths(root)], gpu)
     return {readme: runs.between(readme.read_text(encoding="utf-8"), "notebooks", rows)}
 
 

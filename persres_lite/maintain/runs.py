@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
@@ -18,7 +19,7 @@ MAX_BYTES = 1_000_000
 
 TIME_LINE = "**Time and memory:**"
 
-_PEAK = """\
+PEAK = """\
 import re, sys
 try:
     with open("/proc/self/status") as _file:
@@ -30,6 +31,9 @@ _gpu = 0
 if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
     _gpu = sys.modules["torch"].cuda.max_memory_allocated()
 print(_peak, _gpu)"""
+
+GPU_RESULTS = Path("data/results/gpu.json")
+"""What `make gpu` measured, once someone has taken it over."""
 
 _TAGGED_WIDGET = "[a widget: run the notebook to move its sliders; a still picture of it stands beside it]"
 
@@ -80,7 +84,7 @@ def run(notebook: NotebookNode, folder: Path, on_cell: Callable[[int, int], None
         If a figure is not a PNG, or if the file would be larger than `MAX_BYTES`.
     """
     source = nbformat.from_dict(notebook)
-    source.cells.append(nbformat.v4.new_code_cell(_PEAK))
+    source.cells.append(nbformat.v4.new_code_cell(PEAK))
     started = time.perf_counter()
     done = execute(source, folder, on_cell=on_cell)
     seconds = time.perf_counter() - started
@@ -152,9 +156,17 @@ def time_and_memory(notebook: NotebookNode) -> str:
     return f"{measured['seconds'] / 60:.1f} minutes, {measured['peak_gb']} GB{gpu}, on {measured['machine']}"
 
 
-def table(notebooks: list[tuple[Path, NotebookNode]]) -> str:
-    """The README's table: a row for each notebook, from its title, its aim and its measurements."""
+def table(notebooks: list[tuple[Path, NotebookNode]], gpu: dict[str, Any] | None = None) -> str:
+    """The README's table: a row for each notebook, from its title, its aim and its measurements.
+
+    Parameters
+    ----------
+    gpu : dict, optional
+        The results of `make gpu` (`persres_lite.maintain.gpu.run`), for one more column.
+    """
     rows = ["| notebook | idea | minutes | memory |", "|---|---|---|---|"]
+    if gpu:
+        rows = [f"{rows[0]} {gpu['base']} on a GPU |", f"{rows[1]}---|"]
     machines = []
     for path, notebook in notebooks:
         title, aim = opening(notebook)
@@ -164,8 +176,12 @@ def table(notebooks: list[tuple[Path, NotebookNode]]) -> str:
         )
         machines += [measured["machine"]] if measured else []
         rows.append(f"| [{title}](notebooks/{path.name}) | {aim} | {minutes} | {memory} |")
+        if gpu:
+            there = gpu["notebooks"].get(path.stem)
+            rows[-1] += f" {there['minutes']} minutes, {there['gpu_gb']} GB |" if there else " not run |"
     if machines:
-        rows += ["", f"Measured on {'; '.join(dict.fromkeys(machines))}, from start to end in a fresh kernel."]
+        where = [*dict.fromkeys(machines), *([f"the last column on {gpu['machine']}"] if gpu else [])]
+        rows += ["", f"Measured on {'; '.join(where)}, from start to end in a fresh kernel."]
     return "\n".join(rows)
 
 

@@ -5,7 +5,7 @@ random inputs; its docstring says with which arguments the function is called. A
 one sentence, so that a test runner refuses it too; an answer that is still ``...`` is only remarked upon.
 
 A folder and not one file, because a lesson's checks are read beside the lesson: `diffusion` (notebooks 00, 01),
-`residuals` (02, 03), `maps` (04, 05), and `answers`, the mechanism.
+`residuals` (02, 03), `maps` (04, 05), `own` (07), and `answers`, the mechanism.
 """
 
 from persres_lite.course.check.diffusion import (
@@ -29,6 +29,7 @@ from persres_lite.course.check.maps import (
     quantile_mask,
     weights,
 )
+from persres_lite.course.check.own import best_stage, detail, passes
 from persres_lite.course.check.residuals import (
     factor_gradients,
     loss,
@@ -45,9 +46,11 @@ __all__ = [
     "attention_map",
     "background_distance",
     "best_cut",
+    "best_stage",
     "blend",
     "choice",
     "ddim_step",
+    "detail",
     "factor_gradients",
     "freeze",
     "iou",
@@ -57,6 +60,7 @@ __all__ = [
     "merge",
     "otsu",
     "parameter_count",
+    "passes",
     "projection",
     "quantile_mask",
     "residual_linear",

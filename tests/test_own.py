@@ -1,0 +1,140 @@
+"""Lesson 07's helpers: what is said before a run, photographs and advice about them, words and their scores."""
+
+from __future__ import annotations
+
+import types
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from nbformat import v4
+from PIL import Image, ImageFilter
+
+from persres_lite import load_base, load_concept
+from persres_lite.course import explorers, own
+from persres_lite.evaluation import load_judges
+from persres_lite.maintain import notebooks, runs
+from tests.tiny import tiny_pipeline
+
+LESSON = next(path for path in notebooks.notebook_paths() if path.name.startswith("07"))
+
+
+def photographs(count=4, size=128, seed=0):
+    """Random blocks of colors with hard edges, each on a background of its own."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for k in range(count):
+        blocks = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        picture = Image.new("RGB", (size, size), tuple(int(v) for v in rng.integers(0, 256, 3)))
+        picture.paste(blocks.resize((size // 2, size // 2), Image.Resampling.NEAREST), (size // 4, size // 4))
+        picture.info["source"] = f"{k}.jpg"
+        made.append(picture)
+    return made
+
+
+def test_good_photographs_need_no_advice():
+    assert own.advice(photographs(), 64) == []
+
+
+def test_each_fault_is_named_and_only_that():
+    good = photographs()
+    blurred = good[2].filter(ImageFilter.GaussianBlur(8))
+    blurred.info["source"] = "2.jpg"
+    assert own.advice([*good[:2], blurred, good[3]], 64) == ["Perhaps blurred: 2.jpg."]
+    assert own.sharpness(blurred) < own.SOFT < own.sharpness(good[2])
+    twin = good[0].point(lambda value: min(255, value + 3))
+    twin.info["source"] = "twin.jpg"
+    assert own.advice([*good, twin], 64) == ["Nearly the same picture twice: 0.jpg and twin.jpg; leave one out."]
+    assert own.advice(good[:3], 64) == ["3 photographs: four to eight are best, from several sides."]
+    assert own.advice(good, 256) == [
+        "Smaller than the 256 pixels of this base, and will look soft: 0.jpg, 1.jpg, 2.jpg, 3.jpg."
+    ]
+    one_place = [Image.composite(each, Image.new("RGB", each.size, "teal"), middle(each.size)) for each in good]
+    (said,) = own.advice(one_place, 64)
+    assert said.startswith("All seem to have one background")
+
+
+def middle(size):
+    mask = Image.new("L", size)
+    mask.paste(255, (size[0] // 4, size[1] // 4, 3 * size[0] // 4, 3 * size[1] // 4))
+    return mask
+
+
+def test_what_the_model_sees_is_the_middle_square():
+    wide = Image.new("RGB", (300, 100), "red")
+    wide.paste("blue", (100, 0, 200, 100))
+    (cut,) = own.seen([wide], 100)
+    assert cut.size == (100, 100) and (np.asarray(cut) == [0, 0, 255]).all()
+
+
+@pytest.mark.parametrize("version", [7, 8])
+def test_uploads_are_written_below_the_folder_whatever_they_are_called(version, tmp_path):
+    files = {"../../evil.jpg": b"1", "C:\\pictures\\a.png": b"2", ".hidden": b"3"}
+    value = {name: {"content": data} for name, data in files.items()}
+    if version == 8:
+        value = tuple({"name": name, "content": memoryview(data)} for name, data in files.items())
+    folder = own.save_uploads(types.SimpleNamespace(value=value), tmp_path / "in" / "photographs")
+    written = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert written == {"evil.jpg": b"1", "a.png": b"2", "hidden": b"3"}
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.parent != folder] == []
+    assert own.save_uploads(types.SimpleNamespace(value=type(value)()), tmp_path / "none") is None
+    assert own.uploader().multiple
+
+
+def test_the_true_word_scores_best_on_toybox():
+    words = ["mug", "house", "robot", "cat"]
+    found = own.class_scores(load_judges("toybox"), load_concept("tiger-robot").images, words)
+    assert list(found)[0] == "robot" and list(found.values()) == sorted(found.values(), reverse=True)
+
+
+def test_pieces_in_every_tokenizer():
+    assert own.pieces(load_base("toybox"), "sks") == {"tokenizer": ["sks</w>"]}
+    found = own.pieces(tiny_pipeline("sdxl"), "zwx")
+    assert found.keys() == {"tokenizer", "tokenizer_2"} and all(len(each) == 3 for each in found.values())
+
+
+def test_preflight_says_all_of_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    small = own.preflight("toybox")
+    assert small["download"] == "none" and small["licence"] == "MIT" and small["GPU"].startswith("none")
+    large = own.preflight("sd-1.4")
+    assert large.keys() == small.keys()
+    assert large["download"].startswith("4.3 GB, once") and "OpenRAIL" in large["licence"]
+    assert large["time"].startswith("There is no GPU here.")
+    assert own.preflight("some/one")["licence"] == "see the model's own page"
+
+
+def test_the_studio_shows_the_mask_only_over_the_way_that_used_it():
+    pictures = {
+        scale: {"residual": Image.new("RGB", (64, 64), "red"), "LAG": Image.new("RGB", (64, 64), "blue")}
+        for scale in (0.0, 1.0)
+    }
+    shown = explorers.studio(pictures, {scale: torch.eye(8) for scale in pictures})
+    plain = shown.pixels
+    shown.controls["mask"].value = True
+    assert (shown.pixels != plain).any() and "acted most often" in shown.note.value
+    shown.controls["way"].value = "residual"
+    assert (shown.pixels == np.array([255, 0, 0])).all()
+    shown.controls["scale"].value = 1.0
+    assert "scale 1" in shown.note.value
+
+
+def test_the_lesson_with_photographs_of_another_package(tmp_path):
+    """From start to end on a random base of Stable Diffusion's shape, with a folder of real photographs."""
+    data = pytest.importorskip("skimage.data", reason="the photographs are scikit-image's")
+    (tmp_path / "photographs").mkdir()
+    for name in ("cat", "coffee", "rocket"):
+        Image.fromarray(getattr(data, name)()).save(tmp_path / "photographs" / f"{name}.jpg")
+    tiny_pipeline("sd1").save_pretrained(tmp_path / "base")
+    book = deepcopy(notebooks.read(LESSON))
+    few = "from persres_lite import evaluation\nfrom persres_lite.bases import BASES\n"
+    few += "BASES['sd-1.4'].sampling['num_inference_steps'] = BASES['sd-1.4'].recipe['steps'] = 4\n"
+    few += "evaluation.PAPER_JUDGES = tuple(str(HOME / 'data' / name) for name in evaluation.JUDGES['toybox'])"
+    book.cells.insert(3, v4.new_code_cell(few))
+    for cell in book.cells:
+        cell.source = cell.source.replace("PHOTOS = None", f"PHOTOS = {str(tmp_path / 'photographs')!r}")
+    done = runs.execute(book, LESSON.parent, env={"PERSRES_BASE": str(tmp_path / "base"), "HF_HUB_OFFLINE": "1"})
+    said = "".join(output.get("text", "") for cell in done.cells for output in cell.get("outputs", []))
+    assert "3 photographs: four to eight are best" in said
+    assert said.count("what is read back is what was learned: True") == 2
