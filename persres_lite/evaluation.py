@@ -1,4 +1,4 @@
-"""Lesson 06: does it work? The same noise drawn in several ways, and scores for pictures and masks.
+"""Lesson 06, `notebooks/06_does_it_work.ipynb`: does it work? The same noise drawn in several ways, and scores.
 
 The three alignment scores of the paper's first table are cosines between features of pretrained encoders: CLIP-T
 (picture and prompt), CLIP-I and DINO-I (picture and reference pictures). Here they are plain cosines between -1 and 1;
