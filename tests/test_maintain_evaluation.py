@@ -6,15 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-from persres_lite import bases, personalize
+from persres_lite import bases, evaluation, personalize
 from persres_lite.maintain import evaluate
 from persres_lite.maintain.evaluation import subjects, tables, ways, work
-from persres_lite.maintain.evaluation.methods import METHODS, Bench, Recipe, fit, train
+from persres_lite.maintain.evaluation.methods import METHODS, Bench, Recipe, Trained, fit, train
 from persres_lite.residuals import Residuals
 from persres_lite.toybox import concepts as shipped
 from persres_lite.toybox.world import LONGEST, RESERVED
@@ -374,6 +375,44 @@ def test_the_controls_are_those_that_are_announced(sd1):
 
 
 # ------------------------------------------------------------------------------------------------------ the command
+
+
+def test_equal_seconds_are_as_many_steps_as_fit_in(tmp_path, monkeypatch):
+    measured = []
+
+    def train(bench, method, concept, seed, recipe):
+        measured.append(method)
+        return Trained(nullcontext, 1, seconds=3.0 + {"residuals": 0.5, "DreamBooth": 2.0}[method] * recipe.steps)
+
+    monkeypatch.setattr(evaluate, "train", train)
+    base = type("Base", (), {"unet": None})
+    two = work.Plan(("residuals", "DreamBooth"), dict.fromkeys(METHODS, SHORT))
+    for _ in range(2):  # the second time they are read
+        made = evaluate.within(10.0, base, None, two, tmp_path / "steps.json")
+        assert {name: recipe.steps for name, recipe in made.recipes.items()} == {"residuals": 20, "DreamBooth": 5}
+    assert measured == ["residuals"] * 2 + ["DreamBooth"] * 2
+
+
+def test_the_papers_protocol_is_the_same_command(tmp_path, sd1, monkeypatch):
+    """On a base in Stable Diffusion's layout with CustomConcept101's list, CLIP and DINO being Toybox's here."""
+    small(sd1, monkeypatch)
+    sd1.save_pretrained(tmp_path / "base")
+    custom101(tmp_path)
+    own = evaluation.JUDGES["toybox"]
+    monkeypatch.setattr(evaluation, "PAPER_JUDGES", tuple(str(ROOT / "data" / folder) for folder in own))
+    given = ["--base", str(tmp_path / "base"), "--methods", "residuals", "--steps", "1", "--trainings", "2"]
+    given += ["--seeds", "2", "--draws", "5", "--rows", str(tmp_path / "rows")]
+    with pytest.raises(SystemExit, match="give CustomConcept101's list"):
+        evaluate.main(given)
+    evaluate.main([*given, "--custom101", str(tmp_path / "dataset_multiconcept.json")])
+    made = json.loads((tmp_path / "rows" / "evaluation.json").read_text())
+    rows = made["methods"]
+    assert {"frozen, class word", "residuals", "residuals + LAG", "residuals + LAG, disc, quarter"} <= set(rows)
+    assert {"CLIP-T", "CLIP-I", "identity", "text gap", "diversity", "moved"} <= set(rows["residuals"])
+    assert rows["residuals"]["identity"]["trainings"] == 4 and rows["frozen, rare token"]["moved"]["mean"] == 0
+    assert made["protocol"]["recipes"]["residuals"] == {"steps": 1, "batch_size": 4, "lr": 1e-3, "prior": 0}
+    prompts = {picture["prompt"] for row in work.rows_of(tmp_path / "rows") for picture in row["pictures"]}
+    assert "the {1} beside the {0}" in prompts and len(prompts) == 3
 
 
 @pytest.fixture(scope="module")

@@ -36,9 +36,10 @@ from accelerate import PartialState
 
 from persres_lite import load_base
 from persres_lite.bases import settings_of
+from persres_lite.concepts import Concept
 from persres_lite.maintain.evaluation import subjects, tables, work
 from persres_lite.maintain.evaluation.judging import judge_of
-from persres_lite.maintain.evaluation.methods import METHODS, PAPER_RECIPES, Bench, Recipe
+from persres_lite.maintain.evaluation.methods import METHODS, PAPER_RECIPES, Bench, Recipe, train
 from persres_lite.support.files import whole_file
 
 RECIPES = "evaluation-recipes.json"
@@ -64,9 +65,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", default="run", choices=["run", "tables", "search"])
-    parser.add_argument(
-        "--quick", action="store_true", help="two concepts, few methods and prompts: under three minutes"
-    )
+    parser.add_argument("--quick", action="store_true", help="two concepts, few methods and prompts, half the steps")
     parser.add_argument("--base", help="as the notebooks' BASE; by default PERSRES_BASE, else toybox")
     parser.add_argument("--data", type=Path, default=Path("data"), help="the project's data folder")
     parser.add_argument("--custom101", type=Path, help="CustomConcept101's dataset.json or dataset_multiconcept.json")
@@ -75,6 +74,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--trainings", type=int, default=3, help="of each concept by each method")
     parser.add_argument("--seeds", type=int, default=2, help="pictures of each prompt")
     parser.add_argument("--steps", type=int, help="the same number of training steps for every method")
+    parser.add_argument("--seconds", type=float, help="of training, the same for every method: as many steps as fit in")
     parser.add_argument("--rows", type=Path, default=Path("build/evaluation"), help="folder of the rows")
     parser.add_argument("--out", type=Path, help="where the tables go, without ending")
     parser.add_argument("--draws", type=int, default=2000, help="of the bootstrap")
@@ -99,9 +99,10 @@ def plan_of(args: argparse.Namespace, base: Any) -> work.Plan:
     if not args.quick:
         return plan
     few = tuple(method for method in QUICK if method in args.methods)
-    return replace(
-        plan, methods=few, trainings=1, seeds=1, scales=(0.5, 1.0), controls=("complement", "true mask", "disc, half")
-    )
+    if not args.steps:
+        recipes = {name: replace(recipe, steps=max(1, recipe.steps // 2)) for name, recipe in recipes.items()}
+    chosen = ("complement", "true mask", "disc, half")
+    return work.Plan(few, recipes, trainings=1, seeds=1, scales=(0.5, 1.0), controls=chosen)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -117,6 +118,10 @@ def main(arguments: list[str] | None = None) -> None:
     if args.what == "search":
         _search(args, base, plan, state)
         return
+    if args.seconds:
+        concept = pairs_of(args, base)[0][0].concept
+        with state.main_process_first():
+            plan = within(args.seconds, base, concept, plan, args.rows / "steps.json")
     if args.what == "run":
         run(args, base, plan, state)
         state.wait_for_everyone()
@@ -129,16 +134,40 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{out}.md: {len(found['methods'])} methods and ways")
 
 
-def run(args: argparse.Namespace, base: Any, plan: work.Plan, state: PartialState) -> None:
-    """This process's share of the work."""
+def pairs_of(args: argparse.Namespace, base: Any) -> list[subjects.Pair]:
+    """The concepts that the command line asks for, in pairs."""
     if args.custom101 is None and settings_of(base).name != "toybox":
         raise SystemExit("Rendered toys are for Toybox: give CustomConcept101's list, --custom101 FOLDER/dataset.json.")
     count = 2 if args.quick and args.concepts is None else args.concepts
     pairs = subjects.custom101_pairs(args.custom101, count) if args.custom101 else subjects.toybox_pairs(count)
-    if args.quick:
-        pairs = [tuple(_fewer(subject) for subject in pair) for pair in pairs]
-    judge = judge_of(base, args.data)
-    work.run(Bench(base), judge, pairs, plan, args.rows, state.process_index, state.num_processes)
+    return [tuple(_fewer(subject) for subject in pair) for pair in pairs] if args.quick else pairs
+
+
+def run(args: argparse.Namespace, base: Any, plan: work.Plan, state: PartialState) -> None:
+    """This process's share of the work."""
+    pairs = pairs_of(args, base)
+    judge, bench = judge_of(base, args.data), Bench(base)
+    work.run(bench, judge, pairs, plan, args.rows, state.process_index, state.num_processes)
+
+
+def within(seconds: float, base: Any, concept: Concept, plan: work.Plan, path: Path) -> work.Plan:
+    """The plan with as many steps as fit into so many seconds, by what five steps of each method take beyond one.
+
+    They are measured once and kept in `path`, so that a run that is taken up again does the same.
+    """
+    if path.exists():
+        steps = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        steps, bench = {}, Bench(base)
+        for method in plan.methods:
+            once, more = (
+                train(bench, method, concept, 0, replace(plan.recipes[method], steps=count)).seconds for count in (1, 5)
+            )
+            steps[method] = max(1, int(seconds / max((more - once) / 4, 1e-6)))
+            bench.clear()
+        with whole_file(path) as file:
+            file.write_text(json.dumps(steps) + "\n")
+    return replace(plan, recipes={name: replace(plan.recipes[name], steps=count) for name, count in steps.items()})
 
 
 def _fewer(subject: subjects.Subject) -> subjects.Subject:

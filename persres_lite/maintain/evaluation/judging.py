@@ -75,6 +75,8 @@ def _readings(subject: Subject, prompt: Prompt, read: dict[str, Any]) -> dict[st
     """What the judge reads of a picture: what the prompt asks for, and the toy's own paint where it may keep it."""
     row = {}
     for name, value in prompt.asked.items():
+        if name == "partner":
+            continue
         if name == "pair":
             row["both objects"] = sorted(read["pair"]) == value
         elif name == "main":
@@ -146,15 +148,8 @@ def _gaps(encoders: Judges, subject: Subject, prompts: list[Prompt], images: lis
 
 
 def _plain(subject: Subject, prompts: list[Prompt]) -> list[str]:
-    """Prompts without the rare token. A partner's class is in the prompt's own words where it is known."""
-    return [
-        prompt.text.format(subject.concept.macro_class, _partner_of(prompt, subject.concept.macro_class))
-        for prompt in prompts
-    ]
-
-
-def _partner_of(prompt: Prompt, own: str) -> str:
-    return next((kind for kind in prompt.asked.get("pair", ()) if kind != own), "thing")
+    """Prompts without the rare token, which no encoder knows."""
+    return [prompt.text.format(subject.concept.macro_class, prompt.asked.get("partner", "")) for prompt in prompts]
 
 
 def _moved(image: Image.Image, before: Image.Image, either: Tensor) -> float:

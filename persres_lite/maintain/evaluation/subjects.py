@@ -43,7 +43,7 @@ class Prompt:
     text : str
         With {0} for the concept's words, and {1} for those of its partner.
     asked : dict
-        What a judge should read: place, style, main, pair.
+        What a judge should read: place, style, main, pair; under "partner" the partner's class.
     """
 
     kind: str
@@ -181,7 +181,8 @@ def _toybox_prompts(rng: random.Random, toy: Toy, places: list[str], partner: To
     prompts.append(Prompt("changed property", f"a photo of a {color} {{0}} {place}", {"main": color, "place": place}))
     if partner is not None:
         both = "a {0} on the left and a {1} on the right"
-        prompts.append(Prompt("two concepts", both, {"pair": sorted((toy.kind, partner.kind))}))
+        asked = {"pair": sorted((toy.kind, partner.kind)), "partner": partner.kind}
+        prompts.append(Prompt("two concepts", both, asked))
     return prompts
 
 
@@ -206,7 +207,10 @@ def custom101_pairs(path: str | Path, count: int | None = None) -> list[Pair]:
     path = Path(path)
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        pairs = [_custom101_pair(path.parent, each if isinstance(each, list) else [each]) for each in entries]
+        groups = [each if isinstance(each, list) else [each] for each in entries]
+        if isinstance(entries, dict) or not all(any("instance_data_dir" in one for one in each) for each in groups):
+            raise KeyError("instance_data_dir")
+        pairs = [_custom101_pair(path.parent, each) for each in groups]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is no list of concepts as CustomConcept101 has it ({error}): give its dataset.json."
@@ -217,11 +221,13 @@ def custom101_pairs(path: str | Path, count: int | None = None) -> list[Pair]:
 def _custom101_pair(folder: Path, entry: list[dict[str, str]]) -> Pair:
     both = next((each["prompt_filename_compose"] for each in entry if "prompt_filename_compose" in each), None)
     made = []
-    for index, each in enumerate(one for one in entry if "instance_data_dir" in one):
+    members = [one for one in entry if "instance_data_dir" in one]
+    for index, each in enumerate(members):
         concept = load_concept(folder / each["instance_data_dir"], each["class_prompt"], PAPER_TOKENS[index])
         prompts = [Prompt("any", text) for text in _lines(folder / each["prompt_filename"])]
         if both and index == 0:
-            prompts += [Prompt("two concepts", text) for text in _lines(folder / both)]
+            asked = {"partner": members[1]["class_prompt"]}
+            prompts += [Prompt("two concepts", text, asked) for text in _lines(folder / both)]
         made.append(Subject(replace(concept, name=Path(each["instance_data_dir"]).name), prompts))
     return tuple(made)
 

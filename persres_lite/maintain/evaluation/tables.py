@@ -207,8 +207,14 @@ def _scores(group: list[Row], draws: int) -> dict[str, Any]:
 
 
 def _costs(group: list[Row]) -> dict[str, float]:
+    """Of the trainings: parameters and seconds on average, and the most memory, because a process that has trained
+    before may have enough already.
+    """
     known = [row for row in group if "parameters" in row]
-    return {name: float(np.mean([row[name] for row in known])) for name in ("parameters", "seconds", "peak") if known}
+    if not known:
+        return {}
+    means = {name: float(np.mean([row[name] for row in known])) for name in ("parameters", "seconds")}
+    return means | {"peak": float(max(row["peak"] for row in known))}
 
 
 def _mean(groups: Groups, draws: int) -> dict[str, Any] | None:
