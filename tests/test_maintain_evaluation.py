@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,13 @@ from tests.helpers import hooks_of, make_concept
 from tests.tiny import sample
 
 ROOT = Path(__file__).resolve().parents[1]
-TOYBOX = subjects.toybox_pairs(4)
+
+
+@cache
+def toybox() -> list[subjects.Pair]:
+    """The first four concepts, photographed when a test first needs them."""
+    return subjects.toybox_pairs(4)
+
 
 # ------------------------------------------------------------------------------------------------------- subjects
 
@@ -40,13 +47,13 @@ def test_toys_are_those_that_neither_pretraining_nor_the_search_has_seen():
 
 def test_a_pair_is_told_apart_by_class_and_token_and_no_token_goes_with_bias():
     assert all(one[1].kind != other[1].kind for one, other in subjects.toybox_toys())
-    for one, other in TOYBOX:
+    for one, other in toybox():
         assert one.concept.token != other.concept.token
-    assert len({(subject.biased, subject.concept.token) for pair in TOYBOX for subject in pair}) == 4
+    assert len({(subject.biased, subject.concept.token) for pair in toybox() for subject in pair}) == 4
 
 
 def test_what_is_held_out_is_the_same_toy_seen_anew():
-    subject = TOYBOX[0][0]
+    subject = toybox()[0][0]
     known = {image.tobytes() for image in subject.concept.images}
     held_out = {image.tobytes() for image in subject.held_out.images}
     assert (len(known), len(held_out)) == (subjects.REFERENCES, subjects.HELD_OUT) and not known & held_out
@@ -56,20 +63,20 @@ def test_what_is_held_out_is_the_same_toy_seen_anew():
 
 
 def test_prompts_are_of_five_types_and_ask_for_what_no_reference_shows():
-    for subject in (subject for pair in TOYBOX for subject in pair):
+    for subject in (subject for pair in toybox() for subject in pair):
         kinds = [prompt.kind for prompt in subject.prompts]
         assert kinds.count("place") == 4 and set(subjects.KINDS[:4]) <= set(kinds)
         for prompt in subject.prompts:
             words = prompt.text.format("sks toy", "zwx toy")
             assert "sks toy" in words and ("zwx toy" in words) == (prompt.kind == "two concepts")
             assert prompt.left == (prompt.kind in ("second object", "two concepts"))
-    first, second = TOYBOX[0]
+    first, second = toybox()[0]
     assert "two concepts" in [p.kind for p in first.prompts] and "two concepts" not in [p.kind for p in second.prompts]
 
 
 def test_every_prompt_is_short_enough_to_be_read_to_its_end():
     """The text encoder was trained on captions of so many words, and cuts off what is longer."""
-    for pair in TOYBOX:
+    for pair in toybox():
         for subject, partner in (pair, pair[::-1]):
             for words in ((str(subject.concept), str(partner.concept)), (subject.described, partner.briefly)):
                 lengths = {len(prompt.text.format(*words).split()) for prompt in subject.prompts}
@@ -79,7 +86,7 @@ def test_every_prompt_is_short_enough_to_be_read_to_its_end():
 def test_fewer_concepts_are_the_first_ones():
     three = subjects.toybox_pairs(3)
     assert [len(pair) for pair in three] == [2, 1]
-    assert [s.concept.name for pair in three for s in pair] == [s.concept.name for p in TOYBOX for s in p][:3]
+    assert [s.concept.name for pair in three for s in pair] == [s.concept.name for p in toybox() for s in p][:3]
 
 
 def custom101(folder: Path) -> Path:
@@ -315,6 +322,17 @@ def test_shares_of_several_processes_make_up_the_rows_of_one(tried):
     assert plain(one) == plain(two) and len(list((folder / "two").glob("rows-*.jsonl"))) == 2
 
 
+def test_rows_of_two_kinds_do_not_mix(tmp_path):
+    first = {"base": "toybox", "recipes": {"residuals": {"steps": 100}}}
+    work.keep_to(tmp_path, first)
+    work.keep_to(tmp_path, first | {"recipes": {"DreamBooth": {"steps": 50}}})  # another method beside it
+    work.keep_to(tmp_path, first)
+    with pytest.raises(ValueError, match="another choice of recipes: choose another --rows"):
+        work.keep_to(tmp_path, first | {"recipes": {"DreamBooth": {"steps": 60}}})
+    with pytest.raises(ValueError, match="another choice of base"):
+        work.keep_to(tmp_path, first | {"base": "sd-1.4"})
+
+
 # --------------------------------------------------------------------------------------------------------- tables
 
 
@@ -359,6 +377,14 @@ def test_tables_by_hand(tmp_path):
     assert "2 concepts, 4 trainings, 8 pictures" in text and numbers["about"]["command"] == "python -m this"
 
 
+def test_tables_of_a_run_that_was_cut_short():
+    rows = [r for r in made_by_hand() if (r["concept"], r["training"], r["way"]) != ("car", 1, "everywhere")]
+    found = tables.tables_of(rows, draws=5)
+    assert found["at equal leakage"]["residuals + LAG"]["trainings"] == 3
+    assert found["LAG minus residual"]["place"]["identity"]["trainings"] == 3
+    assert tables.tables_of(rows[:3], draws=5)["at equal leakage"] == {}
+
+
 def test_the_searchs_rule():
     def tried(identity, place, steps):
         return {"identity": identity, "place": place, "recipe": {"steps": steps}}
@@ -369,7 +395,7 @@ def test_the_searchs_rule():
 
 
 def test_the_controls_are_those_that_are_announced(sd1):
-    pair = TOYBOX[0]
+    pair = toybox()[0]
     frozen = ways.Frozen([None], torch.rand(1, 8, 8), torch.ones(1, 8, 8))
     assert set(ways.controls(sd1, pair, 0, [], frozen)) == set(work.CONTROLS)
 
@@ -419,13 +445,7 @@ def test_the_papers_protocol_is_the_same_command(tmp_path, sd1, monkeypatch):
 def quick(tmp_path_factory):
     """Two concepts, four ways of personalizing: minutes on a laptop."""
     folder = tmp_path_factory.mktemp("quick")
-    steps = bases.BASES["toybox"].sampling["num_inference_steps"]
-    threads = torch.get_num_threads()
-    try:
-        evaluate.main(["--quick", "--base", "toybox", "--rows", str(folder), "--draws", "200"])
-    finally:
-        bases.BASES["toybox"].sampling["num_inference_steps"] = steps
-        torch.set_num_threads(threads)
+    evaluate.main(["--quick", "--base", "toybox", "--rows", str(folder), "--draws", "200"])
     return json.loads((folder / "evaluation.json").read_text())
 
 

@@ -108,30 +108,55 @@ def plan_of(args: argparse.Namespace, base: Any) -> work.Plan:
 def main(arguments: list[str] | None = None) -> None:
     """Carry out one command."""
     args = parse(arguments)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums then run in one order, whatever the number of processes
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))
     base = load_base(args.base, state.device, torch.float32)
     base.set_progress_bar_config(disable=True)
-    if args.quick:
-        settings_of(base).sampling["num_inference_steps"] = QUICK_STEPS
+    sampling = settings_of(base).sampling
+    steps = sampling["num_inference_steps"]
+    try:
+        if args.quick:
+            sampling["num_inference_steps"] = QUICK_STEPS
+        _carry_out(args, base, state)
+    finally:
+        sampling["num_inference_steps"] = steps
+        torch.set_num_threads(threads)
+    if args.what != "search" and state.is_main_process:
+        given = sys.argv[1:] if arguments is None else arguments
+        command = shlex.join(["python", "-m", "persres_lite.maintain.evaluate", *given])
+        rows, out = work.rows_of(args.rows), args.out or args.rows / "evaluation"
+        found = tables.write(rows, planned(args.rows, rows), out, command, args.draws)
+        print(f"{out}.md: {len(found['methods'])} methods and ways")
+
+
+def _carry_out(args: argparse.Namespace, base: Any, state: PartialState) -> None:
+    """Everything but the tables."""
     plan = plan_of(args, base)
     if args.what == "search":
         _search(args, base, plan, state)
+    if args.what != "run":
         return
     if args.seconds:
         concept = pairs_of(args, base)[0][0].concept
         with state.main_process_first():
             plan = within(args.seconds, base, concept, plan, args.rows / "steps.json")
-    if args.what == "run":
-        run(args, base, plan, state)
-        state.wait_for_everyone()
-    if state.is_main_process:
-        command = shlex.join(
-            ["python", "-m", "persres_lite.maintain.evaluate", *(sys.argv[1:] if arguments is None else arguments)]
-        )
-        out = args.out or args.rows / "evaluation"
-        found = tables.write(work.rows_of(args.rows), plan, out, command, args.draws)
-        print(f"{out}.md: {len(found['methods'])} methods and ways")
+    with state.main_process_first():
+        work.keep_to(args.rows, _settings(args, base, plan))
+    run(args, base, plan, state)
+    state.wait_for_everyone()
+
+
+def planned(folder: Path, rows: list[work.Row]) -> work.Plan:
+    """What the rows in a folder were made with, whatever the command line says now."""
+    path = folder / "settings.json"
+    if not path.exists():
+        raise SystemExit(f"There are no rows in {folder}: run first, or name their folder with --rows.")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    recipes = {method: Recipe(**recipe) for method, recipe in settings["recipes"].items()}
+    trainings = {row["training"] for row in rows} - {None}
+    scales = {row["scale"] for row in rows if row["training"] is not None}
+    return work.Plan(tuple(recipes), recipes, len(trainings), settings["pictures a prompt"], tuple(sorted(scales)))
 
 
 def pairs_of(args: argparse.Namespace, base: Any) -> list[subjects.Pair]:
@@ -148,6 +173,18 @@ def run(args: argparse.Namespace, base: Any, plan: work.Plan, state: PartialStat
     pairs = pairs_of(args, base)
     judge, bench = judge_of(base, args.data), Bench(base)
     work.run(bench, judge, pairs, plan, args.rows, state.process_index, state.num_processes)
+
+
+def _settings(args: argparse.Namespace, base: Any, plan: work.Plan) -> dict[str, Any]:
+    """What all rows of a folder must share; concepts, trainings and methods may be added later."""
+    return {
+        "base": settings_of(base).name,
+        "concepts": str(args.custom101) if args.custom101 else "toybox",
+        "sampling": settings_of(base).sampling,
+        "pictures a prompt": plan.seeds,
+        "prompts": "few" if args.quick else "all",
+        "recipes": {method: asdict(plan.recipes[method]) for method in plan.methods},
+    }
 
 
 def within(seconds: float, base: Any, concept: Concept, plan: work.Plan, path: Path) -> work.Plan:

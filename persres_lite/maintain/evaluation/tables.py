@@ -81,7 +81,10 @@ def against_curve(method: list[Row], curve: list[Row], zero: list[Row]) -> Group
         concept, training = row["concept"], row["training"]
         trainings = [training] if training is not None else sorted({t for c, t, _ in at if c == concept})
         for each in trainings:
-            points = [row, start[concept], *(at[concept, each, scale] for scale in scales)]
+            keys = [(concept, each, scale) for scale in scales]
+            if concept not in start or not all(key in at for key in keys):
+                continue  # the run was cut short: it is not counted in n either
+            points = [row, start[concept], *(at[key] for key in keys)]
             columns = [
                 [np.nan if picture[score] is None else picture[score] for picture in point["pictures"]]
                 for point in points
@@ -127,6 +130,8 @@ def tables_of(rows: list[Row], draws: int = 2000) -> dict[str, Any]:
             if made is not None:
                 found["at equal leakage"][name] = made
     lag, residual = full.get(f"{RESIDUALS} + LAG", []), full.get(RESIDUALS, [])
+    drawn = {(row["concept"], row["training"]) for row in residual}
+    lag = [row for row in lag if (row["concept"], row["training"]) in drawn]
     if lag and residual:
         for kind in dict.fromkeys(picture["kind"] for row in lag for picture in row["pictures"]):
             found["LAG minus residual"][kind] = {}

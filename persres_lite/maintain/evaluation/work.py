@@ -26,6 +26,7 @@ from persres_lite.maintain.evaluation.ways import (
     pictures_of,
     words_of,
 )
+from persres_lite.support.files import whole_file
 
 Row = dict[str, Any]
 Key = tuple[str, int | None, str, str, float]
@@ -88,6 +89,31 @@ def rows_of(folder: Path) -> list[Row]:
                 continue
             rows[key_of(row)] = row
     return [rows[key] for key in sorted(rows, key=str)]
+
+
+def keep_to(folder: Path, settings: dict[str, Any]) -> None:
+    """Rows in one folder belong together: note what they are made with, or refuse to add others to them.
+
+    Parameters
+    ----------
+    settings : dict
+        What all rows must share. Recipes count method by method, so that a method can be added later.
+
+    Raises
+    ------
+    ValueError
+        If the rows there were made with something else.
+    """
+    path = folder / "settings.json"
+    settings = json.loads(json.dumps(settings))  # as they will be read
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    recipes = before.get("recipes", {}) | settings.get("recipes", {})
+    for name, value in before.items():
+        same = recipes | value == recipes if name == "recipes" else settings.get(name) == value
+        if not same:
+            raise ValueError(f"The rows in {folder} were made with another choice of {name}: choose another --rows.")
+    with whole_file(path) as file:
+        file.write_text(json.dumps(settings | {"recipes": recipes}, indent=1) + "\n")
 
 
 def key_of(row: Row) -> Key:
