@@ -129,8 +129,8 @@ def test_bars_show_means_values_and_a_reference():
 def test_a_tradeoff_has_lines_and_points():
     figure = figures.tradeoff({"residual": [(0.0, 0.5), (0.1, 0.7)]}, {"LAG": (0.05, 0.68)}, "moved", "identity")
     line, point = figure.axes[0].lines
-    assert (line.get_xdata(), line.get_ydata()) == ((0.0, 0.1), (0.5, 0.7))
-    assert (point.get_xdata(), point.get_ydata()) == ([0.05], [0.68])
+    assert np.array_equal(line.get_xydata(), [[0.0, 0.5], [0.1, 0.7]])
+    assert np.array_equal(point.get_xydata(), [[0.05, 0.68]])
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["residual", "LAG"]
 
 
