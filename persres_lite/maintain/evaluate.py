@@ -137,13 +137,13 @@ def _carry_out(args: argparse.Namespace, base: Any, state: PartialState) -> None
         _search(args, base, plan, state)
     if args.what != "run":
         return
-    if args.seconds:
-        concept = pairs_of(args, base)[0][0].concept
-        with state.main_process_first():
-            plan = within(args.seconds, base, concept, plan, args.rows / "steps.json")
+    pairs = pairs_of(args, base)
     with state.main_process_first():
+        if args.seconds:
+            plan = within(args.seconds, base, pairs[0][0].concept, plan, args.rows / "steps.json")
         work.keep_to(args.rows, _settings(args, base, plan))
-    run(args, base, plan, state)
+    judge, bench = judge_of(base, args.data), Bench(base)
+    work.run(bench, judge, pairs, plan, args.rows, state.process_index, state.num_processes)
     state.wait_for_everyone()
 
 
@@ -166,13 +166,6 @@ def pairs_of(args: argparse.Namespace, base: Any) -> list[subjects.Pair]:
     count = 2 if args.quick and args.concepts is None else args.concepts
     pairs = subjects.custom101_pairs(args.custom101, count) if args.custom101 else subjects.toybox_pairs(count)
     return [tuple(_fewer(subject) for subject in pair) for pair in pairs] if args.quick else pairs
-
-
-def run(args: argparse.Namespace, base: Any, plan: work.Plan, state: PartialState) -> None:
-    """This process's share of the work."""
-    pairs = pairs_of(args, base)
-    judge, bench = judge_of(base, args.data), Bench(base)
-    work.run(bench, judge, pairs, plan, args.rows, state.process_index, state.num_processes)
 
 
 def _settings(args: argparse.Namespace, base: Any, plan: work.Plan) -> dict[str, Any]:
