@@ -1,4 +1,4 @@
-"""Lesson 06: does it work? The same noise drawn in several ways, and scores for pictures and masks.
+"""Lesson 06, `notebooks/06_does_it_work.ipynb`: does it work? The same noise drawn in several ways, and scores.
 
 The three alignment scores of the paper's first table are cosines between features of pretrained encoders: CLIP-T
 (picture and prompt), CLIP-I and DINO-I (picture and reference pictures). Here they are plain cosines between -1 and 1;
@@ -86,6 +86,24 @@ class Judges:
         if len(prompts) not in (1, len(images)):
             raise ValueError(f"{len(images)} pictures need one prompt or {len(images)} prompts, not {len(prompts)}.")
         return (self._clip_pictures(images) * self._clip_words(prompts)).sum(-1)
+
+    def text_gap(self, images: Pictures, prompts: Sequence[str]) -> Tensor:
+        """How much better each picture fits its own prompt than the other prompts of the list; (n,).
+
+        A cosine between picture and prompt has no scale of its own: for a CLIP-like encoder a wrong prompt may score
+        nearly as high as the right one. Only the gap between them says whether a picture shows what it was asked for.
+
+        Raises
+        ------
+        ValueError
+            If there are not as many prompts as pictures, or not two different ones.
+        """
+        images, prompts = _pictures(images), list(prompts)
+        if len(prompts) != len(images) or len(set(prompts)) < 2:
+            raise ValueError("A gap needs one prompt a picture, and at least two different prompts.")
+        cosines = self._clip_pictures(images) @ self._clip_words(prompts).T  # (pictures, prompts)
+        others = torch.tensor([[a != b for b in prompts] for a in prompts], device=cosines.device)
+        return cosines.diagonal() - (cosines * others).sum(1) / others.sum(1)
 
     def image_alignment(self, images: Pictures, refs: Pictures) -> Tensor:
         """CLIP-I: each picture's cosine with the reference pictures, averaged over the references; (n,)."""
@@ -373,6 +391,54 @@ def compare(
     )
 
 
+def cut_out(images: Pictures, masks: Any) -> list[Image.Image]:
+    """The objects alone, on gray: a score of what is left cannot reward a copied background.
+
+    Parameters
+    ----------
+    images : picture or list of picture
+        n pictures, or one.
+    masks : tensor, array or picture (h, w) or (n, h, w)
+        Where each object is; more than one half counts as inside. Scaled to the pictures (nearest position).
+    """
+    images = _pictures(images)
+    each = [
+        _resized(mask[None], image.size[::-1], "nearest")[0] > 0.5
+        for image, mask in zip(images, _one_each(masks, len(images)), strict=True)
+    ]
+    gray = [Image.new("RGB", image.size, "gray") for image in images]
+    marks = [Image.fromarray(inside.numpy()) for inside in each]
+    return [Image.composite(i.convert("RGB"), g, m) for i, g, m in zip(images, gray, marks, strict=True)]
+
+
+def ruler(
+    identity: Callable[[list[Image.Image]], Tensor],
+    references: list[Image.Image],
+    held_out: list[Image.Image],
+    others: list[Image.Image],
+) -> tuple[float, float]:
+    """Floor and ceiling of an identity score, both measured as the method's pictures are: against the references.
+
+    Parameters
+    ----------
+    identity : callable
+        Gives unit vectors (n, c) for n pictures.
+    references : list of picture
+        That the concept was learned from.
+    held_out : list of picture
+        Of the same object, kept out of the training: nothing that a method draws should be expected to score higher.
+    others : list of picture
+        Of other objects of the class: what the class alone is worth.
+
+    Returns
+    -------
+    (float, float)
+        Floor and ceiling, mean cosines.
+    """
+    known = identity(references).T
+    return (identity(others) @ known).mean().item(), (identity(held_out) @ known).mean().item()
+
+
 def iou(mask: Any, truth: Any) -> Tensor:
     """Intersection over union of masks and true masks.
 
@@ -531,6 +597,14 @@ def _stack(masks: Any) -> Tensor:
         masks = np.asarray(masks.convert("L"), dtype=np.float32) / 255
     masks = torch.as_tensor(masks).float().cpu()
     return masks if masks.dim() == 3 else masks[None]
+
+
+def _one_each(masks: Any, number: int) -> Tensor:
+    """(number, h, w): one mask for each of several pictures, or one for all."""
+    stacked = _stack(masks)
+    if len(stacked) not in (1, number):
+        raise ValueError(f"{number} pictures need one mask or {number} masks, not {len(stacked)}.")
+    return stacked.expand(number, -1, -1)
 
 
 def _resized(maps: Tensor, size: Sequence[int], mode: str) -> Tensor:

@@ -47,6 +47,26 @@ def _detail(gray):
     return (around - 4 * gray[1:-1, 1:-1]).var()
 
 
+def _diversity(features):
+    unit = functional.normalize(features, dim=1)
+    n = len(unit)
+    return 1 - ((unit @ unit.T).sum() - n) / (n * (n - 1))
+
+
+def _read(leakage, leaks, scores):
+    k = int((leaks < leakage).sum().clamp(min=1, max=len(leaks) - 1))
+    share = (leakage - leaks[k - 1]) / (leaks[k] - leaks[k - 1])
+    return scores[k - 1] + share * (scores[k] - scores[k - 1])
+
+
+def _mean(values):
+    return sum(values) / len(values)
+
+
+def _grouped(groups):
+    return _mean([_mean([_mean(values) for values in trainings.values()]) for trainings in groups.values()])
+
+
 RIGHT = {
     "passes": lambda steps, batch_size, photographs: steps * batch_size / photographs,
     "detail": _detail,
@@ -74,6 +94,11 @@ RIGHT = {
     "blend": lambda f, g, m: (1 - m[:, None]) * f + m[:, None] * g,
     "weights": lambda m: m / m.sum(0).clamp(min=1),
     "background_distance": lambda a, b, m: (a - b).abs()[:, ~m].mean(),
+    "on_ruler": lambda score, floor, ceiling: (score - floor) / (ceiling - floor),
+    "diversity": _diversity,
+    "at_equal_leakage": _read,
+    "grouped_mean": _grouped,
+    "interval": lambda means, level: (means.quantile((1 - level) / 2), means.quantile((1 + level) / 2)),
 }
 
 WRONG = [  # check, answer, a part of the sentence
@@ -121,6 +146,13 @@ WRONG = [  # check, answer, a part of the sentence
     ("detail", lambda gray: _detail(gray).sqrt(), "standard deviation"),
     ("best_stage", lambda identity, fit, slack: int(identity.argmax()), "forgotten the prompt"),
     ("best_stage", lambda identity, fit, slack: int(fit.argmax()), "fits the prompt best"),
+    ("on_ruler", lambda score, floor, ceiling: score / ceiling, "subtract the floor"),
+    ("on_ruler", lambda score, floor, ceiling: min(1, (score - floor) / (ceiling - floor)), "above the ceiling"),
+    ("diversity", lambda x: 1 - (functional.normalize(x, dim=1) @ functional.normalize(x, dim=1).T).mean(), "no pair"),
+    ("at_equal_leakage", lambda at, x, y: y[(x - at).abs().argmin()], "nearest point"),
+    ("grouped_mean", lambda groups: _mean([v for t in groups.values() for p in t.values() for v in p]), "each picture"),
+    ("grouped_mean", lambda groups: _mean([_mean(p) for t in groups.values() for p in t.values()]), "more trainings"),
+    ("interval", lambda means, level: (means.quantile(1 - level), means.quantile(level)), "each side"),
 ]
 
 

@@ -29,7 +29,7 @@ from transformers import (
 
 from persres_lite import Residuals, evaluation, localized
 from persres_lite.concepts import load_concept
-from persres_lite.evaluation import background_distance, compare, iou, load_judges, pointing_game
+from persres_lite.evaluation import background_distance, compare, cut_out, iou, load_judges, pointing_game, ruler
 from tests.helpers import make_concept, random_residuals
 from tests.tiny import tiny_pipeline, tiny_tokenizer
 
@@ -81,6 +81,16 @@ def test_text_alignment_is_the_cosine_of_clips_features(judges, folders):
     assert judges.text_alignment(images, prompts[0]).shape == (2,)
     together = judges.image_alignment(images[0], images)
     torch.testing.assert_close(together[0], (1 + F.cosine_similarity(seen[:1], seen[1:])[0]) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gap_of_a_prompt_by_hand(judges):
+    """Right prompt minus the mean of the others; a prompt that is asked twice is not another one."""
+    images, prompts = pictures(3), ["a cat", "a red car", "a cat"]
+    cat, car = (judges.text_alignment(images, prompt) for prompt in ("a cat", "a red car"))
+    right = torch.stack([cat[0] - car[0], car[1] - cat[1], cat[2] - car[2]])
+    torch.testing.assert_close(judges.text_gap(images, prompts), right, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="at least two different prompts"):
+        judges.text_gap(images, ["a cat"] * 3)
 
 
 def test_a_prompts_score_does_not_depend_on_the_others(judges):
@@ -226,6 +236,27 @@ def test_background_distance_leaves_the_object_out():
     assert background_distance(a, b, square(left=4, top=4)).tolist() == pytest.approx([16 / 48])
     white = Image.new("RGB", (8, 8), "white")
     assert background_distance([a, a], [white, a], square(4, side=2)).tolist() == [1.0, 0.0]
+
+
+def test_an_object_is_cut_out_on_gray():
+    white = Image.new("RGB", (8, 8), "white")
+    (cut,) = cut_out(white, square(4, side=2))  # the upper left quarter
+    pixels = np.asarray(cut)
+    assert (pixels[:4, :4] == 255).all() and (pixels[4:] == 128).all() and (pixels[:, 4:] == 128).all()
+    assert len(cut_out([white, white], torch.stack([square(), square(left=4)]))) == 2
+    with pytest.raises(ValueError, match="2 pictures need one mask or 2 masks, not 3"):
+        cut_out([white, white], torch.ones(3, 8, 8))
+
+
+def test_floor_and_ceiling_by_hand():
+    """Pictures that are their own features: the mean color, to length 1."""
+
+    def identity(images):
+        return F.normalize(torch.from_numpy(np.stack([np.asarray(i).mean((0, 1)) for i in images])), dim=-1)
+
+    red, green, yellow = (Image.new("RGB", (2, 2), color) for color in ("#f00", "#0f0", "#ff0"))
+    floor, ceiling = ruler(identity, [red, red], [yellow], [green, yellow])
+    assert ceiling == pytest.approx(0.5**0.5) and floor == pytest.approx(0.5**0.5 / 2)
 
 
 def test_pictures_that_cannot_be_compared_are_refused():

@@ -126,6 +126,24 @@ def test_bars_show_means_values_and_a_reference():
     assert {"0.2", "0.5"} <= set(labels(figure)) and axes.lines[0].get_ydata()[0] == 0.25
 
 
+def test_a_tradeoff_has_lines_and_points():
+    figure = figures.tradeoff({"residual": [(0.0, 0.5), (0.1, 0.7)]}, {"LAG": (0.05, 0.68)}, "moved", "identity")
+    line, point = figure.axes[0].lines
+    assert np.array_equal(line.get_xydata(), [[0.0, 0.5], [0.1, 0.7]])
+    assert np.array_equal(point.get_xydata(), [[0.05, 0.68]])
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["residual", "LAG"]
+
+
+def test_a_heat_table_is_red_below_zero_and_blue_above():
+    figure = figures.heat_table({"place": {"identity": 0.02, "moved": -4.0}, "style": {"identity": -0.01}})
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.texts] == ["+0.020", "-4.000", "-0.010"]
+    colors = axes.images[0].cmap(axes.images[0].norm(axes.images[0].get_array()))
+    assert colors[0, 0, 2] > colors[0, 0, 0] and colors[1, 0, 0] > colors[1, 0, 2]
+    assert colors[1, 1, :3].min() > 0.9, "what is not known stays white"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["place", "style"]
+
+
 def test_singular_values_end_at_the_rank():
     generator = torch.Generator().manual_seed(0)
     product = torch.randn(12, 3, generator=generator) @ torch.randn(3, 12, generator=generator)

@@ -19,12 +19,13 @@ NOTEBOOKS = PACKAGE.parent / "notebooks"
 
 SMALL = {"support", "masks", "prompts"}
 FIRST = SMALL | {"bases", "concepts", "residuals"}
-METHOD = FIRST | {"cost", "training", "attention", "lora", "localize", "evaluation"}
+METHOD = FIRST | {"scores", "cost", "training", "attention", "lora", "localize", "evaluation"}
 #: By part (a module, or a whole subpackage): which others it may import, anywhere, also inside functions.
 MAY_IMPORT = {
     "support": set(),
     "masks": set(),
     "prompts": set(),
+    "scores": set(),
     "bases": {"support"},
     "cost": {"bases"},
     "concepts": {"support"},

@@ -20,6 +20,7 @@ SERIES = (
     "03_training_loop",
     "04_cross_attention",
     "05_localized_sampling",
+    "06_does_it_work",
 )
 SECTIONS = ["## Theory", "## Practice", "## Discussion", "## Exercises", "## References"]
 MAX_SECONDS = 150
@@ -48,7 +49,7 @@ def code(path: Path) -> list:
 
 
 def test_the_series_is_complete_and_numbered():
-    assert [path.stem for path in PATHS if path.stem[:2] <= "05"] == list(SERIES)
+    assert [path.stem for path in PATHS if path.stem[:2] <= "06"] == list(SERIES)
 
 
 @each

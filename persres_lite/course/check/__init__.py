@@ -5,7 +5,7 @@ random inputs; its docstring says with which arguments the function is called. A
 one sentence, so that a test runner refuses it too; an answer that is still ``...`` is only remarked upon.
 
 A folder and not one file, because a lesson's checks are read beside the lesson: `diffusion` (notebooks 00, 01),
-`residuals` (02, 03), `maps` (04, 05), `own` (07), and `answers`, the mechanism.
+`residuals` (02, 03), `maps` (04, 05), `scores` (06), `own` (07), and `answers`, the mechanism.
 """
 
 from persres_lite.course.check.diffusion import (
@@ -40,9 +40,11 @@ from persres_lite.course.check.residuals import (
     smoothed,
     truncated,
 )
+from persres_lite.course.check.scores import at_equal_leakage, diversity, grouped_mean, interval, on_ruler
 
 __all__ = [
     "alignment",
+    "at_equal_leakage",
     "attention_map",
     "background_distance",
     "best_cut",
@@ -51,13 +53,17 @@ __all__ = [
     "choice",
     "ddim_step",
     "detail",
+    "diversity",
     "factor_gradients",
     "freeze",
+    "grouped_mean",
+    "interval",
     "iou",
     "loss",
     "losses_by_noise_level",
     "median_mask",
     "merge",
+    "on_ruler",
     "otsu",
     "parameter_count",
     "passes",

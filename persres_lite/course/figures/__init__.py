@@ -9,7 +9,7 @@ who cannot move its sliders).
 
 from persres_lite.course.figures.diagram import unet_diagram
 from persres_lite.course.figures.pictures import enlarge, grid, heat_picture, heats, outline_picture, outlines
-from persres_lite.course.figures.plots import bars, curves, loss_by_noise_level, singular_values
+from persres_lite.course.figures.plots import bars, curves, heat_table, loss_by_noise_level, singular_values, tradeoff
 from persres_lite.course.figures.stills import map_table, mask_table, scale_table
 from persres_lite.course.figures.style import Drawing
 
@@ -20,6 +20,7 @@ __all__ = [
     "enlarge",
     "grid",
     "heat_picture",
+    "heat_table",
     "heats",
     "loss_by_noise_level",
     "map_table",
@@ -28,5 +29,6 @@ __all__ = [
     "outlines",
     "scale_table",
     "singular_values",
+    "tradeoff",
     "unet_diagram",
 ]

@@ -137,3 +137,54 @@ def singular_values(matrices: Mapping[str, Any], rank: int | None = None, captio
     axes.set(xlabel="number", ylabel="singular value / largest", yscale="log")
     _legend(axes)
     return captioned(figure, caption)
+
+
+def tradeoff(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    points: Mapping[str, tuple[float, float]],
+    xlabel: str = "",
+    ylabel: str = "",
+    caption: str | None = None,
+) -> Drawing:
+    """What is won against what it costs: lines through the strengths of a method, and single points beside them.
+
+    Parameters
+    ----------
+    curves : dict of str to list of (x, y)
+        By name, in the order of their strengths.
+    points : dict of str to (x, y)
+        By name.
+    """
+    figure, axes = new_plot(height=3.4)
+    colors = cycle(COLORS)
+    for color, (name, line) in zip(colors, curves.items(), strict=False):
+        x, y = zip(*line, strict=True)
+        axes.plot(x, y, color=color, label=name, marker="o", markersize=4)
+    for marker, (name, (x, y)) in zip(cycle("sD^vPX*"), points.items(), strict=False):
+        axes.plot([x], [y], color=next(colors), label=name, marker=marker, markersize=7, linestyle="")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    _legend(axes)
+    return captioned(figure, caption)
+
+
+def heat_table(table: Mapping[str, Mapping[str, float]], caption: str | None = None) -> Drawing:
+    """A number in each cell, red where it is below zero and blue where it is above; each column has its own scale.
+
+    Parameters
+    ----------
+    table : dict of str to dict of str to float
+        By row, then by column; a cell that is missing or NaN stays white.
+    """
+    columns = list(dict.fromkeys(column for row in table.values() for column in row))
+    values = np.array([[row.get(column, np.nan) for column in columns] for row in table.values()], dtype=float)
+    largest = np.nanmax(np.abs(values), axis=0, initial=1e-9)
+    figure, axes = new_plot(width=1.6 + 1.1 * len(columns), height=0.9 + 0.42 * len(table))
+    axes.imshow(np.nan_to_num(values / largest), cmap="RdBu", vmin=-1.6, vmax=1.6, aspect="auto")
+    for y, x in zip(*np.nonzero(~np.isnan(values)), strict=True):
+        axes.annotate(f"{values[y, x]:+.3f}", (x, y), ha="center", va="center")
+    axes.set_xticks(range(len(columns)), [textwrap.fill(name, 12) for name in columns])
+    axes.set_yticks(range(len(table)), list(table))
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    return captioned(figure, caption)

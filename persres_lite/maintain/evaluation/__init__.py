@@ -1,0 +1,1 @@
+"""What `python -m persres_lite.maintain.evaluate` is made of."""

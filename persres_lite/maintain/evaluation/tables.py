@@ -1,0 +1,273 @@
+"""Rows become tables: Markdown to read, and the same numbers as JSON, with the command, the commit and the machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from persres_lite.maintain import runs
+from persres_lite.maintain.evaluation.methods import RESIDUALS
+from persres_lite.maintain.evaluation.work import Plan, Row
+from persres_lite.scores import Interval, bootstrap, gain_at_equal_leakage, on_ruler, paired
+from persres_lite.support.files import whole_file
+
+ROOT = Path(__file__).resolve().parents[3]
+SHARES = (
+    "place",
+    "style",
+    "class",
+    "main",
+    "second",
+    "pattern",
+    "accessory",
+    "property asked for",
+    "both objects",
+)
+MEANS = (
+    "identity",
+    "identity, whole picture",
+    "CLIP-I",
+    "CLIP-T",
+    "moved",
+    "text gap",
+    "diversity",
+    "size",
+)
+
+Groups = dict[str, dict[int | None, list[Any]]]
+
+
+def label(row: Row) -> str:
+    """What a table calls a row's method and way."""
+    if row["method"] in ("frozen", "ruler"):
+        return f"{row['method']}, {row['way']}"
+    how = "" if row["way"] == "everywhere" else f" + {row['way']}"
+    return row["method"] + how
+
+
+def values(rows: Iterable[Row], score: str, kind: str | None = None) -> Groups:
+    """A score by concept and training, NaN where a picture has none; only of prompts of one kind, if it is named."""
+    groups: Groups = {}
+    for row in rows:
+        chosen = [picture for picture in row["pictures"] if kind in (None, picture["kind"])]
+        numbers = [np.nan if picture.get(score) is None else float(picture[score]) for picture in chosen]
+        groups.setdefault(row["concept"], {})[row["training"]] = numbers
+    return groups
+
+
+def against_curve(method: list[Row], curve: list[Row], zero: list[Row]) -> Groups:
+    """For `gain_at_equal_leakage`: of each picture the method's leakage and identity, and those of the scale curve.
+
+    Parameters
+    ----------
+    method : list of row
+        One way at one scale.
+    curve : list of row
+        The residual everywhere, at all scales.
+    zero : list of row
+        The frozen model with the concept's words, which is the curve at scale 0.
+    """
+    start = {row["concept"]: row for row in zero}
+    scales = sorted({row["scale"] for row in curve})
+    at = {(row["concept"], row["training"], row["scale"]): row for row in curve}
+    groups: Groups = {}
+    for row in method:
+        concept, training = row["concept"], row["training"]
+        trainings = [training] if training is not None else sorted({t for c, t, _ in at if c == concept})
+        for each in trainings:
+            keys = [(concept, each, scale) for scale in scales]
+            if concept not in start or not all(key in at for key in keys):
+                continue  # the run was cut short: it is not counted in n either
+            points = [row, start[concept], *(at[key] for key in keys)]
+            columns = [
+                [np.nan if picture[score] is None else picture[score] for picture in point["pictures"]]
+                for point in points
+                for score in ("moved", "identity")
+            ]
+            groups.setdefault(concept, {})[each] = np.array(columns, dtype=float).T.tolist()
+    return groups
+
+
+def tables_of(rows: list[Row], draws: int = 2000) -> dict[str, Any]:
+    """Everything that the Markdown shows, as plain numbers.
+
+    Returns
+    -------
+    dict
+        "methods": scores at full strength by method; "curves": identity and leakage over the scale; "at equal leakage":
+        what each gains over the residual turned down as far; "LAG minus residual": by type of prompt; "ruler".
+    """
+    full = _grouped(row for row in rows if row["scale"] in (0.0, 1.0))
+    found: dict[str, Any] = {"methods": {}, "curves": {}, "at equal leakage": {}, "LAG minus residual": {}}
+    for name, group in full.items():
+        found["methods"][name] = _scores(group, draws) | _costs(group)
+    found["ruler"] = {name: row["identity"]["mean"] for name, row in found["methods"].items() if "ruler" in name}
+    floor, ceiling = (found["ruler"].get(f"ruler, {way}") for way in ("others of the class", "held-out references"))
+    if floor is not None and ceiling is not None:
+        for row in found["methods"].values():
+            row["on the ruler"] = on_ruler(row["identity"]["mean"], floor, ceiling)
+    for row in rows:
+        if row["method"] not in ("frozen", "ruler") and row["way"] in ("everywhere", "LAG"):
+            found["curves"].setdefault(label(row), {}).setdefault(str(row["scale"]), []).append(row)
+    for curve in found["curves"].values():
+        for scale, group in curve.items():
+            curve[scale] = {score: _mean(values(group, score), draws) for score in ("identity", "moved")}
+    curve_rows = [row for row in rows if row["method"] == RESIDUALS and row["way"] == "everywhere"]
+    zero = full.get("frozen, rare token", [])
+    if curve_rows and zero:
+        for name, group in full.items():
+            if name.startswith("ruler") or name in (RESIDUALS, "frozen, rare token"):
+                continue
+            made = _whole(
+                lambda g=group: bootstrap(against_curve(g, curve_rows, zero), gain_at_equal_leakage, draws=draws)
+            )
+            if made is not None:
+                found["at equal leakage"][name] = made
+    lag, residual = full.get(f"{RESIDUALS} + LAG", []), full.get(RESIDUALS, [])
+    drawn = {(row["concept"], row["training"]) for row in residual}
+    lag = [row for row in lag if (row["concept"], row["training"]) in drawn]
+    if lag and residual:
+        for kind in dict.fromkeys(picture["kind"] for row in lag for picture in row["pictures"]):
+            found["LAG minus residual"][kind] = {}
+            for score in (*MEANS, *SHARES):
+                first, second = values(lag, score, kind), values(residual, score, kind)
+                first = {concept: group for concept, group in first.items() if all(group.values())}
+                made = _whole(lambda a=first, b=second: bootstrap(paired(a, b), draws=draws)) if first else None
+                if made is not None:
+                    found["LAG minus residual"][kind][score] = made
+    return found
+
+
+def markdown(found: dict[str, Any], about: dict[str, str], plan: Plan) -> str:
+    """The tables in words and bars."""
+    lines = [f"Made by `{about['command']}` at commit {about['commit']}, on {about['machine']}.", ""]
+    lines += ["## Protocol", "", *_protocol(plan), ""]
+    lines += ["## Methods at full strength", ""]
+    lines += ["Mean over concepts of means over trainings of means over pictures, and in brackets its 95 % interval."]
+    lines += ["On the ruler 0 is another toy of the class, 1 the held-out references.", ""]
+    columns = [name for name in MEANS if any(name in row for row in found["methods"].values())]
+    shares = [name for name in SHARES if any(name in row for row in found["methods"].values())]
+    head = ["", *columns, "on the ruler", *shares, "parameters", "seconds", "peak, MB", "n"]
+    lines += _table(head, [_method_row(name, row, columns, shares) for name, row in found["methods"].items()])
+    lines += ["", "## At equal leakage", ""]
+    lines += ["Identity minus that of the plain residual, turned down until it moves the background as far.", ""]
+    gains = [
+        [name, _shown(row), f"{row['better_in']} of {row['concepts']}", _n(row)]
+        for name, row in found["at equal leakage"].items()
+    ]
+    lines += _table(["", "identity gained", "ahead in", "n"], gains)
+    lines += ["", "## Over the strength", ""]
+    scales = sorted({scale for curve in found["curves"].values() for scale in curve}, key=float)
+    curves = [
+        [name, *(f"{c[s]['identity']['mean']:.3f} / {c[s]['moved']['mean']:.3f}" if s in c else "" for s in scales)]
+        for name, c in found["curves"].items()
+    ]
+    lines += _table(["identity / moved", *scales], curves)
+    if found["LAG minus residual"]:
+        lines += ["", "## LAG minus residual, by type of prompt", ""]
+        scores = list(dict.fromkeys(score for row in found["LAG minus residual"].values() for score in row))
+        by_kind = [
+            [kind, *(_shown(row[score]) if score in row else "" for score in scores)]
+            for kind, row in found["LAG minus residual"].items()
+        ]
+        lines += _table(["", *scores], by_kind)
+    return "\n".join([*lines, ""])
+
+
+def write(rows: list[Row], plan: Plan, path: Path, command: str, draws: int = 2000) -> dict[str, Any]:
+    """Write `path`.md and `path`.json; returns the tables."""
+    found = tables_of(rows, draws)
+    about = {"command": command, "commit": commit(), "machine": runs.machine()}
+    recipes = {name: asdict(recipe) for name, recipe in plan.recipes.items() if name in plan.methods}
+    protocol = {"trainings": plan.trainings, "seeds": plan.seeds, "scales": plan.scales, "recipes": recipes}
+    with whole_file(path.with_suffix(".json")) as file:
+        file.write_text(json.dumps({"about": about, "protocol": protocol, **found}, indent=1) + "\n")
+    with whole_file(path.with_suffix(".md")) as file:
+        file.write_text(markdown(found, about, plan))
+    return found
+
+
+def commit() -> str:
+    """The commit that is checked out, marked where files differ from it."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def _grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(label(row), []).append(row)
+    return groups
+
+
+def _scores(group: list[Row], draws: int) -> dict[str, Any]:
+    found = {score: _mean(values(group, score), draws) for score in (*MEANS, *SHARES)}
+    return {score: row for score, row in found.items() if row is not None}
+
+
+def _costs(group: list[Row]) -> dict[str, float]:
+    """Of the trainings: parameters and seconds on average, and the most memory, because a process that has trained
+    before may have enough already.
+    """
+    known = [row for row in group if "parameters" in row]
+    if not known:
+        return {}
+    means = {name: float(np.mean([row[name] for row in known])) for name in ("parameters", "seconds")}
+    return means | {"peak": float(max(row["peak"] for row in known))}
+
+
+def _mean(groups: Groups, draws: int) -> dict[str, Any] | None:
+    return _whole(lambda: bootstrap(groups, draws=draws))
+
+
+def _whole(make: Callable[[], Interval]) -> dict[str, Any] | None:
+    """An interval as plain numbers; None where no picture has the score, or no curve reaches the leakage."""
+    try:
+        found = make()
+    except ValueError:
+        return None
+    return None if np.isnan(found.mean) else asdict(found)
+
+
+def _method_row(name: str, row: dict[str, Any], columns: list[str], shares: list[str]) -> list[str]:
+    cells = [name, *(_plain(row[score]) if score in row else "" for score in columns)]
+    cells.append(f"{row['on the ruler']:.2f}" if "on the ruler" in row else "")
+    cells += [f"{row[score]['mean']:.2f}" if score in row else "" for score in shares]
+    cells += (
+        [f"{row['parameters']:,.0f}", f"{row['seconds']:.1f}", f"{row['peak'] / 1e6:.0f}"]
+        if "peak" in row
+        else [""] * 3
+    )
+    return [*cells, _n(row["identity"])]
+
+
+def _protocol(plan: Plan) -> list[str]:
+    rows = [
+        [name, str(recipe.steps), str(recipe.batch_size), f"{recipe.lr:g}", str(recipe.prior or "none")]
+        for name, recipe in plan.recipes.items()
+        if name in plan.methods
+    ]
+    text = f"{plan.trainings} trainings a concept and method, {plan.seeds} pictures a prompt, seeds from 0."
+    return [text, "", *_table(["method", "steps", "batch", "rate", "pictures of the class"], rows)]
+
+
+def _plain(row: dict[str, Any]) -> str:
+    return f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+
+
+def _shown(row: dict[str, Any]) -> str:
+    return str(Interval(**row))
+
+
+def _n(row: dict[str, Any]) -> str:
+    return f"{row['concepts']} concepts, {row['trainings']} trainings, {row['pictures']} pictures"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
