@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-Groups = Mapping[Any, Mapping[Any, Sequence[Any]]]
+Groups = Mapping[Any, Mapping[Any, Sequence[Any] | np.ndarray]]
 """By concept, then by training: one value a picture, or one row of values."""
 
 

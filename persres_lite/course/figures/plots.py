@@ -160,8 +160,8 @@ def tradeoff(
     for color, (name, line) in zip(colors, curves.items(), strict=False):
         x, y = zip(*line, strict=True)
         axes.plot(x, y, color=color, label=name, marker="o", markersize=4)
-    for marker, (name, (x, y)) in zip(cycle("sD^vPX*"), points.items(), strict=False):
-        axes.plot([x], [y], color=next(colors), label=name, marker=marker, markersize=7, linestyle="")
+    for marker, (name, point) in zip(cycle("sD^vPX*"), points.items(), strict=False):
+        axes.plot([point[0]], [point[1]], color=next(colors), label=name, marker=marker, markersize=7, linestyle="")
     axes.set(xlabel=xlabel, ylabel=ylabel)
     _legend(axes)
     return captioned(figure, caption)

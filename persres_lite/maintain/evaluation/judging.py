@@ -111,7 +111,7 @@ class PaperJudge:
     ) -> list[Scores]:
         """One row a picture; "moved" is the change of the whole picture, the object included."""
         asked, references = [prompt for prompt, _ in prompts], subject.concept.images
-        scores = {
+        scores: dict[str, Any] = {
             "identity": self.encoders.identity(images, references),
             "CLIP-I": self.encoders.image_alignment(images, references),
             "CLIP-T": self.encoders.text_alignment(images, _plain(subject, asked)),

@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +125,7 @@ def tables_of(rows: list[Row], draws: int = 2000) -> dict[str, Any]:
         for name, group in full.items():
             if name.startswith("ruler") or name in (RESIDUALS, "frozen, rare token"):
                 continue
-            made = _whole(
-                lambda g=group: bootstrap(against_curve(g, curve_rows, zero), gain_at_equal_leakage, draws=draws)
-            )
+            made = _whole(partial(_at_equal_leakage, group, curve_rows, zero, draws))
             if made is not None:
                 found["at equal leakage"][name] = made
     lag, residual = full.get(f"{RESIDUALS} + LAG", []), full.get(RESIDUALS, [])
@@ -138,7 +137,7 @@ def tables_of(rows: list[Row], draws: int = 2000) -> dict[str, Any]:
             for score in (*MEANS, *SHARES):
                 first, second = values(lag, score, kind), values(residual, score, kind)
                 first = {concept: group for concept, group in first.items() if all(group.values())}
-                made = _whole(lambda a=first, b=second: bootstrap(paired(a, b), draws=draws)) if first else None
+                made = _whole(partial(_paired, first, second, draws)) if first else None
                 if made is not None:
                     found["LAG minus residual"][kind][score] = made
     return found
@@ -224,6 +223,14 @@ def _costs(group: list[Row]) -> dict[str, float]:
 
 def _mean(groups: Groups, draws: int) -> dict[str, Any] | None:
     return _whole(lambda: bootstrap(groups, draws=draws))
+
+
+def _at_equal_leakage(group: list[Row], curve_rows: list[Row], zero: list[Row], draws: int) -> Interval:
+    return bootstrap(against_curve(group, curve_rows, zero), gain_at_equal_leakage, draws=draws)
+
+
+def _paired(first: Groups, second: Groups, draws: int) -> Interval:
+    return bootstrap(paired(first, second), draws=draws)
 
 
 def _whole(make: Callable[[], Interval]) -> dict[str, Any] | None:

@@ -192,9 +192,9 @@ def rows_of_unit(
         for key in wanted[index]:
             if key not in ways:
                 continue
-            words, way = ways[key]
-            images = draw_all(bench.base, prompts, words, way)
-            row = dict(zip(("concept", "training", "method", "way", "scale"), key, strict=True))
+            words, context = ways[key]
+            images = draw_all(bench.base, prompts, words, context)
+            row: Row = dict(zip(("concept", "training", "method", "way", "scale"), key, strict=True))
             row |= {"biased": subject.biased, "pictures": judge.score(subject, prompts, images, frozen[name])}
             if trained:
                 one = trained[index]
@@ -211,7 +211,7 @@ def _ways(
     name, words = subject.concept.name, words_of(subject, partner)
     if unit.method is None:
         plain = (subject.concept.macro_class, partner.concept.macro_class if partner else "")
-        found = {
+        found: dict[Key, tuple[tuple[str, str], Way]] = {
             (name, None, "frozen", "rare token", 0.0): (words, frozen_way),
             (name, None, "frozen", "class word", 0.0): (plain, frozen_way),
         }

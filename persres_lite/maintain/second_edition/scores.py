@@ -300,7 +300,7 @@ def judge_by_renderer(data: Path, base) -> dict[str, list[dict]]:
         "the model's pictures for the class word": read_all(made, scenes, "class word"),
     }
     for name, (toy, place) in concepts.all_shipped().items():
-        images = [Image.open(data / "concepts" / name / f"{index}.png") for index in range(concepts.PICTURES)]
+        images: list = [Image.open(data / "concepts" / name / f"{index}.png") for index in range(concepts.PICTURES)]
         rows[f"references of {name}"] = read_all(images, concepts.views(name, toy, place), name)
     return rows
 
@@ -383,8 +383,8 @@ def main() -> None:
     )
     card = args.data / "README.md"
     card.write_text(between(card.read_text(), "scores", "\n".join(table)))
-    found = {"pictures": scores, "judge": judged | patterns, "attention": attention, "prompts": rows}
-    (results / "toybox.json").write_text(json.dumps(found, indent=1) + "\n")
+    kept = {"pictures": scores, "judge": judged | patterns, "attention": attention, "prompts": rows}
+    (results / "toybox.json").write_text(json.dumps(kept, indent=1) + "\n")
     print("\n".join(table))
 
 
