@@ -24,7 +24,7 @@ from .dataset import draw_scenes, load_drawn
 from .judge import seen_by_judge
 from .ship import save_pipeline
 from .text import text_encoder_of, trained_text
-from .trainer import faster_precision, rank_and_size, train
+from .trainer import compile_inside_ddp, faster_precision, rank_and_size, train
 
 EMPTY = 0.1  # share of captions left empty, for classifier-free guidance
 TOY_WEIGHT = 3.0  # of a latent covered by a toy in the loss; the best prediction stays the same
@@ -76,6 +76,7 @@ def train_unet(folder: Path, data: Path, minutes: float, count: int) -> None:
     parts = unet_parts()
     unet: Any = parts["unet"]
     unet.set_attn_processor(PlainAttention())
+    compile_inside_ddp(unet)
     middle: list[torch.Tensor] = []
     unet.mid_block.register_forward_hook(lambda module, inputs, output: middle.append(output))
     alphas = make_scheduler().alphas_cumprod
