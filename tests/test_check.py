@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -39,7 +40,9 @@ def _overlap(mask, truth):
 
 
 def _attention(q, k, tokens):
-    return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)[..., tokens].sum(-1).mean(0)
+    column = torch.zeros(*k.shape[:2], 1)
+    column[:, tokens] = 1
+    return functional.scaled_dot_product_attention(q, k, column)[..., 0].mean(0)
 
 
 def _detail(gray):
@@ -77,8 +80,8 @@ RIGHT = {
     "projection": lambda x, w, b: torch.einsum("oc,bchw->bohw", w.flatten(1), x) + b[:, None, None],
     "alignment": lambda p, r: (functional.normalize(p, dim=1) @ functional.normalize(r, dim=1).T).mean(1),
     "freeze": _frozen,
-    "residual_linear": lambda x, w, bias, a, b: functional.linear(x, w + a @ b, bias),
-    "parameter_count": lambda widths, fraction: sum(2 * w * int(w * fraction) for w in widths),
+    "residual_linear": lambda x, w, bias, a, b: functional.linear(x, w, bias) + x @ b.T @ a.T,
+    "parameter_count": lambda widths, fraction: sum(2 * w * round(w * fraction) for w in widths),
     "merge": lambda w, a, b, s: w + s * (a @ b)[:, :, None, None],
     "truncated": _truncated,
     "factor_gradients": lambda g, a, b: (g @ b.T, a.T @ g),
@@ -101,21 +104,46 @@ RIGHT = {
     "interval": lambda means, level: (means.quantile((1 - level) / 2), means.quantile((1 + level) / 2)),
 }
 
+
+def _apart(values, high):
+    return float(values[high > 0].mean() - values[high == 0].mean())
+
+
 WRONG = [  # check, answer, a part of the sentence
+    ("ddim_step", lambda z, n, a, b: b**0.5 * z + (1 - b) ** 0.5 * torch.randn_like(z), "not a fresh one"),
+    ("timestep_of", lambda alpha_bars, share: int((1 - alpha_bars >= share).int().argmax()), "just that share"),
+    ("projection", functional.conv2d, "calls a convolution"),
+    ("residual_linear", lambda x, w, bias, a, b: functional.linear(x, w + a @ b, bias), "forms an m x m matrix"),
+    ("residual_linear", lambda x, w, bias, a, b: x @ w.T + bias + x @ a @ b, "exchanged"),
+    ("parameter_count", lambda widths, part: sum(2 * w * w * part for w in widths), "whole number: round it"),
+    ("parameter_count", lambda widths, part: sum(2 * w * int(w * part) for w in widths), "rounded down"),
+    ("attention_map", lambda q, k, t: (q @ k.mT / 8**0.5).softmax(-1)[..., t].sum(-1).mean(0), "table of all weights"),
+    (
+        "attention_map",
+        lambda q, k, t: functional.scaled_dot_product_attention(q, k, torch.eye(5).expand(2, 5, 5))[..., t].sum(-1),
+        "table of all weights",
+    ),
+    ("median_mask", lambda m: (m >= m.flatten(1).median(1).values[:, None, None]).float(), ""),
+    ("quantile_mask", lambda m, share: (m >= m.quantile(1 - share)).float(), "stays outside"),
+    ("quantile_mask", lambda m, share: (m > m.quantile(share)).float(), "quantile of 1 - share"),
+    ("otsu", lambda v: (v > (v.min() + v.max()) / 2).float(), "in the middle"),
+    ("otsu", lambda v: max(((v > c).float() for c in v.unique()[:-1]), key=lambda h: _apart(v, h)), "outlier"),
+    ("blend", lambda f, g, m: m[:, None] * g, "f remains"),
+    ("iou", lambda m, t: (m & t).sum() / m.numel(), "size of the picture"),
     ("v_target", lambda z, n, a: (a**0.5 * n - (1 - a) ** 0.5 * z).sum(), "shape"),
     ("v_target", lambda z, n, a: n.mul_(a**0.5).sub_((1 - a) ** 0.5 * z), "in place"),
     ("ddim_step", lambda z, n, a, b: (z - (1 - a) ** 0.5 * n) / a**0.5, "noise it again"),
     ("v_target", lambda z, n, a: (1 - a) ** 0.5 * z - a**0.5 * n, "sign"),
     ("timestep_of", lambda alpha_bars, share: int((alpha_bars > share).int().argmax()), "so much of the picture"),
     ("timestep_of", lambda alpha_bars, share: int((1 - alpha_bars <= share).sum()) - 1, "one too early"),
-    ("projection", lambda x, w, b: functional.conv2d(x, w), "bias is missing"),
+    ("projection", lambda x, w, b: torch.einsum("oc,bchw->bohw", w.flatten(1), x), "bias is missing"),
     ("projection", lambda x, w, b: torch.einsum("co,bchw->bohw", w.flatten(1), x) + b[:, None, None], "transposed"),
     ("alignment", lambda p, r: (p @ r.T).mean(1), "lengths still count"),
     ("alignment", lambda p, r: (functional.normalize(p, dim=1) @ functional.normalize(r, dim=1).T).amax(1), "nearest"),
     ("freeze", lambda module: module.requires_grad_(False), "training mode"),
     ("freeze", lambda module: module.eval(), "0.weight"),
     ("residual_linear", lambda x, w, bias, a, b: functional.linear(x, w, bias), "residual is missing"),
-    ("parameter_count", lambda widths, part: sum(2 * w * int(w * part) for w in set(widths)), "every width once"),
+    ("parameter_count", lambda widths, part: sum(2 * w * round(w * part) for w in set(widths)), "every width once"),
     ("merge", lambda w, a, b, s: w + (a @ b)[:, :, None, None], "scale is missing"),
     ("merge", lambda w, a, b, s: w[:, :, 0, 0] + s * a @ b, "(6, 6, 1, 1), but has (6, 6)"),
     ("truncated", lambda w, r: _truncated(w, r)[0] @ _truncated(w, r)[1], "two tensors"),
@@ -127,7 +155,7 @@ WRONG = [  # check, answer, a part of the sentence
     ("loss", lambda p, t: (p - t) ** 2, "one number"),
     ("losses_by_noise_level", lambda x, t, e: _by_level(x, t, e) * torch.tensor([1, 2, 2]), "sums, not means"),
     ("smoothed", lambda x, width: x.unfold(0, width, 1).sum(-1), "sums"),
-    ("attention_map", lambda q, k, tokens: (q @ k.mT).softmax(-1)[..., tokens].sum(-1).mean(0), "square root of d_k"),
+    ("attention_map", lambda q, k, tokens: _attention(q * 8**0.5, k, tokens), "square root of d_k"),
     ("attention_map", lambda q, k, tokens: _attention(q, k, tokens) / 2, "summed, not averaged"),
     ("iou", lambda m, t: (m & t).sum() / m.sum(), "size of the mask"),
     ("iou", lambda m, t: m.nothing, "AttributeError"),
@@ -193,6 +221,25 @@ def test_values_are_checked_too(capsys):
         check.share(0.00144, 1_239_040, 859_520_964)
     with pytest.raises(AssertionError, match="not a"):
         check.choice("a", "b", "because.")
+
+
+def test_arrays_of_numpy_are_answers_too(capsys):
+    def alignment(pictures, references):
+        pictures, references = (
+            x / np.linalg.norm(x, axis=1, keepdims=True) for x in map(np.asarray, (pictures, references))
+        )
+        return (pictures @ references.T).mean(1)
+
+    check.alignment(alignment)
+    check.median_mask(lambda m: m > m.flatten(1).median(1).values[:, None, None])  # booleans
+    assert capsys.readouterr().out.count("Correct") == 2
+
+
+def test_a_notebook_shows_a_refusal_in_one_line_and_no_source():
+    with pytest.raises(check.answers.Refused) as refusal:
+        check.loss(lambda p, t: ((p - t) ** 2).sum())
+    assert refusal.value._render_traceback_() == [f"Not yet: {refusal.value}"]
+    assert refusal.value.__cause__ is None and "sum" in str(refusal.value)
 
 
 def test_not_a_number_and_not_a_tensor_are_named():

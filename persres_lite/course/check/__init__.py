@@ -1,8 +1,9 @@
 """Checks of the reader's answers: ``check.iou(my_function)`` says what is wrong, or prints ``Correct``.
 
 One public function for each exercise. Each takes the reader's answer first, mostly a function, and tries it on small
-random inputs; its docstring says with which arguments the function is called. A wrong answer raises AssertionError with
-one sentence, so that a test runner refuses it too; an answer that is still ``...`` is only remarked upon.
+random inputs; its docstring says with which arguments the function is called. A wrong answer raises `Refused`, an
+AssertionError of one sentence, which a notebook shows without a traceback; an answer that is still ``...`` is only
+remarked upon.
 
 A folder and not one file, because a lesson's checks are read beside the lesson: `diffusion` (notebooks 00, 01),
 `residuals` (02, 03), `maps` (04, 05), `scores` (06), `own` (07), and `answers`, the mechanism.

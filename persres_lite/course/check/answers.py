@@ -8,17 +8,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 
 class Unanswered(Exception):
     """The reader's stub still holds its ``...``."""
 
 
+class Refused(AssertionError):
+    """A wrong answer. A notebook shows its one sentence and no traceback, in whose lines the solution would stand."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython prints instead of a traceback."""
+        return [f"Not yet: {self}"]
+
+
 def exercise(check: Callable[..., str]) -> Callable[..., None]:
-    """Turn a function that raises AssertionError on a wrong answer into a check that speaks.
+    """Turn a function that raises `Refused` on a wrong answer into a check that speaks.
 
     The check prints ``Correct: …`` with the sentence that the function returns, or ``Not answered yet`` while the
-    answer is ``...``; an AssertionError passes through.
+    answer is ``...``; a refusal passes through, without what caused it.
     """
 
     @wraps(check)
@@ -29,28 +38,38 @@ def exercise(check: Callable[..., str]) -> Callable[..., None]:
             print("Correct:", check(answer, *arguments, **options))
         except Unanswered:
             print("Not answered yet: replace the ... above, then run this cell again.")
+        except Refused as refusal:
+            raise refusal from None
 
     return speaking
 
 
-def call(function: Callable, *arguments: Any) -> Any:
+def call(function: Callable, *arguments: Any, forbidden: Mapping[str, str] | None = None) -> Any:
     """What the reader's function returns for copies of `arguments`.
+
+    Parameters
+    ----------
+    forbidden : dict of str to str, optional
+        What the exercise does without, see `Watched`.
 
     Raises
     ------
     Unanswered
         If it returns ``...``, or stumbles over one in its arithmetic.
-    AssertionError
+    Refused
         If it is no function, fails, returns nothing, or changes its arguments.
     """
     require(callable(function), f"expected a function, but got {_kind(function)}: give its name, without calling it.")
     copies = [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
     try:
-        found = function(*copies)
+        with Watched(forbidden or {}):
+            found = function(*copies)
     except Exception as error:
         if "ellipsis" in str(error).lower():
             raise Unanswered from None
-        raise AssertionError(f"your function raises {type(error).__name__}: {error}") from error
+        if isinstance(error, Refused):
+            raise
+        raise Refused(f"your function raises {type(error).__name__}: {error}") from error
     if found is ...:
         raise Unanswered
     require(found is not None, "your function returns nothing: does it end in a return?")
@@ -70,7 +89,9 @@ def same(
     atol: float = 1e-5,
     rtol: float = 1e-4,
 ) -> None:
-    """Raise AssertionError with one sentence unless `found` is `wanted` within rounding.
+    """Raise `Refused` with one sentence unless `found` is `wanted` within rounding.
+
+    Where a tensor is wanted, an array of NumPy or a list does as well, and for a mask booleans do as well as 0 and 1.
 
     Parameters
     ----------
@@ -80,37 +101,64 @@ def same(
         Sentences for well-known mistakes, each with the value that such a mistake gives; a matching one is named.
     """
     if isinstance(wanted, torch.Tensor):
-        require(isinstance(found, torch.Tensor), f"{what} should be a tensor, but is {_kind(found)}.")
+        found = _tensor(found, what)
         if found.shape != wanted.shape:
-            raise AssertionError(f"{what} should have the shape {tuple(wanted.shape)}, but has {tuple(found.shape)}.")
-        if found.dtype != wanted.dtype and (wanted.dtype == torch.bool or not found.dtype.is_floating_point):
-            raise AssertionError(f"{what} should have the dtype {wanted.dtype}, but has {found.dtype}.")
+            raise Refused(f"{what} should have the shape {tuple(wanted.shape)}, but has {tuple(found.shape)}.")
     else:
         found, wanted = _number(found, what), float(wanted)
     first, second = _array(found), _array(wanted)
     require(bool(np.isfinite(first).all()), f"{what} holds NaN or infinity.")
-    if np.allclose(first, second, atol=atol, rtol=rtol):
+    if _close(first, second, atol, rtol):
         return
-    for sentence, value in (mistakes or {}).items():
-        wrong = _array(value)
-        if wrong.shape == first.shape and np.allclose(first, wrong, atol=atol, rtol=rtol):
-            raise AssertionError(f"{what} is not right: {sentence}.")
+    fitting = [s for s, value in (mistakes or {}).items() if _close(first, _array(value), atol, rtol)]
+    if len(fitting) == 1:  # what two mistakes explain is named after neither
+        raise Refused(f"{what} is not right: {fitting[0]}.")
     if first.ndim == 0:
-        raise AssertionError(f"{what} should be {second.item():.6g}, but is {first.item():.6g}.")
+        raise Refused(f"{what} should be {second.item():.6g}, but is {first.item():.6g}.")
     place = np.unravel_index(int(np.argmax(np.abs(first - second))), first.shape)
     where = ", ".join(str(int(index)) for index in place)
-    raise AssertionError(f"{what} should be {second[place]:.4g} at [{where}], but is {first[place]:.4g} there.")
+    raise Refused(f"{what} should be {second[place]:.4g} at [{where}], but is {first[place]:.4g} there.")
 
 
 def require(condition: bool, sentence: str) -> None:
-    """Raise AssertionError with `sentence` unless `condition` holds."""
+    """Raise `Refused` with `sentence` unless `condition` holds."""
     if not condition:
-        raise AssertionError(sentence)
+        raise Refused(sentence)
+
+
+class Watched(TorchFunctionMode):
+    """Refuses what an exercise forbids while the reader's function computes.
+
+    Parameters
+    ----------
+    forbidden : dict of str to str
+        The sentence, by the name of one of torch's functions or by the last two sizes, "6 x 5", of a tensor that is
+        computed (a view of one that was given does not count).
+    """
+
+    def __init__(self, forbidden: Mapping[str, str]):
+        super().__init__()
+        self.forbidden = forbidden
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **options or {})
+        reasons = [getattr(function, "__name__", "")]
+        if isinstance(result, torch.Tensor) and result.ndim > 1 and self.forbidden:
+            given = [value.data_ptr() for value in arguments if isinstance(value, torch.Tensor)]
+            if result.data_ptr() not in given:
+                reasons.append("{} x {}".format(*result.shape[-2:]))
+        for reason in reasons:
+            require(reason not in self.forbidden, self.forbidden.get(reason, ""))
+        return result
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     """Normal numbers that are the same at every call: what a check tries the reader's function on."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _close(found: np.ndarray, value: np.ndarray, atol: float, rtol: float) -> bool:
+    return found.shape == value.shape and np.allclose(found, value, atol=atol, rtol=rtol)
 
 
 def _number(value: Any, what: str) -> float:
@@ -119,7 +167,17 @@ def _number(value: Any, what: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise AssertionError(f"{what} should be a number, but is {_kind(value)}.") from None
+        raise Refused(f"{what} should be a number, but is {_kind(value)}.") from None
+
+
+def _tensor(value: Any, what: str) -> torch.Tensor:
+    if isinstance(value, np.ndarray | list | tuple):
+        try:
+            value = torch.as_tensor(np.asarray(value, dtype=float))
+        except (TypeError, ValueError):
+            raise Refused(f"{what} should be a tensor, but is {_kind(value)} of other things.") from None
+    require(isinstance(value, torch.Tensor), f"{what} should be a tensor, but is {_kind(value)}.")
+    return value
 
 
 def _array(value: Any) -> np.ndarray:

@@ -5,18 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from persres_lite.course.check.answers import call, exercise, random, require, same
+
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
 
 
 @exercise
 def share(answer: float, part: int, whole: int) -> str:
     """`answer` is the share of `part` in `whole`, in percent."""
     right = 100 * part / whole
-    wrong = {"this is a fraction, and percent were asked for": part / whole}
-    same(answer, right, "the share", mistakes=wrong, rtol=0.02)
+    wrong = {
+        "this is a fraction, and percent were asked for": part / whole,
+        "this is the whole in percent of the part: divide the other way round": 100 * whole / part,
+        "the parameters that were added are not part of the U-Net's": 100 * part / (whole + part),
+    }
+    same(answer, right, "the share", mistakes=wrong, rtol=0.003)
     return f"{right:.2g} %."
 
 
@@ -24,6 +31,11 @@ def share(answer: float, part: int, whole: int) -> str:
 def ddim_step(answer: Callable) -> str:
     """``answer(noised, predicted_noise, alpha_bar, alpha_bar_next)``: one deterministic DDIM step (eta = 0)."""
     noised, noise = random(1, 4, 3, 3), random(1, 4, 3, 3, seed=1)
+    twice = [call(answer, noised, noise, 0.2, 0.4) for _ in range(2)]
+    again = bool((np.asarray(twice[0]) == np.asarray(twice[1])).all())
+    require(
+        again, "equal inputs give two different latents: noise the guess with the predicted noise, not a fresh one."
+    )
     for a, b in ((0.2, 0.4), (0.7, 1.0)):
         clean = (noised - (1 - a) ** 0.5 * noise) / a**0.5
         wrong = {
@@ -61,6 +73,9 @@ def timestep_of(answer: Callable) -> str:
             "this is the last timestep with less noise, one too early": right - 1,
         }
         same(call(answer, alpha_bars, part), right, f"the timestep for a share of {part}", mistakes=wrong)
+    exact = torch.tensor([0.75, 0.5, 0.25, 0.125])  # at the second, noise is one half of the variance to the last bit
+    wrong = {"at this timestep noise makes up just that share, and more was asked for": 1}
+    same(call(answer, exact, 0.5), 2, "the timestep for a share of 0.5", mistakes=wrong)
     return "alpha bar and the noise's share add up to one, so you compare with one number."
 
 
@@ -72,7 +87,11 @@ def projection(answer: Callable) -> str:
         "the bias is missing": torch.nn.functional.conv2d(x, weight),
         "the matrix is transposed": torch.nn.functional.conv2d(x, weight.transpose(0, 1), bias),
     }
-    same(call(answer, x, weight, bias), torch.nn.functional.conv2d(x, weight, bias), "the projection", mistakes=wrong)
+    right = torch.nn.functional.conv2d(x, weight, bias)
+    found = call(
+        answer, x, weight, bias, forbidden=dict.fromkeys(CONVOLUTIONS, "this calls a convolution: do without.")
+    )
+    same(found, right, "the projection", mistakes=wrong)
     return "one matrix, the same at every position."
 
 
@@ -110,5 +129,5 @@ def freeze(answer: Callable) -> str:
 def choice(answer: Any, right: Any, because: str) -> str:
     """`answer` is one of a few given choices; `because` says why the right one is right."""
     agree = str(answer).strip().lower() == str(right).strip().lower()
-    require(agree, f"it is not {answer}: look at the equation or the figure again.")
+    require(agree, f"it is not {answer}: put the number into the equation, or look at the figure again.")
     return because

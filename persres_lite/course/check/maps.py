@@ -25,18 +25,22 @@ def attention_map(answer: Callable) -> str:
         "the heads are averaged, not summed": weights[..., tokens].sum(-1).sum(0),
         "only the first token is counted": weights[..., 1].mean(0),
     }
-    same(call(answer, q, k, tokens), weights[..., tokens].sum(-1).mean(0), "the map", mistakes=wrong)
+    table = "this makes the table of all weights, (HW, T): give the kernel a v with one column."
+    forbidden = {"softmax": "this calls softmax: scaled_dot_product_attention does it inside.", "6 x 5": table}
+    found = call(answer, q, k, tokens, forbidden=forbidden)
+    same(found, weights[..., tokens].sum(-1).mean(0), "the map", mistakes=wrong)
     return "at every position the weights of all tokens add up to one."
 
 
 @exercise
 def iou(answer: Callable) -> str:
     """``answer(mask, truth)`` for boolean tensors (h, w): intersection over union."""
-    mask, truth = random(8, 8) > 0.3, random(8, 8, seed=1) > -0.2
+    mask, truth = random(8, 7) > 0.3, random(8, 7, seed=1) > -0.2
     both, either = (mask & truth).sum(), (mask | truth).sum()
     wrong = {
         "this divides by the size of the mask, not of the union": both / mask.sum(),
         "this divides by the size of the truth, not of the union": both / truth.sum(),
+        "this divides by the size of the picture, not of the union": both / mask.numel(),
         "this counts where they agree, background included": (mask == truth).float().mean(),
         "the union is counted with the intersection twice": both / (mask.sum() + truth.sum()),
     }
@@ -84,8 +88,10 @@ def median_mask(answer: Callable) -> str:
         "this is the mean, not the median": (maps > flat.mean(1)[:, None, None]).float(),
         "the mask is 1 where the map is high, not where it is low": 1 - right,
     }
-    found = call(answer, maps)
-    same(found.float() if isinstance(found, torch.Tensor) else found, right, "the mask", mistakes=wrong)
+    same(call(answer, maps), right, "the mask", mistakes=wrong)
+    even = torch.tensor([[[1.0, 2.0], [2.0, 3.0]]])  # two positions have the median's value
+    wrong = {"a position at the median itself stays outside": (even >= 2).float()}
+    same(call(answer, even), (even > 2).float(), "the mask of a map with equal values", mistakes=wrong)
     return "half of the positions, however small the object is."
 
 
@@ -93,31 +99,55 @@ def median_mask(answer: Callable) -> str:
 def otsu(answer: Callable) -> str:
     """``answer(values)`` with a tensor (n,): the mask (n,) of the split with most variance between its classes."""
     for values, right in (
+        (  # here every rule that is taken for Otsu's cuts at a place of its own
+            torch.tensor([0.0, 0.1, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 2.0]),
+            torch.tensor([0.0, 0, 1, 1, 1, 1, 1, 1, 1]),
+        ),
         (torch.tensor([0.0, 0.1, 0.05, 0.9, 1.0]), torch.tensor([0.0, 0, 0, 1, 1])),
         (torch.tensor([0.2, 0.21, 0.19, 0.2, 0.22, 0.95]), torch.tensor([0.0, 0, 0, 0, 0, 1])),
         (torch.tensor([0.0, 0.05, 0.1, 0.15, 0.3, 0.45, 0.9, 1.0]), torch.tensor([0.0, 0, 0, 0, 0, 0, 1, 1])),
+        (torch.arange(8) / 10, torch.tensor([0.0, 0, 0, 0, 1, 1, 1, 1])),
+        (torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 1.1]), torch.tensor([0.0, 0, 0, 0, 0, 1, 1, 1, 1])),
     ):
-        found = call(answer, values)
         wrong = {
             "this is the split at the median": (values > values.median()).float(),
             "this is the split at the mean of all values": (values > values.mean()).float(),
             "the high class should be 1": 1 - right,
+            "this is the split in the middle between the least and the greatest": (
+                values > (values.min() + values.max()) / 2
+            ).float(),
+            "without the shares one outlier wins: weight by w_0 w_1": _widest(values),
         }
-        same(found.float() if isinstance(found, torch.Tensor) else found, right, "the mask", mistakes=wrong)
+        same(call(answer, values), right, "the mask", mistakes=wrong)
     return "the split follows the values, so a small object gets a small mask."
+
+
+def _widest(values: torch.Tensor) -> torch.Tensor:
+    """The split whose classes have means farthest apart."""
+    cuts = [values > cut for cut in values.unique()[:-1]]
+    return max(cuts, key=lambda high: float(values[high].mean() - values[~high].mean())).float()
 
 
 @exercise
 def quantile_mask(answer: Callable) -> str:
     """``answer(map, share)`` with a map (h, w): 1 for the `share` of positions with the highest values, else 0."""
-    attention = random(4, 5)
-    for share, count in ((0.25, 5), (0.5, 10), (0.1, 2)):
-        right = torch.zeros(20).index_fill(0, attention.flatten().topk(count).indices, 1.0).view(4, 5)
-        found = call(answer, attention, share)
-        wrong = {"these are the lowest values": (attention <= attention.flatten().sort().values[count - 1]).float()}
-        same(
-            found.float() if isinstance(found, torch.Tensor) else found, right, f"the mask for {share}", mistakes=wrong
-        )
+    for heat, share, count in (
+        (random(4, 5), 0.25, 5),
+        (random(4, 5), 0.5, 10),
+        (random(4, 5), 0.1, 2),
+        (random(3, 7), 0.25, 5),  # here a position has the quantile's own value
+    ):
+        order = heat.flatten().sort(descending=True)
+        right = (heat >= order.values[count - 1]).float()
+        wrong = {
+            "these are the lowest values": (heat <= heat.flatten().sort().values[count - 1]).float(),
+            "the share lies above the quantile, so take the quantile of 1 - share": (
+                heat > heat.quantile(share)
+            ).float(),
+            "the position at the quantile itself stays outside": (heat >= heat.quantile(1 - share)).float(),
+            "this is a share of the highest value, not of the positions": (heat > share * heat.max()).float(),
+        }
+        same(call(answer, heat, share), right, f"the mask for {share}", mistakes=wrong)
     return "a quantile chooses the size of the mask; the median is the quantile of one half."
 
 
@@ -129,6 +159,7 @@ def blend(answer: Callable) -> str:
     wrong = {
         "mask and 1 - mask are exchanged": torch.where(mask[:, None] > 0, original, changed),
         "where the mask is 1 only f' remains: f is counted too": original + mask[:, None] * changed,
+        "outside the mask f remains, not zero": mask[:, None] * changed,
     }
     same(call(answer, original, changed, mask), right, "the blend", mistakes=wrong)
     half = torch.full_like(mask, 0.5)

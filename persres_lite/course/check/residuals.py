@@ -18,31 +18,31 @@ def residual_linear(answer: Callable) -> str:
     wrong = {
         "the residual is missing": functional.linear(x, weight, bias),
         "the bias is missing": functional.linear(x, weight + a @ b),
+        "A and B are exchanged": functional.linear(x, weight, bias) + x @ (a @ b),
         "the bias belongs to W alone: it is counted twice": functional.linear(x, weight + a @ b, 2 * bias),
         "x is a row here, so the weights are transposed: x @ W.T": x @ (weight + a @ b) + bias,
     }
     right = functional.linear(x, weight + a @ b, bias)
-    same(call(answer, x, weight, bias, a, b), right, "the output", mistakes=wrong, atol=1e-4)
+    found = call(answer, x, weight, bias, a, b, forbidden={"6 x 6": "this forms an m x m matrix: begin with B x."})
+    same(found, right, "the output", mistakes=wrong, atol=1e-4)
     return "W x + A (B x) is the same as (W + A B) x, and never needs the m x m matrix."
 
 
 @exercise
 def parameter_count(answer: Callable) -> str:
     """``answer(widths, fraction)``: how many numbers the residuals of layers of these widths hold together."""
-    for widths in ([320], [320] * 5 + [640] * 5 + [1280] * 6):
-        ranks = [int(0.05 * width) for width in widths]
+    sixteen = [320] * 5 + [640] * 5 + [1280] * 6
+    for widths, fraction in (([50, 90, 90], 0.03), ([320], 0.05), (sixteen, 0.05)):
+        ranks = [round(fraction * width) for width in widths]
         right = sum(2 * width * rank for width, rank in zip(widths, ranks, strict=True))
         wrong = {
             "this counts only one of the two matrices": right // 2,
             "this counts the full matrices": sum(width * width for width in widths),
-            "this counts every width once": sum(2 * width * int(0.05 * width) for width in set(widths)),
+            "a rank is a whole number: round it": sum(2 * width * fraction * width for width in widths),
+            "the ranks are rounded down; take the nearest": sum(2 * width * int(fraction * width) for width in widths),
+            "this counts every width once": sum(2 * width * round(fraction * width) for width in set(widths)),
         }
-        same(
-            call(answer, widths, 0.05),
-            right,
-            f"the number for {len(widths)} layers",
-            mistakes=wrong if len(widths) > 1 else None,
-        )
+        same(call(answer, widths, fraction), right, f"the number for {len(widths)} layers", mistakes=wrong, rtol=1e-9)
     return f"{right:,} for the sixteen layers of Stable Diffusion 1.4."
 
 
