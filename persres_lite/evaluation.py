@@ -43,9 +43,9 @@ PAPER_JUDGES = (CLIP, DINO)
 """The encoders of the paper and of CustomConcept101, for every base that has none of its own."""
 
 REVISIONS = {CLIP: "c237dc49a33fc61debc9276459120b7eac67e7ef"}
-"""Commits, so that the weights are always the same ones. CLIP's is the hub's conversion to safetensors, which several
-unrelated public projects pin; its main branch has pickles only. So has every known commit of DINO: without one,
-transformers asks the hub for its conversion of the newest.
+"""Commits, so that the weights are always the same ones. CLIP's is the hub's conversion to safetensors; the commit that
+is usually pinned has pickles only. Of DINO no commit with safetensors is known to us: without one, transformers asks
+the hub for its conversion of the newest.
 """
 
 Pictures = Sequence[Image.Image] | Image.Image
@@ -522,9 +522,8 @@ def _load(kind: Any, where: str | Path, **options: Any) -> Any:
         return kind.from_pretrained(str(where), **options)
     except (OSError, ValueError) as error:
         if not Path(where).is_dir():
-            often = (
-                " once" if "revision" in options else ""
-            )  # a conversion that the hub is asked for is not found offline
+            # Without a commit transformers asks the hub for a conversion each time, and finds none offline.
+            often = " once" if "revision" in options else ""
             advice = (
                 f"connect to the network{often}, or name a folder with such a model.safetensors (clip=..., dino=...)."
             )
