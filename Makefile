@@ -52,8 +52,8 @@ gpu: $(READY)  ## every notebook on Stable Diffusion 1.4 (or PERSRES_BASE=sd-2.1
 bench: $(READY)  ## time and memory of sampling and training, against the alternatives
 	$(BIN)/python -m persres_lite.maintain.bench $(ARGS)
 
-pretrain: $(READY)  ## make Toybox from nothing and score it (five hours; stops and resumes at any point)
-	$(BIN)/python -m persres_lite.toybox.pretrain $(ARGS)
+pretrain: $(READY)  ## make Toybox from nothing and score it (seven hours; stops and resumes at any point)
+	$(BIN)/python -m persres_lite.maintain.pretraining $(ARGS)
 	$(BIN)/python -m persres_lite.maintain.toybox_scores
 
 # setuptools by itself, because newer torches ask for a newer one; only reading pyproject.toml depends on it.

@@ -220,7 +220,7 @@ def test_the_cost_of_stable_diffusion_without_a_gpu_is_said(no_gpu, monkeypatch,
 
 
 def test_how_large_a_base_is_is_known_before_it_is_loaded(no_gpu, monkeypatch, tmp_path):
-    sizes = {"toybox": 64, "sd-1.5": 512, "sd-2.1": 768, "sdxl": 1024, "some/one": 512}
+    sizes = {"toybox": 128, "sd-1.5": 512, "sd-2.1": 768, "sdxl": 1024, "some/one": 512}
     assert {base: cost.picture_size(base) for base in sizes} == sizes
     tiny_pipeline("sd1").save_pretrained(tmp_path)
     assert cost.picture_size(tmp_path) < cost.LARGE and cost.without_gpu(tmp_path) is None

@@ -40,7 +40,7 @@ class Subject:
 
 def toybox(device: torch.device) -> Subject:
     """The shipped base, at its usual size and batch."""
-    return Subject(load_base("toybox", device), "the shipped Toybox", size=64, batch=4, images=4, steps=10)
+    return Subject(load_base("toybox", device), "the shipped Toybox", size=128, batch=4, images=4, steps=10)
 
 
 def sd14_shape(device: torch.device) -> Subject:

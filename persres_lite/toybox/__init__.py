@@ -1,13 +1,11 @@
-"""Toybox: a small photo studio of toys, and the text-to-image model that is trained on it.
-
-Apart from the core: nothing here imports the rest of the package, and the core never imports this.
+"""A small photo studio of toys. Nothing here imports the rest of the package.
 
 =============  =================================================================
 `world`        what can be in a picture, and its caption
 `render`       how it looks, with the exact mask of each object
+`models`       the parts of the text-to-image model and its judges, untrained
 `judge`        how its pictures are scored
-`pretrain`     how the shipped model and its judges were trained (``make pretrain``): the order
-               of the stages, which stand in `train_judge`, `train_clip`, `train_vae` and
-               `train_unet`; `trainer` is their loop, `ship` writes what they leave
+`inverse`      the renderer as judge: which paint explains a picture best
+`concepts`     the ten shipped toys and their reference pictures
 =============  =================================================================
 """

@@ -1,8 +1,8 @@
 """The shipped concepts: particular toys, in paint that pretraining never showed, photographed four times each.
 
-``python -m persres_lite.toybox.concepts`` draws ``data/concepts/`` again, pixel for pixel. Five concepts stand in
-four different places. The other five are "biased": all four pictures are taken in one place, as photographs of
-one's own things tend to be, so that the place can leak into what is learned.
+``python -m persres_lite.toybox.concepts`` draws ``data/concepts/`` again. Five concepts stand in
+four different places. The other five are "biased": all four pictures are taken in one place, as photographs of one's
+own things tend to be, so that the place can leak into what is learned.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from .render import draw
-from .world import PLACES, RESERVED, Toy, random_view
+from .world import PLACES, RESERVED, Scene, Toy, random_view
 
 PICTURES = 4
 SIZE = 128
@@ -44,14 +44,17 @@ SEARCH = {
 }
 
 
-def photograph(name: str, toy: Toy, place: str | None, size: int = SIZE) -> list:
-    """Four pictures (`render.Picture`) of a toy, in one place or in four drawn at random; the name alone decides
-    the views.
-    """
+def views(name: str, toy: Toy, place: str | None) -> list[Scene]:
+    """Four views of a toy, in one place or in four drawn at random; the name alone decides which."""
     assert toy.paint in RESERVED
     rng = random.Random(f"toybox-concept-{name}")
     places = [place] * PICTURES if place else rng.sample(PLACES, PICTURES)
-    return [draw(random_view(rng, (toy,), place=where), size, supersample=4) for where in places]
+    return [random_view(rng, (toy,), place=where) for where in places]
+
+
+def photograph(name: str, toy: Toy, place: str | None, size: int = SIZE) -> list:
+    """Pictures (`render.Picture`) of the `views` of a toy."""
+    return [draw(scene, size, supersample=4) for scene in views(name, toy, place)]
 
 
 def write(name: str, toy: Toy, place: str | None, folder: Path) -> None:

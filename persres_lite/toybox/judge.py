@@ -18,13 +18,15 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import ResNetModel
 
-from .world import CLASSES, COLORS, PATTERNS, PLACES, STYLES, Scene
+from .render import SIZE
+from .world import ACCESSORIES, CLASSES, COLORS, PATTERNS, PLACES, STYLES, Scene
 
 READINGS = {
     "class": CLASSES,
     "main": tuple(COLORS),
     "second": tuple(COLORS),
     "pattern": PATTERNS,
+    "accessory": ACCESSORIES,
     "place": PLACES,
     "style": STYLES,
     "left": CLASSES,
@@ -50,6 +52,7 @@ def labels_of(scenes: list[Scene]) -> dict[str, torch.Tensor]:
                 "main": READINGS["main"].index(toy.main) if colored else -1,
                 "second": READINGS["second"].index(toy.second) if colored else -1,
                 "pattern": PATTERNS.index(toy.pattern) if single else -1,
+                "accessory": ACCESSORIES.index(toy.accessory) if single else -1,
                 "place": PLACES.index(scene.place),
                 "style": STYLES.index(scene.style),
                 "left": -1 if single else CLASSES.index(scene.toys[0].kind),
@@ -111,7 +114,7 @@ class Judge:
         )
 
     def _hidden(self, images: list[Image.Image]) -> list[torch.Tensor]:
-        arrays = [np.asarray(image.convert("RGB").resize((64, 64), Image.Resampling.BOX)) for image in images]
+        arrays = [np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)) for image in images]
         x = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
         return self.encoder(x, output_hidden_states=True).hidden_states
 

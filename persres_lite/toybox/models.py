@@ -18,11 +18,12 @@ from transformers import (
     ResNetModel,
 )
 
+from .render import SIZE
 from .world import RARE_TOKENS, vocabulary
 
 MAX_LENGTH = 24  # tokens of a prompt, start and end included
 TEXT_WIDTH = 128
-LATENT_CHANNELS = 6  # the best linear code of 4 x 4 pixels has 22.0 dB with 4 numbers, 24.2 with 6, 25.5 with 8
+LATENT_CHANNELS = 16  # a cell of 8 x 8 pixels, so as many numbers a pixel as 4 channels at 4 x 4
 
 
 def make_tokenizer() -> CLIPTokenizer:
@@ -72,15 +73,15 @@ def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=4,
-        image_size=64,
-        patch_size=8,
+        image_size=SIZE,
+        patch_size=16,
         projection_dim=128,
     )
     return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128))
 
 
 def make_identity_encoder() -> ResNetModel:
-    """The DINO-like judge: a small residual network."""
+    """The DINO-like judge: a small residual network, with maps of 32, 16, 8, 4 and 2 cells a side."""
     return ResNetModel(
         ResNetConfig(
             embedding_size=32,
@@ -88,19 +89,20 @@ def make_identity_encoder() -> ResNetModel:
             depths=[2, 2, 2, 2],
             layer_type="basic",
             hidden_act="relu",
+            downsample_in_first_stage=True,
         )
     ).to(memory_format=torch.channels_last)
 
 
 def make_autoencoder() -> AutoencoderTiny:
-    """64 x 64 x 3 to 16 x 16 x 6 and back. No residual block at full resolution, where it would cost most and
-    learn least.
+    """128 x 128 x 3 to 16 x 16 x 16 and back. No residual block at full resolution, where it would cost most and learn
+    least; the decoder has one at half of it, where edges are made.
     """
     return AutoencoderTiny(
-        encoder_block_out_channels=(48, 48, 48),
-        decoder_block_out_channels=(48, 48, 48),
-        num_encoder_blocks=(0, 2, 3),
-        num_decoder_blocks=(3, 2, 0),
+        encoder_block_out_channels=(48, 48, 48, 48),
+        decoder_block_out_channels=(48, 48, 48, 48),
+        num_encoder_blocks=(0, 0, 2, 3),
+        num_decoder_blocks=(3, 2, 1, 0),
         latent_channels=LATENT_CHANNELS,
         scaling_factor=1.0,
     ).to(memory_format=torch.channels_last)

@@ -1,1 +1,0 @@
-"""The stages that train the second edition; `__main__` runs them in their order."""

@@ -1,0 +1,106 @@
+"""The renderer as judge: what it reads from fresh renders, and that it cannot be pleased by anything else."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from persres_lite.maintain import toybox_scores as scores
+from persres_lite.support.paths import data_dir
+from persres_lite.toybox import concepts, world
+from persres_lite.toybox.inverse import read
+from persres_lite.toybox.render import draw
+
+
+@pytest.fixture(scope="module")
+def renders():
+    """Twelve scenes of one toy, each with its picture and what is read from it."""
+    rng, found = random.Random("inverse-test"), []
+    for index in range(12):
+        kind, place = world.CLASSES[index % 10], world.PLACES[index % 8]
+        style = world.STYLES[1 + index // 4] if index % 4 == 3 else None
+        scene = world.random_view(rng, (world.random_toy(rng, kind),), place, style)
+        image = Image.fromarray(draw(scene).image)
+        found.append((scene, image, read(image, scene.toys[0], place, style)))
+    return found
+
+
+def test_own_paint_is_ranked_first_on_fresh_renders(renders):
+    assert sum(reading.rank == 1 for _, _, reading in renders) >= 10
+    for part, least in (("main", 9), ("second", 9), ("pattern", 9), ("accessory", 9)):
+        right = [getattr(reading, part) == getattr(scene.toys[0], part) for scene, _, reading in renders]
+        assert sum(right) >= least, part
+
+
+def test_the_view_that_is_found_is_the_one_that_was_drawn(renders):
+    yaws, overlaps = [], []
+    for scene, _, reading in renders:
+        yaws.append(abs(scene.toys[0].yaw - reading.scene.toys[0].yaw))
+        one, two = (draw(view).masks[0] > 127 for view in (scene, reading.scene))
+        overlaps.append((one & two).sum() / (one | two).sum())
+    assert np.median(yaws) < 0.1 and np.median(overlaps) > 0.9
+
+
+def test_another_paint_than_the_drawn_one_is_not_ranked_first(renders):
+    firsts = 0
+    for scene, image, reading in renders[:3]:
+        other = world.near_misses(scene.toys[0])[0]
+        asked = read(image, other, scene.place, scene.style)
+        assert (asked.scene, asked.error) == (
+            reading.scene,
+            reading.error,
+        )  # what is asked for does not guide the search
+        firsts += asked.rank == 1
+    assert firsts <= 1
+
+
+def test_a_toy_that_is_not_there_leaves_a_larger_error(renders):
+    own, empty = [], []
+    for scene, _, reading in renders[:3]:
+        away = Image.fromarray(
+            draw(replace(scene, shift=(0.0, 0.0), toys=(world.Toy("rocket", "cyan", "pink"),))).image
+        )
+        own.append(reading.error)
+        empty.append(read(away, scene.toys[0], scene.place, scene.style).error)
+    assert np.mean(empty) > 1.5 * np.mean(own)
+
+
+def test_concepts_are_recognized_in_a_reference():
+    shipped, ranks = concepts.all_shipped(), []
+    for name in ("plum-cat", "comet-rocket", "berry-mug"):
+        toy, place = shipped[name]
+        scene = concepts.views(name, toy, place)[0]
+        image = Image.open(data_dir() / "concepts" / name / "0.png")
+        ranks.append(read(image, toy, scene.place).rank)
+    assert sum(rank == 1 for rank in ranks) >= 2
+
+
+@pytest.mark.parametrize("place, style", [("on the moon", None), ("on the beach", "in oil")])
+def test_places_and_styles_that_do_not_exist_are_refused(place, style):
+    with pytest.raises(ValueError, match="must be one of"):
+        read(Image.new("RGB", (128, 128)), world.Toy("cat", "red", "blue"), place, style)
+
+
+def test_judged_scenes_cover_the_world():
+    scenes = scores.judged_scenes()
+    assert len({(scene.toys[0].kind, scene.place) for scene in scenes}) == len(scenes) == 80
+    count = [sum(scene.style == style for scene in scenes) for style in world.STYLES]
+    assert count[0] == 40 and min(count) >= 10
+
+
+def test_rows_of_the_renderer_as_judge_can_be_written(renders):
+    scene, image, reading = renders[0]
+    (row,) = json.loads(json.dumps(scores.read_all([image], [scene], "one")))
+    assert (row["rank"], row["error"]) == (reading.rank, reading.error)
+    assert row["pattern"] == (reading.pattern == scene.toys[0].pattern)
+
+
+def test_table_of_the_renderer_as_judge_has_shares_and_means():
+    row = {"kind": "cat", "style": None, "rank": 1, "main": True, "second": True, "pattern": True, "accessory": True}
+    rows = {"somewhere": [{**row, "error": 0.1}, {**row, "rank": 4, "main": False, "error": 0.3}]}
+    assert scores.judge_table(rows)[-1] == "| somewhere | 2 | 0.50 | 2.50 | 0.50 | 1.00 | 1.00 | 1.00 | 0.200 |"
