@@ -24,6 +24,12 @@ LEFT = torch.zeros(8, 8)
 LEFT[:, :4] = 1.0
 
 
+def drawn_bytes(figure):
+    data, metadata = figure._repr_png_() or figure._repr_jpeg_()
+    assert metadata == ({"alt": figure.caption} if figure.caption else {})
+    return data
+
+
 def shown(axes):
     return np.asarray(axes.images[0].get_array())
 
@@ -36,11 +42,25 @@ def test_a_figure_shows_itself_as_png_without_pyplot():
     from matplotlib import pyplot
 
     figure = figures.grid([RED], caption="What to see.")
-    image = Image.open(io.BytesIO(figure._repr_png_()))
+    image = Image.open(io.BytesIO(drawn_bytes(figure)))
     assert image.format == "PNG" and image.width > 150
     assert (image.convert("RGB").getpixel((image.width // 2, image.height // 3))) == (255, 0, 0)
     assert figure.caption == "What to see." and figure._supxlabel.get_text() == "What to see."
     assert pyplot.get_fignums() == []
+
+
+def test_a_figure_full_of_pictures_is_a_jpeg_without_bands():
+    noise = np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8)
+    figure = figures.grid([Image.fromarray(noise)] * 8, caption="Noise.")
+    assert figure._repr_png_() is None and Image.open(io.BytesIO(drawn_bytes(figure))).format == "JPEG"
+    assert figures.grid([RED])._repr_jpeg_() is None
+
+
+def test_a_way_of_sampling_looks_the_same_in_every_figure():
+    lines = figures.curves({"LAG": [1, 2], "residual": [2, 1], "something": [0, 0]}).axes[0].lines
+    other = figures.tradeoff({"residual": [(0, 1), (1, 0)]}, {"LAG, median": (1, 1)}).axes[0].lines
+    assert [line.get_color() for line in lines[:2]] == [line.get_color() for line in reversed(other)]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 3
 
 
 def test_small_pictures_are_enlarged_by_a_whole_factor_and_keep_their_colors():

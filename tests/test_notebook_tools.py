@@ -71,7 +71,11 @@ def test_exercises_are_found_with_all_their_parts():
     (found,) = exercises.exercises(example())
     assert (found.number, found.check) == ("4.1", "check.merge(merge)")
     assert found.solution == "def merge(W, A, B, scale):\n    return W + scale * (A @ B)[:, :, None, None]"
-    assert found.wrong == (WRONG,)
+    assert found.wrong == ((WRONG, ""),) and found.right == ()
+    assert exercises.unproven(found) == [
+        "exercise 4.1 needs 3 more wrong answers with the sentence that refuses them",
+        "exercise 4.1 needs 2 more right answers",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,10 @@ class Exercise:
     solution: str
     check: str
     """The lines of the reader's cell from the first one that begins with ``check.``"""
-    wrong: tuple[str, ...]
+    wrong: tuple[tuple[str, str], ...]
+    """Wrong answers, each with words of the sentence that refuses it; "" where none are promised."""
+    right: tuple[str, ...]
+    """Right answers in other styles than the solution's: as a loop, in NumPy, with another function."""
 
 
 def exercises(notebook: NotebookNode) -> list[Exercise]:
@@ -52,28 +55,40 @@ def exercises(notebook: NotebookNode) -> list[Exercise]:
                 raise ValueError(f"exercise {number}: its text lacks {part}")
         solution = re.search(r"<summary>Solution</summary>.+?```python\n(.+?)\n```", text, re.DOTALL)
         check = re.search(r"^check\..*", reader.source, re.MULTILINE | re.DOTALL)
-        wrong = tuple(reader.metadata.get("persres", {}).get("wrong", []))
+        about = reader.metadata.get("persres", {})
+        given = [
+            (each, "") if isinstance(each, str) else (each["code"], each["says"]) for each in about.get("wrong", [])
+        ]
+        wrong, right = tuple(given), tuple(about.get("right", []))
         if check is None or not wrong:
             raise ValueError(
                 f"exercise {number}: its cell needs a line 'check.…(…)', and metadata.persres.wrong a wrong answer"
             )
         assert solution is not None  # the pattern above has found it
-        found.append(Exercise(number, index + 1, text, solution.group(1), check.group(0), wrong))
+        found.append(Exercise(number, index + 1, text, solution.group(1), check.group(0), wrong, right))
     return found
 
 
-def with_solutions(notebook: NotebookNode) -> NotebookNode:
-    """A copy of the notebook in which each exercise cell is followed by its wrong answers and then by its solution.
+def unproven(exercise: Exercise) -> list[str]:
+    """What an exercise's metadata still lack: three wrong answers with their sentences, two more right ones."""
+    named = sum(bool(says) for _, says in exercise.wrong)
+    lacks = {"wrong answers with the sentence that refuses them": 3 - named, "right answers": 2 - len(exercise.right)}
+    return [f"exercise {exercise.number} needs {count} more {what}" for what, count in lacks.items() if count > 0]
 
-    Each wrong answer stands in a cell of its own that fails unless the check refuses it with an AssertionError.
+
+def with_solutions(notebook: NotebookNode) -> NotebookNode:
+    """A copy of the notebook in which each exercise cell is followed by its wrong answers, then by right ones.
+
+    Each wrong answer stands in a cell of its own that fails unless the check refuses it with an AssertionError, and in
+    the words that belong to it.
     """
     result = nbformat.from_dict(notebook)
     for exercise in reversed(exercises(notebook)):
-        cells = [_refused(exercise, number, wrong) for number, wrong in enumerate(exercise.wrong, start=1)]
-        solved = nbformat.v4.new_code_cell(
-            f"{exercise.solution}\n{exercise.check}", metadata={"persres": {"solution": exercise.number}}
-        )
-        result.cells[exercise.position + 1 : exercise.position + 1] = [*cells, solved]
+        cells = [_refused(exercise, number, *wrong) for number, wrong in enumerate(exercise.wrong, start=1)]
+        for answer in (*exercise.right, exercise.solution):
+            about = {"persres": {"solution": exercise.number}}
+            cells.append(nbformat.v4.new_code_cell(f"{answer}\n{exercise.check}", metadata=about))
+        result.cells[exercise.position + 1 : exercise.position + 1] = cells
     return result
 
 
@@ -92,13 +107,15 @@ def unproved(executed: NotebookNode) -> list[str]:
     return problems
 
 
-def _refused(exercise: Exercise, number: int, wrong: str) -> NotebookNode:
+def _refused(exercise: Exercise, number: int, wrong: str, says: str) -> NotebookNode:
     return nbformat.v4.new_code_cell(
         f"""try:
     exec({wrong!r}, globals())
     exec({exercise.check!r}, globals())
 except AssertionError as refusal:
     print("Refused:", refusal)
+    if {says!r} not in str(refusal):
+        raise RuntimeError("exercise {exercise.number}: wrong answer {number} is refused in other words") from refusal
 else:
     raise RuntimeError("exercise {exercise.number}: wrong answer {number} was accepted")"""
     )

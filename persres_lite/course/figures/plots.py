@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from typing import Any
 
 import numpy as np
 import torch
 
-from persres_lite.course.figures.style import COLORS, Drawing, as_array, captioned, new_plot
+from persres_lite.course.figures.style import Drawing, as_array, captioned, looks, new_plot
 
 
 def _legend(axes) -> None:
@@ -39,7 +38,7 @@ def curves(
         Whether the vertical axis is logarithmic.
     """
     figure, axes = new_plot()
-    for color, (name, values) in zip(cycle(COLORS), series.items(), strict=False):
+    for (color, dash, marker), (name, values) in zip(looks(list(series)), series.items(), strict=True):
         runs = np.atleast_2d(as_array(values))
         places = np.arange(runs.shape[1]) if x is None else np.asarray(x, dtype=float)
         mean = runs.mean(0)
@@ -49,7 +48,8 @@ def curves(
             mean, places = np.convolve(mean, kernel, "valid"), np.convolve(places, kernel, "valid")
         elif len(runs) > 1:
             axes.fill_between(places, mean - runs.std(0), mean + runs.std(0), color=color, alpha=0.2, linewidth=0)
-        axes.plot(places, mean, color=color, label=name, marker="o" if len(mean) <= 12 else "", markersize=4)
+        marks = {"marker": marker if len(mean) <= 12 else "", "markersize": 4}
+        axes.plot(places, mean, color=color, linestyle=dash, label=name, **marks)
     axes.set(xlabel=xlabel, ylabel=ylabel, **({"yscale": "log"} if log else {}))
     if len(series) > 1:
         _legend(axes)
@@ -74,13 +74,13 @@ def loss_by_noise_level(
     figure, axes = new_plot()
     edges = np.linspace(0, last, bins + 1)
     middle = (edges[1:] + edges[:-1]) / 2
-    for color, (name, (timesteps, values)) in zip(cycle(COLORS), losses.items(), strict=False):
+    for (color, dash, marker), (name, (timesteps, values)) in zip(looks(list(losses)), losses.items(), strict=True):
         places, numbers = np.digitize(as_array(timesteps), edges[1:-1]), as_array(values)
         groups = [numbers[places == level] for level in range(bins)]
         mean = np.array([group.mean() if len(group) else np.nan for group in groups])
         error = np.array([group.std() / len(group) ** 0.5 if len(group) else np.nan for group in groups])
         axes.fill_between(middle, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
-        axes.plot(middle, mean, color=color, label=name, marker="o", markersize=4)
+        axes.plot(middle, mean, color=color, linestyle=dash, label=name, marker=marker, markersize=4)
     axes.set(xlabel="timestep (right: more noise)", ylabel="mean loss", xlim=(0, last))
     if len(losses) > 1:
         _legend(axes)
@@ -101,9 +101,9 @@ def bars(
         A name and a value to compare with, drawn as a dashed line.
     """
     figure, axes = new_plot(height=2.8)
-    for place, value in enumerate(values.values()):
+    for place, ((color, _, _), value) in enumerate(zip(looks(list(values)), values.values(), strict=True)):
         numbers = np.atleast_1d(as_array(value))
-        color, alpha = COLORS[place % len(COLORS)], 0.55 if len(numbers) > 1 else 0.9
+        alpha = 0.55 if len(numbers) > 1 else 0.9
         axes.bar(place, numbers.mean(), color=color, width=0.6, alpha=alpha)
         above = (place, max(0, *numbers, numbers.mean()))
         axes.annotate(f"{numbers.mean():.3g}", above, xytext=(0, 5), textcoords="offset points", ha="center")
@@ -128,10 +128,11 @@ def singular_values(matrices: Mapping[str, Any], rank: int | None = None, captio
         Drawn as a vertical line after the `rank` first values.
     """
     figure, axes = new_plot()
-    for color, (name, matrix) in zip(cycle(COLORS), matrices.items(), strict=False):
+    for (color, dash, marker), (name, matrix) in zip(looks(list(matrices)), matrices.items(), strict=True):
         values = torch.linalg.svdvals(torch.as_tensor(matrix).detach().double().flatten(1)).cpu().numpy()
         shown = np.maximum(values / max(values[0], 1e-30), 1e-8)  # zeros of a low rank stay on the paper
-        axes.plot(np.arange(1, len(shown) + 1), shown, color=color, label=name, marker="o", markersize=3)
+        count = np.arange(1, len(shown) + 1)
+        axes.plot(count, shown, color=color, linestyle=dash, label=name, marker=marker, markersize=3)
     if rank is not None:
         axes.axvline(rank + 0.5, color="0.35", linestyle="--", linewidth=1.2, label=f"rank {rank}")
     axes.set(xlabel="number", ylabel="singular value / largest", yscale="log")
@@ -156,12 +157,14 @@ def tradeoff(
         By name.
     """
     figure, axes = new_plot(height=3.4)
-    colors = cycle(COLORS)
-    for color, (name, line) in zip(colors, curves.items(), strict=False):
+    styles = dict(zip([*curves, *points], looks([*curves, *points]), strict=True))
+    for name, line in curves.items():
         x, y = zip(*line, strict=True)
-        axes.plot(x, y, color=color, label=name, marker="o", markersize=4)
-    for marker, (name, point) in zip(cycle("sD^vPX*"), points.items(), strict=False):
-        axes.plot([point[0]], [point[1]], color=next(colors), label=name, marker=marker, markersize=7, linestyle="")
+        color, dash, marker = styles[name]
+        axes.plot(x, y, color=color, linestyle=dash, label=name, marker=marker, markersize=4)
+    for name, point in points.items():
+        color, _, marker = styles[name]
+        axes.plot([point[0]], [point[1]], color=color, label=name, marker=marker, markersize=8, linestyle="")
     axes.set(xlabel=xlabel, ylabel=ylabel)
     _legend(axes)
     return captioned(figure, caption)

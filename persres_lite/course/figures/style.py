@@ -29,26 +29,70 @@ WIDTH = 7.0
 """Inches that a figure may be wide: a notebook's column, at `DPI`."""
 DPI = 110
 LARGE = 60_000
-"""Bytes beyond which a figure is stored with 256 colors, a third of the size: a notebook must stay below a megabyte."""
+"""Bytes beyond which a figure is stored as a JPEG, a fifth of the size: a notebook must stay below a megabyte."""
+
+WAYS: dict[str, tuple[str, Any, str]] = {  # color, dash and marker
+    "original": ("#555555", ":", "o"),
+    "residual": ("#0072b2", "-", "s"),
+    "LAG": ("#d55e00", "--", "D"),
+    "LAG, both": ("#009e73", "-.", "^"),
+    "true mask": ("#e69f00", (0, (5, 1)), "*"),
+    "disc": ("#cc79a7", (0, (1, 1)), "v"),
+    "random half": ("#56b4e9", (0, (3, 1, 1, 1)), "P"),
+    "complement": ("#f0e442", (0, (8, 2)), "X"),
+}
+"""The ways of sampling look the same in every notebook; also under a longer name, as in "LAG, median"."""
+
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
+"""Curves that cross are told apart by these too, not by color alone."""
+MARKERS = "osD^vP*X"
+
+
+def looks(names: Sequence[str]) -> list[tuple[str, Any, str]]:
+    """A color, a dash and a marker for each name: its own if it is a way of sampling, else the next ones not taken."""
+    longest = sorted(WAYS, key=len, reverse=True)
+    found: dict[str, tuple[str, Any, str]] = {}
+    for name in names:
+        look = next((WAYS[way] for way in longest if name == way or name.startswith((f"{way},", f"{way} "))), None)
+        if look and look not in found.values():
+            found[name] = look
+    taken = {color for color, _, _ in found.values()}
+    free = [color for color in COLORS if color not in taken] or list(COLORS)
+    rest = [name for name in names if name not in found]
+    for number, name in enumerate(rest):
+        place = number + len(found)
+        found[name] = free[number % len(free)], DASHES[place % len(DASHES)], MARKERS[place % len(MARKERS)]
+    return [found[name] for name in names]
 
 
 class Drawing(Figure):
-    """A figure that shows itself as a PNG at the end of a cell, without pyplot and its list of open figures."""
+    """A figure that shows itself at the end of a cell, without pyplot and its list of open figures: as a PNG, or as a
+    JPEG if it is full of pictures. Its caption, or what `alt` says instead, is what a screen reader reads.
+    """
 
     caption: str | None = None
+    alt: str | None = None
 
-    def _repr_png_(self) -> bytes:
+    def _repr_png_(self) -> tuple[bytes, dict[str, str]] | None:
+        png = self._drawn("png")
+        return (png, self._described()) if len(png) <= LARGE else None
+
+    def _repr_jpeg_(self) -> tuple[bytes, dict[str, str]] | None:
+        if len(self._drawn("png")) <= LARGE:
+            return None
+        return self._drawn("jpeg", pil_kwargs={"quality": 88, "subsampling": 0, "optimize": True}), self._described()
+
+    def _drawn(self, kind: str, **options: Any) -> bytes:
         buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.05)
-        return buffer.getvalue() if buffer.tell() <= LARGE else _with_palette(buffer)
+        self.savefig(buffer, format=kind, dpi=DPI, bbox_inches="tight", pad_inches=0.05, **options)
+        return buffer.getvalue()
 
+    def _described(self) -> dict[str, str]:
+        words = self.alt or self.caption
+        return {"alt": words} if words else {}
 
-def _with_palette(png: io.BytesIO) -> bytes:
-    buffer = io.BytesIO()
-    # kmeans: the palette is improved until fewer than so many pixels change their color; half a second.
-    few = Image.open(png).convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=5000)
-    few.save(buffer, format="png", optimize=True)
-    return buffer.getvalue()
+    def __repr__(self) -> str:
+        return f"Figure: {self.alt or self.caption or 'without a caption'}"
 
 
 def new_figure(width: float, height: float) -> Drawing:
