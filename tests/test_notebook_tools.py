@@ -60,7 +60,7 @@ def test_other_pictures_and_large_files_are_refused():
     made = example()
     output = nbformat.v4.new_output("display_data", data={"image/svg+xml": "<svg/>"})
     code_cells(made)[0].outputs = [output]
-    with pytest.raises(ValueError, match="only PNG"):
+    with pytest.raises(ValueError, match="only PNG and JPEG"):
         runs.refuse(made)
     output.data = {"image/png": "A" * 1_000_001}
     with pytest.raises(ValueError, match="the largest output .* is that of cell 2"):

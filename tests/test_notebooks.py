@@ -92,7 +92,7 @@ def test_github_can_show_it(path):
     assert path.stat().st_size <= runs.MAX_BYTES
     runs.refuse(read(path))
     kinds = {kind for cell in code(path) for output in cell.outputs for kind in output.get("data", {})}
-    assert kinds <= {"text/plain", "text/html", "text/markdown", "image/png"} and "image/png" in kinds
+    assert kinds <= {"text/plain", "text/html", "text/markdown", "image/png", "image/jpeg"} and kinds & {*runs.FIGURES}
 
 
 @each
@@ -111,7 +111,9 @@ def test_its_checked_cells_hold_text_that_can_be_compared(path):
     assert tagged, "nbval would compare nothing"
     for cell in tagged:
         assert [output.output_type for output in cell.outputs] == ["stream"], cell.source
-    figures = [cell for cell in code(path) if any("image/png" in output.get("data", {}) for output in cell.outputs)]
+    figures = [
+        cell for cell in code(path) if any({*output.get("data", {})} & {*runs.FIGURES} for output in cell.outputs)
+    ]
     assert figures
 
 

@@ -56,10 +56,8 @@ def exercises(notebook: NotebookNode) -> list[Exercise]:
         solution = re.search(r"<summary>Solution</summary>.+?```python\n(.+?)\n```", text, re.DOTALL)
         check = re.search(r"^check\..*", reader.source, re.MULTILINE | re.DOTALL)
         about = reader.metadata.get("persres", {})
-        given = [
-            (each, "") if isinstance(each, str) else (each["code"], each["says"]) for each in about.get("wrong", [])
-        ]
-        wrong, right = tuple(given), tuple(about.get("right", []))
+        wrong = tuple(_with_sentence(each) for each in about.get("wrong", []))
+        right = tuple(about.get("right", []))
         if check is None or not wrong:
             raise ValueError(
                 f"exercise {number}: its cell needs a line 'check.…(…)', and metadata.persres.wrong a wrong answer"
@@ -105,6 +103,10 @@ def unproved(executed: NotebookNode) -> list[str]:
         if solution and CORRECT not in printed:
             problems.append(f"the solution of exercise {solution} does not print {CORRECT!r}")
     return problems
+
+
+def _with_sentence(wrong: str | dict[str, str]) -> tuple[str, str]:
+    return (wrong, "") if isinstance(wrong, str) else (wrong["code"], wrong["says"])
 
 
 def _refused(exercise: Exercise, number: int, wrong: str, says: str) -> NotebookNode:

@@ -14,6 +14,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
+FIGURES = ("image/png", "image/jpeg")
 MAX_BYTES = 1_000_000
 """GitHub shows larger notebooks slowly or not at all."""
 
@@ -81,7 +82,7 @@ def run(notebook: NotebookNode, folder: Path, on_cell: Callable[[int, int], None
     Raises
     ------
     ValueError
-        If a figure is not a PNG, or if the file would be larger than `MAX_BYTES`.
+        If a figure is neither PNG nor JPEG, or if the file would be larger than `MAX_BYTES`.
     """
     source = nbformat.from_dict(notebook)
     source.cells.append(nbformat.v4.new_code_cell(PEAK))
@@ -132,13 +133,13 @@ def tidy(notebook: NotebookNode) -> None:
 
 
 def refuse(notebook: NotebookNode) -> None:
-    """Raise ValueError if a saved figure is not a PNG or the file is too large."""
+    """Raise ValueError if a saved figure is neither PNG nor JPEG or the file is too large."""
     for number, cell in enumerate(notebook.cells):
         for output in cell.get("outputs", []):
-            other = [kind for kind in output.get("data", {}) if kind.startswith("image/") and kind != "image/png"]
+            other = [kind for kind in output.get("data", {}) if kind.startswith("image/") and kind not in FIGURES]
             if other:
                 raise ValueError(
-                    f"cell {number} shows {other[0]}, but only PNG figures are kept: use persres_lite.course.figures"
+                    f"cell {number} shows {other[0]}, but only PNG and JPEG figures are kept: use persres_lite.course.figures"
                 )
     size = len(nbformat.writes(notebook).encode())
     if size > MAX_BYTES:
