@@ -139,7 +139,7 @@ def refuse(notebook: NotebookNode) -> None:
             other = [kind for kind in output.get("data", {}) if kind.startswith("image/") and kind not in FIGURES]
             if other:
                 raise ValueError(
-                    f"cell {number} shows {other[0]}, but only PNG and JPEG figures are kept: use persres_lite.course.figures"
+                    f"cell {number} shows {other[0]}, but only PNG and JPEG figures are kept: use course.figures"
                 )
     size = len(nbformat.writes(notebook).encode())
     if size > MAX_BYTES:
