@@ -131,7 +131,7 @@ def search(data: Path) -> dict[str, dict]:
     cells: list[tuple[Concept, str | None, dict]] = []
     for name, (toy, biased) in shipped.SEARCH.items():
         images = [Image.fromarray(picture.image) for picture in shipped.photograph(name, toy, biased)]
-        for rank, lr in product((0.05, 0.25), (3e-3, 1e-2)):
+        for rank, lr in product((0.05, 0.25), (1e-3, 3e-3, 1e-2)):
             recipe: dict = {"steps": (100, 200), "lr": lr, "rank": rank}
             cells.append((Concept(name, toy.kind, images=images), biased, recipe))
     found: dict[str, list[dict]] = {}
