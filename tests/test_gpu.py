@@ -149,3 +149,20 @@ def test_the_workflow_keeps_what_a_run_left_and_runs_both_parts():
     assert [step["run"] for step in steps if "run" in step] == ["make gpu", ".venv/bin/python -m pytest"]
     assert steps[2]["if"] == "success() || failure()" and steps[3]["if"] == "always()"
     assert steps[3]["with"]["path"] == f"build/{job['env']['PERSRES_BASE']}"
+
+
+def test_minutes_on_a_t4_are_counted(tmp_path):
+    source = (
+        "import torch\nfrom persres_lite import load_base\nbase = load_base(BASE)\n"
+        "base('a cat', num_inference_steps=3, guidance_scale=7.5)\n"
+        "text = torch.zeros(4, 77, base.unet.config.cross_attention_dim)\n"
+        "base.unet(torch.zeros(4, 4, 8, 8), 5, text)"
+    )
+    opening = [v4.new_markdown_cell("x", id="a"), v4.new_markdown_cell("y", id="b")]
+    first = (
+        f"import os\nfrom pathlib import Path\nBASE, HOME = os.environ['PERSRES_BASE'], Path({str(notebooks.ROOT)!r})"
+    )
+    nbformat.write(book(*opening, cell(first, "c0"), cell(source, "c1")), tmp_path / "05_one.ipynb")
+    found = gpu.estimate([tmp_path / "05_one.ipynb"], tmp_path)
+    assert found == {"05_one": {"sampling": 6, "training": 4, "minutes": 0.0}}
+    assert "| 05_one | 6 | 4 | 0.0 |" in gpu.estimate_table(found)

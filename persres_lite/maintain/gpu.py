@@ -2,11 +2,16 @@
 
     python -m persres_lite.maintain.gpu run [NAME ...]   the notebooks on the base that PERSRES_BASE names, or sd-1.4
     python -m persres_lite.maintain.gpu table FILE       a run's results.json into data/results and the README's table
+    python -m persres_lite.maintain.gpu estimate         without a GPU: each notebook's minutes on a T4, by counting
 
 `run` writes copies of the notebooks into build/BASE and runs them there, one after the other, whatever fails. Saved
 outputs are Toybox's, so a copy is compared only where an output holds on every base (`EVERY_BASE`); every other cell
 has to run. Left in that folder: the executed notebooks, and results.json and results.md with the minutes, the peak of
 the GPU's memory, what failed, and everything that the notebooks printed, their scores among it.
+
+`estimate` runs every notebook on a narrow U-Net with random weights in SD 1.4's layout, counts the rows that go through
+it in sampling and in training, and multiplies by what a row takes on a T4. It writes data/results/t4-estimate.json and
+t4-estimate.md.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +47,30 @@ way, or equal within a rounding that was measured in fp32."""
 
 CELL_SECONDS = 3600
 """What one cell may take: a training at full size is a few minutes on a slow card."""
+
+T4 = {"sampling": 0.06, "training": 0.4}
+"""Seconds a row of SD 1.4's U-Net takes on a T4 in half precision: 0.12 s for a guided picture's two rows, 1.6 s for a
+training step of four. Assumed from what others report; no T4 was at hand."""
+
+COUNT = """\
+import torch
+from diffusers import UNet2DConditionModel
+
+from persres_lite import evaluation
+
+evaluation.PAPER_JUDGES = tuple(str(HOME / "data" / name) for name in evaluation.JUDGES["toybox"])  # nothing is fetched
+ROWS = {"sampling": 0, "training": 0}
+
+
+def counted(forward):
+    def call(self, sample, *args, **kwargs):
+        ROWS["training" if torch.is_grad_enabled() else "sampling"] += len(sample)
+        return forward(self, sample, *args, **kwargs)
+
+    return call
+
+
+UNet2DConditionModel.forward = counted(UNet2DConditionModel.forward)"""
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -185,15 +215,63 @@ def take_over(file: Path, root: Path) -> None:
         notebooks.write(path, text)
 
 
+def estimate(paths: list[Path], folder: Path) -> dict[str, dict[str, float]]:
+    """What the notebooks would take on a T4: by notebook the rows of sampling and training, and the minutes.
+
+    Parameters
+    ----------
+    paths : list of path
+        The notebooks.
+    folder : path
+        For the base with random weights.
+    """
+    import torch
+
+    from persres_lite.maintain.full_size import random_pipeline
+
+    narrow = random_pipeline(32, torch.device("cpu"), torch.float32)
+    narrow.unet.register_to_config(sample_size=8)  # small pictures: rows are what counts
+    narrow.save_pretrained(folder / "sd-1.4-shaped")
+    environment = {"PERSRES_BASE": str(folder / "sd-1.4-shaped"), "HF_HUB_OFFLINE": "1"}
+    found = {}
+    for position, path in enumerate(paths, start=1):
+        print(f"[{position}/{len(paths)}] {path.stem}", flush=True)
+        book = notebooks.read(path)
+        book.cells.insert(3, nbformat.v4.new_code_cell(COUNT))
+        book.cells.append(nbformat.v4.new_code_cell("import json\nprint(json.dumps(ROWS))"))
+        rows = json.loads(_printed(runs.execute(book, path.parent, env=environment, timeout=CELL_SECONDS).cells[-1]))
+        minutes = sum(T4[kind] * count for kind, count in rows.items()) / 60
+        found[path.stem] = {**rows, "minutes": round(minutes, 1)}
+    return found
+
+
+def estimate_table(found: dict[str, dict[str, float]]) -> str:
+    """What `estimate` found, as Markdown."""
+    lines = ["# The notebooks on a T4, counted", ""]
+    lines += ["By `python -m persres_lite.maintain.gpu estimate`; not measured.", ""]
+    lines += ["| notebook | rows in sampling | rows in training | minutes |", "|---|---|---|---|"]
+    for name, row in found.items():
+        lines.append(f"| {name} | {row['sampling']:,} | {row['training']:,} | {row['minutes']} |")
+    lines += ["", "A row is one picture in one call of the U-Net, and the seconds it takes are those of `T4` in"]
+    lines += ["`persres_lite/maintain/gpu.py`: " + ", ".join(f"{kind} {seconds}" for kind, seconds in T4.items()) + "."]
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Carry out one command; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "table"])
+    parser.add_argument("command", choices=["run", "table", "estimate"])
     parser.add_argument("names", nargs="*", help="run: only these notebooks (00 05); table: the file results.json")
     options = parser.parse_args(arguments)
     if options.command == "table":
         for name in options.names:
             take_over(Path(name), notebooks.ROOT)
+        return 0
+    if options.command == "estimate":
+        with tempfile.TemporaryDirectory() as place:
+            found = estimate(notebooks.notebook_paths(notebooks.ROOT, options.names), Path(place))
+        notebooks.write(notebooks.ROOT / "data/results/t4-estimate.json", json.dumps(found, indent=1) + "\n")
+        notebooks.write(notebooks.ROOT / "data/results/t4-estimate.md", estimate_table(found))
         return 0
     import torch
 
