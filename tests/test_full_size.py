@@ -21,6 +21,14 @@ def test_a_trial_at_reduced_width(tmp_path, capsys):
     assert "| 32; 32, 16, 8, 4 |" in text and f"{found['parameters']:,}" in text
 
 
+def test_a_trial_of_xl(tmp_path):
+    small = ["sdxl", "--device=cpu", "--dtype=float32", "--width=32", "--batch=1", "--size=256", "--rounds=1"]
+    full_size.main([*small, f"--out={tmp_path}"])
+    found = json.loads((tmp_path / "sdxl-reduced.json").read_text())
+    assert found["masks"] == 2 * 11 and found["mask_sides"] == [16, 8] and found["finite"]
+    assert "XL, 32 channels wide instead of 320" in (tmp_path / "sdxl-reduced.md").read_text()
+
+
 def test_a_trial_is_no_result(capsys):
     with pytest.raises(SystemExit):
         full_size.main(["--width=32"])
@@ -29,7 +37,7 @@ def test_a_trial_is_no_result(capsys):
 
 def test_what_is_not_finite_is_said(monkeypatch):
     base = full_size.random_pipeline(32, torch.device("cpu"), torch.float32)
-    rows = {"command": "x", "machine": "y", "dtype": "z"}
+    rows = {"command": "x", "machine": "y", "dtype": "z", "model": "m"}
     monkeypatch.setattr(full_size, "personalize", lambda base, *_, **__: broken(base))
     found = full_size.measure(base, 1, rounds=1, height=64, width=64)
     assert not found["finite"] and "finite | no |" in full_size.report(found | rows)

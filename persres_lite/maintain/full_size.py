@@ -1,11 +1,12 @@
-"""Stable Diffusion 1.4 at its full size with random weights: does everything fit, run, and stay finite?
+"""Stable Diffusion 1.4 at its full size, and XL at a fifth of its width, with random weights: does everything fit, run,
+and stay finite?
 
-    python -m persres_lite.maintain.full_size [--device cuda] [--dtype bfloat16] [--width 320] [--out FOLDER]
+    python -m persres_lite.maintain.full_size [sd-1.4 | sdxl] [--device cuda] [--dtype bfloat16] [--width N]
 
 The layout is the real one, the weights are random, so nothing is fetched and pictures mean nothing. Two training steps
 and two sampling steps; what counts is the peak of memory beside the estimate, the time of LAG over the original
-model's, the sizes of the masks, and that every number is finite. `--width` below 320 is for a trial. Results go to
-data/results/full-size.json and full-size.md.
+model's, the sizes of the masks, and that every number is finite. A smaller `--width` is for a trial. Results go to
+data/results/full-size.json and full-size.md, those of XL to sdxl-reduced.json and sdxl-reduced.md.
 """
 
 from __future__ import annotations
@@ -18,9 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from persres_lite import load_base, localized, personalize
 from persres_lite.concepts import Concept
@@ -31,59 +39,96 @@ from persres_lite.support.files import whole_file
 from persres_lite.support.paths import data_dir
 
 FULL = 320
-"""Channels of SD 1.4's first level."""
+"""Channels of the first level, of SD 1.4 and of XL."""
+
+WIDTHS = {"sd-1.4": FULL, "sdxl": 64}
+"""Of the measured models: XL at its full width needs more memory than most machines without a GPU have."""
+
+FILES = {"sd-1.4": "full-size", "sdxl": "sdxl-reduced"}
 
 PROMPT = "a photo of a sks cat on the beach"
 
 
-def random_pipeline(width: int, device: torch.device, dtype: torch.dtype) -> StableDiffusionPipeline:
-    """SD 1.4's pipeline with random weights; its words are Toybox's tokenizer's, for nothing is fetched.
+def random_pipeline(width: int, device: torch.device, dtype: torch.dtype, kind: str = "sd-1.4") -> Any:
+    """The pipeline of `kind` with random weights; its words are Toybox's tokenizer's, for nothing is fetched.
 
     Parameters
     ----------
     width : int
         Channels of the U-Net's first level, 320 in the real one; the others grow with it.
+    kind : str
+        "sd-1.4" or "sdxl".
     """
-    levels = tuple(width * factor for factor in (1, 2, 4, 4))
-    unet = random_unet(torch.device("cpu"), block_out_channels=levels, attention_head_dim=8)
     tokenizer = load_base("toybox").tokenizer
     tokenizer.model_max_length = 77
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer) if width < FULL else 49408,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12 if width == FULL else 1,
-        num_attention_heads=12,
+    torch.manual_seed(0)
+    parts: dict[str, Any] = {"tokenizer": tokenizer, "vae": _autoencoder(width, kind)}
+    layers = 12 if width == FULL else 1
+    vocabulary = 49408 if width == FULL else len(tokenizer)
+    parts["text_encoder"] = CLIPTextModel(_text_config(tokenizer, 768, layers, vocabulary))
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    pipeline: Any
+    if kind == "sdxl":
+        second = _text_config(tokenizer, 1280, 1, vocabulary)
+        parts |= {"tokenizer_2": tokenizer, "text_encoder_2": CLIPTextModelWithProjection(second)}
+        parts["scheduler"] = EulerDiscreteScheduler(**noise)
+        pipeline = StableDiffusionXLPipeline(unet=_xl_unet(width), add_watermarker=False, **parts)
+    else:
+        levels = tuple(width * factor for factor in (1, 2, 4, 4))
+        parts["unet"] = random_unet(torch.device("cpu"), block_out_channels=levels, attention_head_dim=8)
+        parts["scheduler"] = DDIMScheduler(**noise, clip_sample=False, set_alpha_to_one=False)
+        none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipeline = StableDiffusionPipeline(**parts, **none)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval().to(dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def _text_config(tokenizer: Any, width: int, layers: int, vocabulary: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        projection_dim=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
         max_position_embeddings=77,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
+
+
+def _autoencoder(width: int, kind: str) -> AutoencoderKL:
+    return AutoencoderKL(
         block_out_channels=tuple(width * 4 * factor // 10 // 32 * 32 or 32 for factor in (1, 2, 4, 4)),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
         latent_channels=4,
-        sample_size=512,
-        scaling_factor=0.18215,
+        sample_size=1024 if kind == "sdxl" else 512,
+        scaling_factor=0.13025 if kind == "sdxl" else 0.18215,
     )
-    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler(**noise, clip_sample=False, set_alpha_to_one=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+
+
+def _xl_unet(width: int) -> UNet2DConditionModel:
+    """XL's: three levels, without attention on the first, ten transformer layers under one projection on the last."""
+    return random_unet(
+        torch.device("cpu"),
+        sample_size=128,
+        block_out_channels=(width, 2 * width, 4 * width),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=tuple(max(1, width * factor // 64) for factor in (1, 2, 4)),  # heads of 64 channels
+        cross_attention_dim=768 + 1280,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=6 * 256 + 1280,
     )
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        part.requires_grad_(False).eval().to(dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
 
 
 def measure(base: Any, batch: int, rounds: int = 3, **sampling: Any) -> dict[str, Any]:
@@ -143,7 +188,7 @@ def report(found: dict[str, Any]) -> str:
     sides = ", ".join(map(str, found["mask_sides"]))
     return "\n".join(
         [
-            "# Stable Diffusion 1.4 at full size, random weights",
+            f"# {found['model']}, random weights",
             "",
             f"Made by `{found['command']}` on {found['machine']}, in {found['dtype']}.",
             "",
@@ -165,22 +210,27 @@ def report(found: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write full-size.json and full-size.md."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("kind", nargs="?", choices=list(WIDTHS), default="sd-1.4")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
-    parser.add_argument("--width", type=int, default=FULL, help="channels of the first level; less is a trial")
+    parser.add_argument("--width", type=int, help="channels of the first level; less than usual is a trial")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--size", type=int, default=512, help="pixels that are sampled")
     parser.add_argument("--rounds", type=int, default=3, help="times that original and LAG take turns")
     parser.add_argument("--out", type=Path, default=None, help="folder; default: data/results")
     chosen = parser.parse_args(arguments)
-    if chosen.width < FULL and chosen.out is None:
+    width = chosen.width or WIDTHS[chosen.kind]
+    if width < WIDTHS[chosen.kind] and chosen.out is None:
         parser.error("a trial at a smaller width is no result: name a folder with --out.")
-    base = random_pipeline(chosen.width, torch.device(chosen.device), getattr(torch, chosen.dtype))
+    base = random_pipeline(width, torch.device(chosen.device), getattr(torch, chosen.dtype), chosen.kind)
     found = measure(base, chosen.batch, chosen.rounds, height=chosen.size, width=chosen.size)
-    found |= {"command": "python -m persres_lite.maintain.full_size", "machine": machine(), "dtype": chosen.dtype}
+    command = f"python -m persres_lite.maintain.full_size {chosen.kind}"
+    found |= {"command": command, "machine": machine(), "dtype": chosen.dtype}
+    size = "at full size" if width == FULL else f"{width} channels wide instead of {FULL}"
+    found["model"] = f"{'Stable Diffusion XL' if chosen.kind == 'sdxl' else 'Stable Diffusion 1.4'}, {size}"
     folder = chosen.out or data_dir() / "results"
-    for name, text in (("full-size.json", json.dumps(found, indent=1) + "\n"), ("full-size.md", report(found))):
-        with whole_file(folder / name) as temporary:
+    for name, text in ((".json", json.dumps(found, indent=1) + "\n"), (".md", report(found))):
+        with whole_file(folder / f"{FILES[chosen.kind]}{name}") as temporary:
             temporary.write_text(text, encoding="utf-8")
     print(report(found))
 
