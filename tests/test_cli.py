@@ -81,7 +81,7 @@ def test_a_whole_round(world, tmp_path, capsys):
     names = capsys.readouterr().out.split()
     assert len(names) == 4 and "a-photo-of-a-sks-cat-at-night-lag-0.png" in names[0]
     pictures = [np.asarray(Image.open(name)) for name in names]
-    assert pictures[0].shape == (128, 128, 3)
+    assert pictures[0].shape == (64, 64, 3)
     assert all((a != b).any() for i, a in enumerate(pictures) for b in pictures[:i])  # modes and seeds all differ
 
     sheet = tmp_path / "compare.png"
