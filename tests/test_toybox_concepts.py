@@ -73,6 +73,7 @@ def test_rows_are_taken_up_again_and_the_sheet_is_made_of_the_first_training(tmp
     monkeypatch.setattr(made, "learn", learn)
     monkeypatch.setattr(made, "load_base", lambda name: None)
     monkeypatch.setattr(made, "settings_of", lambda base: made.argparse.Namespace(recipe={}, sampling={}))
+    monkeypatch.setattr(made, "weights_of", lambda base, data: "")
     monkeypatch.setattr(made, "Judge", lambda data: None)
     monkeypatch.setattr(made, "of_class_word", lambda *given: [])
     monkeypatch.setattr(made, "alone", lambda *given: [0.5] * 8)

@@ -25,7 +25,6 @@ their seconds are longer than those of ``concepts``.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shlex
 import statistics
@@ -49,7 +48,7 @@ from persres_lite.concepts import Concept
 from persres_lite.evaluation import Comparison, background_distance, cut_out, draw
 from persres_lite.maintain import runs
 from persres_lite.maintain.evaluation.tables import commit
-from persres_lite.maintain.evaluation.work import keep_to
+from persres_lite.maintain.evaluation.work import keep_to, weights_of
 from persres_lite.masks import read_mask
 from persres_lite.residuals import Residuals
 from persres_lite.scores import Interval, bootstrap, paired
@@ -212,7 +211,7 @@ def concepts(data: Path, folder: Path, trainings: int, ranked: int) -> list[Row]
         return rows
     base, judge = load_base("toybox"), Judge(data)
     settings = settings_of(base)
-    keep_to(folder, {"weights": weights(data), "recipe": settings.recipe, "sampling": settings.sampling})
+    keep_to(folder, {"weights": weights_of(base, data), "recipe": settings.recipe, "sampling": settings.sampling})
     for training, name in tqdm(missing, desc="trainings"):
         toy, biased = shipped.all_shipped()[name]
         concept = load_concept(data / "concepts" / name)
@@ -231,14 +230,6 @@ def concepts(data: Path, folder: Path, trainings: int, ranked: int) -> list[Row]
         with open(file, "a", encoding="utf-8") as out:
             out.write(json.dumps(rows[-1]) + "\n")
     return rows
-
-
-def weights(data: Path) -> str:
-    """A sign of Toybox's weights, all of them: rows of other weights do not belong in one folder."""
-    sign = hashlib.sha256()
-    for path in sorted((data / "toybox-sd").rglob("*.safetensors")):
-        sign.update(path.read_bytes())
-    return sign.hexdigest()[:16]
 
 
 def rows_in(file: Path) -> list[Row]:
