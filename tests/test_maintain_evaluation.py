@@ -462,6 +462,7 @@ class Ranking(Counting):
 
 def test_each_ablation_is_a_row_and_done_ones_are_not_done_again(tried, monkeypatch):
     bench, pairs, folder = tried
+    bases.settings_of(bench.base).recipe.update(steps=2, batch_size=1)
     few = ("rank: 0.05", "start: random", "macro class: wrong", "mask: Otsu", "unconditional half: own")
     layers = "layers: keys and values of cross-attention, a LoRA of as many parameters"
     known = [

@@ -43,8 +43,11 @@ def test_trainings_are_averaged_and_ranks_have_a_median():
 def test_the_table_has_columns_only_for_what_is_known_and_the_notes_say_n():
     rows = [row(name, training) for name in ("plum-cat", "comet-rocket") for training in (0, 1)]
     found = {name: made.averaged(each) for name, each in made.by_concept(rows).items()}
-    head = made._table(found | {"mean": made.mean_of(list(found.values()))})[0]
-    assert f"{made.CLASS_WORD}: residual" in head and f"{made.CLASS_WORD}: LAG" not in head
+    mean = made.mean_of(list(found.values()))
+    first, second = (made._table(found | {"mean": mean}, by_renderer)[0] for by_renderer in (False, True))
+    assert "identity: LAG" in first and "seconds" in first and "rank" not in first
+    assert f"{made.CLASS_WORD}: residual" in second and f"{made.CLASS_WORD}: LAG" not in second
+    assert "median rank: original" in second and "seconds" not in second
     notes = "\n".join(made._notes(rows))
     assert "n: 2 concepts, trainings of each: 2, pictures a training and way: 8" in notes
     assert "residual minus original | 0.250 [0.250, 0.250] | 2 of 2 | 2 concepts, 4 trainings, 32 pictures" in notes

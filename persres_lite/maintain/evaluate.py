@@ -236,9 +236,10 @@ def within(seconds: float, base: Any, concept: Concept, plan: work.Plan, path: P
 
 
 def _fewer(subject: subjects.Subject) -> subjects.Subject:
-    """Two prompts of places, or the first two, and one of two concepts."""
+    """Two prompts of places, or the first two, one of two concepts, and one of each kind without the concept."""
     several = [prompt for prompt in subject.prompts if prompt.kind in ("place", "any")][:2]
-    return replace(subject, prompts=several + [p for p in subject.prompts if p.kind == "two concepts"][:1])
+    both = [prompt for prompt in subject.prompts if prompt.kind == "two concepts"][:1]
+    return replace(subject, prompts=several + both, drift=subject.drift[::2])
 
 
 def _of_places(subject: subjects.Subject) -> subjects.Subject:

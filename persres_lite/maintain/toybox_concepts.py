@@ -47,7 +47,7 @@ from persres_lite.bases import settings_of
 from persres_lite.concepts import Concept
 from persres_lite.evaluation import Comparison, background_distance, cut_out, draw
 from persres_lite.maintain import runs
-from persres_lite.maintain.evaluation.tables import commit
+from persres_lite.maintain.evaluation.tables import commit, table
 from persres_lite.maintain.evaluation.work import keep_to, weights_of
 from persres_lite.masks import read_mask
 from persres_lite.residuals import Residuals
@@ -64,6 +64,7 @@ UNSEEN = 4  # places
 WAYS = ("original", "residual", "LAG")
 ALONE = "identity, toy alone"
 CLASS_WORD = "class word over V*"
+RANKS = ("ranked first", "median rank")
 PARTS = ("main", "second", "pattern", "accessory")
 
 Row = dict[str, Any]
@@ -344,17 +345,25 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _table(rows: dict[str, Row]) -> list[str]:
-    """A column for each measure in each way that has it."""
-    measures = list(dict.fromkeys(m for row in rows.values() for way in WAYS for m in row[way]))
+def _table(rows: dict[str, Row], by_renderer: bool = False) -> list[str]:
+    """A column for each measure in each way that has it; those of the renderer, and the class word's, on demand."""
+    known = list(dict.fromkeys(m for row in rows.values() for way in WAYS for m in row[way]))
+    parts = [f"{part} read" for part in PARTS]
+    measures = [m for m in known if m not in parts and (m in (*RANKS, CLASS_WORD)) == by_renderer]
     heads = [(m, way) for m in measures for way in WAYS if any(m in row[way] for row in rows.values())]
-    lines = ["| | " + " | ".join([*(f"{m}: {way}" for m, way in heads), "seconds"]) + " |"]
-    lines.append("|---" * (len(heads) + 2) + "|")
+    clock = [] if by_renderer else ["seconds"]
+    lines = []
     for name, row in rows.items():
         cells = [row[way].get(measure) for measure, way in heads]
-        cells = ["" if cell is None else f"{cell:.2f}" for cell in cells]
-        lines.append(f"| {name} | " + " | ".join([*cells, str(row["seconds"])]) + " |")
-    return lines
+        shown = ["" if cell is None else f"{cell:.2f}" for cell in cells]
+        lines.append([name, *shown, *(str(row[each]) for each in clock)])
+    return table(["", *(f"{m}: {way}" for m, way in heads), *clock], lines)
+
+
+def _parts(mean: Row) -> list[str]:
+    """How often the renderer reads each part as the toy has it."""
+    names = [f"{part} read" for part in PARTS if f"{part} read" in mean["LAG"]]
+    return table(["", *names], [[way, *(f"{mean[way][name]:.2f}" for name in names)] for way in WAYS])
 
 
 def _save(what: str, rows: dict[str, Row], folder: Path, command: str, last: list[str]) -> None:
@@ -391,8 +400,8 @@ def _notes(rows: list[Row]) -> list[str]:
     share = class_word_share(rows)
     lines += [
         f"{CLASS_WORD}: what the residual adds to the identity of the toy alone where the prompt has the plain class "
-        f"word, over what it adds where it has the concept's words. In the last row, the mean gains over all "
-        f"pictures: {'not known' if share is None else format(share, '.2f')}.",
+        f"word, over what it adds where it has the concept's words. In the last row, of the mean gains over "
+        f"all pictures: {'not known' if share is None else format(share, '.2f')}.",
         "",
         *intervals(rows),
         "",
@@ -420,7 +429,7 @@ def main() -> None:
         rows["mean"] = mean_of(list(rows.values()))
         if (share := class_word_share(found)) is not None:  # not the mean of quotients, some of small numbers
             rows["mean"]["residual"][CLASS_WORD] = share
-        last = _notes(found)
+        last = [*_table(rows, by_renderer=True), "", *_parts(rows["mean"]), "", *_notes(found)]
         (results / "concepts-pictures.json").write_text(json.dumps(found) + "\n")
         concepts_sheet(args.rows, args.data).save(results / "concepts-sheet.jpg", quality=88)
     elif args.what == "ranks":
