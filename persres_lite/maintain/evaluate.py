@@ -60,9 +60,9 @@ TOYBOX_RECIPES = {
     "attention LoRA, rank 4": Recipe(100, 4, 1e-2),
     "attention LoRA, equal parameters": Recipe(100, 4, 3e-3),
     "attention LoRA, rank 4, prior": Recipe(100, 4, 1e-2, prior=16),
-    "residuals": Recipe(100, 4, 3e-3),
-    "residuals, prior": Recipe(100, 4, 3e-3, prior=16),
-    "proj_out LoRA": Recipe(100, 4, 3e-3),
+    "residuals": Recipe(100, 4, 1e-2),
+    "residuals, prior": Recipe(100, 4, 1e-2, prior=16),
+    "proj_out LoRA": Recipe(100, 4, 1e-2),
 }
 
 
