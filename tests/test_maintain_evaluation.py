@@ -93,6 +93,7 @@ def test_every_prompt_is_short_enough_to_be_read_to_its_end():
 def test_fewer_concepts_are_the_first_ones():
     three = subjects.toybox_pairs(3)
     assert [len(pair) for pair in three] == [2, 1]
+    assert [any(p.kind == "two concepts" for p in pair[0].prompts) for pair in three] == [True, False]
     assert [s.concept.name for pair in three for s in pair] == [s.concept.name for p in toybox() for s in p][:3]
 
 

@@ -267,12 +267,18 @@ def _lines(path: Path) -> list[str]:
 
 
 def first(pairs: list[Pair], count: int | None) -> list[Pair]:
-    """The first so many concepts; None takes all."""
+    """The first so many concepts; None takes all. One that is left without its partner has no prompt for both."""
     if count is None:
         return pairs
     chosen: list[Pair] = []
     for pair in pairs:
         left = count - sum(map(len, chosen))
         if left > 0:
-            chosen.append(pair[:left])
+            kept = pair[:left]
+            if len(kept) < len(pair):
+                kept = tuple(
+                    replace(each, prompts=[prompt for prompt in each.prompts if prompt.kind != "two concepts"])
+                    for each in kept
+                )
+            chosen.append(kept)
     return chosen
