@@ -63,6 +63,7 @@ SEEDS = (0, 1)  # of the pictures, for each place
 UNSEEN = 4  # places
 WAYS = ("original", "residual", "LAG")
 ALONE = "identity, toy alone"
+CLOCKS = ("seconds", "CPU seconds")  # of training: by the wall, and of a core of its own
 CLASS_WORD = "class word over V*"
 RANKS = ("ranked first", "median rank")
 PARTS = ("main", "second", "pattern", "accessory")
@@ -150,7 +151,7 @@ def run(base: Any, judge: Judge, concept: Concept, biased: str | None, **recipe:
 
 def averaged(rows: list[Row]) -> Row:
     """Rows of one concept's trainings as one: means over pictures, then over trainings; of ranks the median."""
-    row: Row = {name: round(_mean([one[name] for one in rows]), 1) for name in ("seconds", "CPU seconds")}
+    row: Row = {name: round(_mean([one[name] for one in rows]), 1) for name in CLOCKS}
     row |= {name: rows[0][name] for name in ("parameters", "places")}
     for way in WAYS:
         row[way] = {
@@ -188,7 +189,8 @@ def run_alone(cell: tuple[Concept, str | None, dict], data: Path) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         rows = [run(base, judge, concept, biased, steps=n, checkpoint=f"{folder}/state", **recipe) for n in steps]
     return [
-        {**row, "seconds": round(sum(r["seconds"] for r in rows[: number + 1]), 1)} for number, row in enumerate(rows)
+        {**row, **{clock: round(sum(r[clock] for r in rows[: number + 1]), 1) for clock in CLOCKS}}
+        for number, row in enumerate(rows)
     ]
 
 
@@ -324,7 +326,7 @@ def search(data: Path) -> dict[str, Row]:
 
 def mean_of(rows: list[Row]) -> Row:
     """The mean of each score over concepts, of those that have it."""
-    means: Row = {name: round(_mean([row[name] for row in rows]), 1) for name in ("seconds",)}
+    means: Row = {name: round(_mean([row[name] for row in rows]), 1) for name in CLOCKS}
     for way in WAYS:
         measures = dict.fromkeys(measure for row in rows for measure in row[way])
         values = {measure: [row[way][measure] for row in rows if measure in row[way]] for measure in measures}
@@ -351,7 +353,7 @@ def _table(rows: dict[str, Row], by_renderer: bool = False) -> list[str]:
     parts = [f"{part} read" for part in PARTS]
     measures = [m for m in known if m not in parts and (m in (*RANKS, CLASS_WORD)) == by_renderer]
     heads = [(m, way) for m in measures for way in WAYS if any(m in row[way] for row in rows.values())]
-    clock = [] if by_renderer else ["seconds"]
+    clock = () if by_renderer else CLOCKS
     lines = []
     for name, row in rows.items():
         cells = [row[way].get(measure) for measure, way in heads]
