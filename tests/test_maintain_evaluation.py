@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from persres_lite import bases, evaluation, personalize
 from persres_lite.maintain import evaluate
-from persres_lite.maintain.evaluation import subjects, tables, ways, work
+from persres_lite.maintain.evaluation import ablations, judging, subjects, tables, ways, work
 from persres_lite.maintain.evaluation.methods import METHODS, Bench, Recipe, Trained, fit, train
 from persres_lite.residuals import Residuals
 from persres_lite.toybox import concepts as shipped
-from persres_lite.toybox.world import LONGEST, RESERVED
+from persres_lite.toybox import render
+from persres_lite.toybox.world import LONGEST, RESERVED, Scene
 from tests.helpers import hooks_of, make_concept
 from tests.tiny import sample
 
@@ -39,7 +41,7 @@ def test_toys_are_those_that_neither_pretraining_nor_the_search_has_seen():
     items = [item for pair in subjects.toybox_toys() for item in pair]
     paints = [toy.paint for _, toy, _ in items]
     searched = {toy.paint for toy, _ in shipped.SEARCH.values()}
-    assert len(set(paints)) == len(paints) >= 10 and set(paints) == RESERVED - searched
+    assert len(set(paints)) == len(paints) == 30 and set(paints) == RESERVED - searched
     assert {paint[0] for paint in paints} == {paint[0] for paint in RESERVED}
     assert len({name for name, _, _ in items}) == len(items)
     assert sum(place is not None for _, _, place in items) * 2 == len(items)
@@ -62,14 +64,19 @@ def test_what_is_held_out_is_the_same_toy_seen_anew():
     assert [image.tobytes() for image in again.concept.images] == [i.tobytes() for i in subject.concept.images]
 
 
-def test_prompts_are_of_five_types_and_ask_for_what_no_reference_shows():
+def test_prompts_are_of_six_types_and_ask_for_what_no_reference_shows():
     for subject in (subject for pair in toybox() for subject in pair):
         kinds = [prompt.kind for prompt in subject.prompts]
-        assert kinds.count("place") == 4 and set(subjects.KINDS[:4]) <= set(kinds)
+        assert kinds.count("place") == 4 and set(subjects.KINDS[:5]) <= set(kinds)
+        sides = [(p.asked["side"], p.left) for p in subject.prompts if p.kind == "off center"]
+        assert sides == [("on the left", False), ("on the right", False)]
         for prompt in subject.prompts:
             words = prompt.text.format("sks toy", "zwx toy")
             assert "sks toy" in words and ("zwx toy" in words) == (prompt.kind == "two concepts")
-            assert prompt.left == (prompt.kind in ("second object", "two concepts"))
+            assert prompt.left == (prompt.kind in subjects.BESIDE)
+        assert [p.kind for p in subject.drift] == ["class word"] * 2 + ["unrelated"] * 2
+        assert not any("{0}" in p.text or "sks" in p.text for p in subject.drift)
+        assert all((subject.toy.kind in p.text) == (p.kind == "class word") for p in subject.drift)
     first, second = toybox()[0]
     assert "two concepts" in [p.kind for p in first.prompts] and "two concepts" not in [p.kind for p in second.prompts]
 
@@ -86,6 +93,7 @@ def test_every_prompt_is_short_enough_to_be_read_to_its_end():
 def test_fewer_concepts_are_the_first_ones():
     three = subjects.toybox_pairs(3)
     assert [len(pair) for pair in three] == [2, 1]
+    assert [any(p.kind == "two concepts" for p in pair[0].prompts) for pair in three] == [True, False]
     assert [s.concept.name for pair in three for s in pair] == [s.concept.name for p in toybox() for s in p][:3]
 
 
@@ -385,6 +393,49 @@ def test_tables_of_a_run_that_was_cut_short():
     assert tables.tables_of(rows[:3], draws=5)["at equal leakage"] == {}
 
 
+def test_drift_is_a_column_of_its_own_and_counts_in_no_mean():
+    rows = made_by_hand()
+    drifted = row("cat", 0, "residuals", "drift", 1.0, [0.1, 0.1], [9.0, 9.0])
+    drifted["pictures"] = [{"kind": "class word", "drift": 0.2}, {"kind": "unrelated", "drift": 0.1}]
+    found = tables.tables_of([*rows, drifted], draws=5)
+    assert found["methods"]["residuals"]["drift, class word"]["mean"] == 0.2
+    assert found["methods"]["residuals"]["drift, unrelated"]["mean"] == 0.1
+    assert (
+        found["methods"]["residuals"]["identity"] == tables.tables_of(rows, draws=5)["methods"]["residuals"]["identity"]
+    )
+    assert "residuals + drift" not in found["methods"] and "residuals + drift" not in found["curves"]
+
+
+def test_gains_by_where_the_toy_stands():
+    """LAG gains where the toy is off center, and nothing where it is central."""
+    rows = made_by_hand()
+    for each in rows:
+        for picture, off in zip(each["pictures"], (0.6, 0.0), strict=False):
+            picture |= {"off before": off, "size before": 0.2}
+    found = tables.tables_of(rows, draws=5)["by scene"]["residuals + LAG"]
+    gains = {scene.split(" (")[0]: interval["mean"] for scene, interval in found.items()}
+    assert gains == pytest.approx({"off center": 0.1, "large and central": 0.08})
+    text = tables.markdown(tables.tables_of(rows, draws=5), {"command": "", "commit": "", "machine": ""}, plan())
+    assert "where the toy stands" in text and "+0.100 [+0.100, +0.100] (4)" in text
+
+
+def test_the_judge_says_where_a_toy_stands_and_how_the_renderer_ranks_it():
+    subject = toybox()[0][0]
+    judge = judging.ToyboxJudge(ROOT / "data")
+    prompts = [(prompt, 0) for prompt in subject.prompts if prompt.kind in ("place", "off center")]
+    images = [
+        Image.fromarray(render.draw(Scene((subject.toy,), p.asked["place"], fill=0.5, shift=(x, 0.0))).image)
+        for (p, _), x in zip(prompts, (0.0, 0.0, 0.0, 0.0, -0.55, -0.55), strict=True)
+    ]
+    where = judge.masks(images, [prompt for prompt, _ in prompts])
+    rows = judge.score(subject, prompts, images, ways.Frozen(images, torch.empty(0), where))
+    assert [each.get("side") for each in rows] == [None] * 4 + [True, False]
+    assert rows[0]["off before"] < 0.25 < rows[4]["off before"] and 0 < rows[0]["size before"] < 0.5
+    judge.rank(subject, rows, images, 2)
+    assert [each.get("rank") for each in rows] == [1, 1] + [None] * 4
+    assert rows[0]["yaw spread"] < 0.2 and rows[0]["yaw from references"] < 0.8
+
+
 def test_the_searchs_rule():
     def tried(identity, place, steps):
         return {"identity": identity, "place": place, "recipe": {"steps": steps}}
@@ -398,6 +449,59 @@ def test_the_controls_are_those_that_are_announced(sd1):
     pair = toybox()[0]
     frozen = ways.Frozen([None], torch.rand(1, 8, 8), torch.ones(1, 8, 8))
     assert set(ways.controls(sd1, pair, 0, [], frozen)) == set(work.CONTROLS)
+
+
+# -------------------------------------------------------------------------------------------------------- ablations
+
+
+class Ranking(Counting):
+    """And ranks nothing."""
+
+    def rank(self, subject, rows, images, count):
+        assert len(rows) == len(images)
+
+
+def test_each_ablation_is_a_row_and_done_ones_are_not_done_again(tried, monkeypatch):
+    bench, pairs, folder = tried
+    bases.settings_of(bench.base).recipe.update(steps=2, batch_size=1)
+    few = ("rank: 0.05", "start: random", "macro class: wrong", "mask: Otsu", "unconditional half: own")
+    layers = "layers: keys and values of cross-attention, a LoRA of as many parameters"
+    known = [
+        one for one in ablations.ablations({"steps": 2, "rank": 0.25}) if one.label in (*few, layers, "the recipe")
+    ]
+    assert len(known) == 7
+    short = [bases.replace(one, training=one.training | {"steps": 2, "batch_size": 1}) for one in known]
+    monkeypatch.setattr(ablations, "ablations", lambda recipe: short)
+    judge = Ranking()
+    ablations.run(bench, judge, pairs[:1], folder)
+    rows = work.rows_of(folder)
+    assert judge.calls == len(rows) == 2 * (4 * 2 + 2 + 1)
+    ablations.run(bench, judge, pairs[:1], folder)
+    assert judge.calls == len(rows)
+    found = ablations.tables_of(rows, {}, draws=5)
+    assert list(found) == [one.label for one in known] and set(found["mask: Otsu"]) == {"parameters", "LAG"}
+    whole, smaller, other = (found[label]["parameters"] for label in ("the recipe", "rank: 0.05", layers))
+    assert smaller < whole and abs(other - whole) < whole / 2
+    text = ablations.markdown(found, {"command": "this", "commit": "", "machine": ""})
+    assert "| macro class: wrong |" in text and "2 concepts, 2 trainings, 4 pictures" in text
+
+
+def test_every_choice_of_the_method_has_its_row():
+    labels = [one.label for one in ablations.ablations({"steps": 100, "rank": 0.25})]
+    assert len(set(labels)) == len(labels) and "rank: 0.25" not in labels and "steps: 50" in labels
+    assert {label.split(":")[0] for label in labels} == {
+        "the recipe",
+        "rank",
+        "layers",
+        "start",
+        "token",
+        "steps",
+        "macro class",
+        "loss",
+        "mask",
+        "unconditional half",
+        "steps with a mask",
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ the command

@@ -1,6 +1,6 @@
 """Does it work? Every method on one base, with one set of pictures, prompts, noises and judges.
 
-``python -m persres_lite.maintain.evaluate [run | tables | search]``
+``python -m persres_lite.maintain.evaluate [run | tables | search | ablations]``
 
 ``run`` (the default)
     Trains and draws what no row is there for yet, and writes a row as soon as it is known: it can be stopped at any
@@ -11,6 +11,9 @@
     Tries rates and steps of each method on concepts that are in no table, and writes the recipes that ``run`` takes.
     The rule was fixed before the first run: of the recipes that keep the place asked for in at least 0.9 of the
     pictures, the one with the highest identity of the toy alone; in a tie, to two digits, fewer steps.
+``ablations``
+    One choice of the method changed at a time, on the first two concepts if no number is given: rows in a folder of
+    their own, and a table of what is there.
 
 Without a list of concepts, the rendered ones of Toybox. With CustomConcept101's list, the paper's protocol:
 ``PERSRES_BASE=sd-1.4 python -m persres_lite.maintain.evaluate --custom101 FOLDER/dataset.json --seeds 50``.
@@ -37,9 +40,11 @@ from accelerate import PartialState
 from persres_lite import load_base
 from persres_lite.bases import settings_of
 from persres_lite.concepts import Concept
-from persres_lite.maintain.evaluation import subjects, tables, work
+from persres_lite.maintain import runs
+from persres_lite.maintain.evaluation import ablations, subjects, tables, work
 from persres_lite.maintain.evaluation.judging import judge_of
 from persres_lite.maintain.evaluation.methods import METHODS, PAPER_RECIPES, Bench, Recipe, train
+from persres_lite.maintain.evaluation.ways import SCALES
 from persres_lite.support.files import whole_file
 
 RECIPES = "evaluation-recipes.json"
@@ -64,7 +69,7 @@ TOYBOX_RECIPES = {
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="run", choices=["run", "tables", "search"])
+    parser.add_argument("what", nargs="?", default="run", choices=["run", "tables", "search", "ablations"])
     parser.add_argument("--quick", action="store_true", help="two concepts, few methods and prompts, half the steps")
     parser.add_argument("--base", help="as the notebooks' BASE; by default PERSRES_BASE, else toybox")
     parser.add_argument("--data", type=Path, default=Path("data"), help="the project's data folder")
@@ -75,6 +80,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=2, help="pictures of each prompt")
     parser.add_argument("--steps", type=int, help="the same number of training steps for every method")
     parser.add_argument("--seconds", type=float, help="of training, the same for every method: as many steps as fit in")
+    parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="strengths of what was learned")
+    parser.add_argument(
+        "--controls", nargs="*", choices=work.CONTROLS, metavar="CONTROL", help="other masks: only these"
+    )
+    parser.add_argument("--ranked", type=int, default=4, help="pictures of each way that the renderer reads")
     parser.add_argument("--rows", type=Path, default=Path("build/evaluation"), help="folder of the rows")
     parser.add_argument("--out", type=Path, help="where the tables go, without ending")
     parser.add_argument("--draws", type=int, default=2000, help="of the bootstrap")
@@ -95,14 +105,16 @@ def plan_of(args: argparse.Namespace, base: Any) -> work.Plan:
     recipes = recipes_of(base, args.data)
     if args.steps:
         recipes = {name: replace(recipe, steps=args.steps) for name, recipe in recipes.items()}
-    plan = work.Plan(tuple(args.methods), recipes, args.trainings, args.seeds)
+    scales = tuple(sorted({*args.scales, 1.0}))
+    controls = None if args.controls is None else tuple(args.controls)
+    plan = work.Plan(tuple(args.methods), recipes, args.trainings, args.seeds, scales, controls, args.ranked)
     if not args.quick:
         return plan
     few = tuple(method for method in QUICK if method in args.methods)
     if not args.steps:
         recipes = {name: replace(recipe, steps=max(1, recipe.steps // 2)) for name, recipe in recipes.items()}
     chosen = ("complement", "true mask", "disc, half")
-    return work.Plan(few, recipes, trainings=1, seeds=1, scales=(0.5, 1.0), controls=chosen)
+    return work.Plan(few, recipes, trainings=1, seeds=1, scales=(0.5, 1.0), controls=chosen, ranked=2)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -122,9 +134,11 @@ def main(arguments: list[str] | None = None) -> None:
     finally:
         sampling["num_inference_steps"] = steps
         torch.set_num_threads(threads)
-    if args.what != "search" and state.is_main_process:
-        given = sys.argv[1:] if arguments is None else arguments
-        command = shlex.join(["python", "-m", "persres_lite.maintain.evaluate", *given])
+    given = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "-m", "persres_lite.maintain.evaluate", *given])
+    if args.what == "ablations" and state.is_main_process:
+        _write_ablations(args, base, command)
+    elif args.what != "search" and state.is_main_process:
         rows, out = work.rows_of(args.rows), args.out or args.rows / "evaluation"
         found = tables.write(rows, planned(args.rows, rows), out, command, args.draws)
         print(f"{out}.md: {len(found['methods'])} methods and ways")
@@ -135,6 +149,14 @@ def _carry_out(args: argparse.Namespace, base: Any, state: PartialState) -> None
     plan = plan_of(args, base)
     if args.what == "search":
         _search(args, base, plan, state)
+    if args.what == "ablations":
+        pairs = subjects.first(pairs_of(args, base), args.concepts or 2)
+        folder, judge = args.rows / "ablations", judge_of(base, args.data)
+        with state.main_process_first():
+            work.keep_to(folder, _settings(args, base, plan) | {"recipe": settings_of(base).recipe, "recipes": {}})
+        numbers = (args.trainings, args.seeds, args.ranked, state.process_index, state.num_processes)
+        ablations.run(Bench(base), judge, pairs, folder, *numbers)
+        state.wait_for_everyone()
     if args.what != "run":
         return
     pairs = pairs_of(args, base)
@@ -145,6 +167,18 @@ def _carry_out(args: argparse.Namespace, base: Any, state: PartialState) -> None
     judge, bench = judge_of(base, args.data), Bench(base)
     work.run(bench, judge, pairs, plan, args.rows, state.process_index, state.num_processes)
     state.wait_for_everyone()
+
+
+def _write_ablations(args: argparse.Namespace, base: Any, command: str) -> None:
+    folder = args.rows / "ablations"
+    found = ablations.tables_of(work.rows_of(folder), settings_of(base).recipe, args.draws)
+    about = {"command": command, "commit": tables.commit(), "machine": runs.machine()}
+    out = args.out or folder / "ablations"
+    with whole_file(out.with_suffix(".json")) as file:
+        file.write_text(json.dumps({"about": about, "ablations": found}, indent=1) + "\n")
+    with whole_file(out.with_suffix(".md")) as file:
+        file.write_text(ablations.markdown(found, about))
+    print(f"{out}.md: {len(found)} rows")
 
 
 def planned(folder: Path, rows: list[work.Row]) -> work.Plan:
@@ -172,6 +206,7 @@ def _settings(args: argparse.Namespace, base: Any, plan: work.Plan) -> dict[str,
     """What all rows of a folder must share; concepts, trainings and methods may be added later."""
     return {
         "base": settings_of(base).name,
+        "weights": work.weights_of(base, args.data),
         "concepts": str(args.custom101) if args.custom101 else "toybox",
         "sampling": settings_of(base).sampling,
         "pictures a prompt": plan.seeds,
@@ -201,9 +236,15 @@ def within(seconds: float, base: Any, concept: Concept, plan: work.Plan, path: P
 
 
 def _fewer(subject: subjects.Subject) -> subjects.Subject:
-    """Two prompts of places, or the first two, and one of two concepts."""
+    """Two prompts of places, or the first two, one of two concepts, and one of each kind without the concept."""
     several = [prompt for prompt in subject.prompts if prompt.kind in ("place", "any")][:2]
-    return replace(subject, prompts=several + [p for p in subject.prompts if p.kind == "two concepts"][:1])
+    both = [prompt for prompt in subject.prompts if prompt.kind == "two concepts"][:1]
+    return replace(subject, prompts=several + both, drift=subject.drift[::2])
+
+
+def _of_places(subject: subjects.Subject) -> subjects.Subject:
+    """Only the prompts that the search's rule asks about."""
+    return replace(subject, prompts=[prompt for prompt in subject.prompts if prompt.kind == "place"], drift=[])
 
 
 def _search(args: argparse.Namespace, base: Any, plan: work.Plan, state: PartialState) -> None:
@@ -211,6 +252,8 @@ def _search(args: argparse.Namespace, base: Any, plan: work.Plan, state: Partial
     pairs, judge, bench = subjects.search_pairs(), judge_of(base, args.data), Bench(base)
     if args.concepts:
         pairs = pairs[: args.concepts]
+    pairs = [tuple(_of_places(subject) for subject in pair) for pair in pairs]
+    kept: dict[str, Any] = {}
     found: dict[str, dict[str, Any]] = {}
     for method in plan.methods:
         start = TOYBOX_RECIPES[method]
@@ -218,10 +261,11 @@ def _search(args: argparse.Namespace, base: Any, plan: work.Plan, state: Partial
             for factor in (1 / 3, 1, 3):
                 recipe = replace(start, steps=steps, lr=float(f"{start.lr * factor:.1g}"))
                 folder = args.rows / f"search-{method.replace(' ', '-')}-{recipe.steps}-{recipe.lr:g}"
-                one = replace(
-                    plan, methods=(method,), recipes={method: recipe}, trainings=1, scales=(1.0,), controls=()
-                )
-                work.run(bench, judge, pairs, one, folder, state.process_index, state.num_processes)
+                one = replace(plan, methods=(method,), recipes={method: recipe}, trainings=1, scales=(1.0,))
+                one = replace(one, controls=(), ranked=0, frozen=False)
+                with state.main_process_first():
+                    work.keep_to(folder, _settings(args, base, one))
+                work.run(bench, judge, pairs, one, folder, state.process_index, state.num_processes, kept)
                 state.wait_for_everyone()
                 full = tables.tables_of(work.rows_of(folder), draws=2)["methods"][method]
                 row = {"recipe": asdict(recipe), "identity": full["identity"]["mean"], "place": full["place"]["mean"]}

@@ -16,7 +16,9 @@ from persres_lite.maintain.evaluation.subjects import Prompt, Subject
 from persres_lite.maintain.evaluation.ways import Frozen
 from persres_lite.masks import read_mask
 from persres_lite.scores import diversity
+from persres_lite.toybox.inverse import read
 from persres_lite.toybox.judge import Judge
+from persres_lite.toybox.world import SIDES
 
 Scores = dict[str, Any]
 
@@ -58,24 +60,55 @@ class ToyboxJudge:
         whole = (self.judge.identity(images) @ self.judge.identity(subject.concept.images).T).mean(1)
         gaps = _gaps(self.encoders, subject, asked, images)
         rows = []
-        for index, read in enumerate(self.judge.read(images)):
-            row: Scores = {
+        for index, seen in enumerate(self.judge.read(images)):
+            row: Scores = _stands(frozen.where, index) | {
                 "identity": _short(alone[index]),
                 "identity, whole picture": _short(whole[index]),
                 "moved": _short(_moved(images[index], frozen.images[index], either[index])),
                 "size": _short(masks[index].mean()),
                 "text gap": _short(gaps[index]),
             }
-            row |= _readings(subject, asked[index], read)
+            row |= _readings(subject, asked[index], seen)
+            if "side" in asked[index].asked and masks[index].any():
+                row["side"] = SIDES[_across(masks[index]) > 0] == asked[index].asked["side"]
             rows.append(row)
         return _with_diversity(rows, prompts, self.judge.identity(images))
+
+    def rank(self, subject: Subject, rows: list[Scores], images: list[Image.Image], count: int) -> None:
+        """Let the renderer read pictures that ask for a place alone, the first `count` of the first seed, and add to
+        their rows what it finds: the paint's rank, and how the toy is turned.
+
+        "yaw spread" is how far a picture's yaw is from their mean, "yaw from references" from the nearest reference's;
+        a concept that was learned by heart keeps to its poses.
+        """
+        if subject.toy is None:
+            return
+        first = min(row["seed"] for row in rows)
+        places = {prompt.text: prompt.asked["place"] for prompt in subject.prompts if prompt.kind == "place"}
+        chosen = [index for index, row in enumerate(rows) if row["prompt"] in places and row["seed"] == first][:count]
+        found = {index: read(images[index], subject.toy, places[rows[index]["prompt"]]) for index in chosen}
+        yaws = {index: one.scene.toys[0].yaw for index, one in found.items()}
+        middle = sum(yaws.values()) / max(len(yaws), 1)
+        for index, one in found.items():
+            rows[index] |= {"rank": one.rank, "ranked first": one.rank == 1}
+            rows[index]["yaw spread"] = _short(abs(yaws[index] - middle))
+            if subject.yaws:
+                rows[index]["yaw from references"] = _short(min(abs(yaws[index] - yaw) for yaw in subject.yaws))
+
+    def drift(
+        self, subject: Subject, prompts: list[tuple[Prompt, int]], images: list[Image.Image], before: list[Image.Image]
+    ) -> list[Scores]:
+        """How far pictures without the concept's words are from the frozen model's, and how near to the concept."""
+        alone = self.alone(subject, images, (self.judge.where(images) > 0.5).float())
+        rows = _drift(prompts, images, before)
+        return [row | {"identity": _short(value)} for row, value in zip(rows, alone.tolist(), strict=True)]
 
 
 def _readings(subject: Subject, prompt: Prompt, read: dict[str, Any]) -> dict[str, bool]:
     """What the judge reads of a picture: what the prompt asks for, and the toy's own paint where it may keep it."""
     row = {}
     for name, value in prompt.asked.items():
-        if name == "partner":
+        if name in ("partner", "side"):
             continue
         if name == "pair":
             row["both objects"] = sorted(read["pair"]) == value
@@ -122,10 +155,40 @@ class PaperJudge:
             row["moved"] = _short(_moved(image, before, torch.zeros(1, 1)))
         return _with_diversity(rows, prompts, self.encoders._dino_pictures(images))
 
+    def rank(self, subject: Subject, rows: list[Scores], images: list[Image.Image], count: int) -> None:
+        """No renderer knows these objects."""
+
+    def drift(
+        self, subject: Subject, prompts: list[tuple[Prompt, int]], images: list[Image.Image], before: list[Image.Image]
+    ) -> list[Scores]:
+        """How far pictures without the concept's words are from the frozen model's."""
+        return _drift(prompts, images, before)
+
 
 def judge_of(base: Any, data: Path) -> ToyboxJudge | PaperJudge:
     """Toybox's own judge for Toybox, the paper's encoders for all others."""
     return ToyboxJudge(data) if settings_of(base).name == "toybox" else PaperJudge(base)
+
+
+def _drift(prompts: list[tuple[Prompt, int]], images: list[Image.Image], before: list[Image.Image]) -> list[Scores]:
+    """Of whole pictures."""
+    return [
+        {"kind": prompt.kind, "prompt": prompt.text, "seed": seed, "drift": _short(_moved(a, b, torch.zeros(1, 1)))}
+        for (prompt, seed), a, b in zip(prompts, images, before, strict=True)
+    ]
+
+
+def _stands(masks: Tensor | None, index: int) -> Scores:
+    """Where the object stood in the frozen model's picture: how much of it it takes, and how far to a side it is."""
+    if masks is None or not masks[index].any():
+        return {}
+    return {"size before": _short(masks[index].mean()), "off before": _short(abs(_across(masks[index])))}
+
+
+def _across(mask: Tensor) -> float:
+    """The middle of a mask, in half pictures from the picture's middle; to the right is positive."""
+    line = (torch.arange(mask.shape[-1]) + 0.5) / mask.shape[-1] * 2 - 1
+    return float((mask.sum(-2) * line).sum() / mask.sum())
 
 
 def _with_diversity(rows: list[Scores], prompts: list[tuple[Prompt, int]], features: Tensor) -> list[Scores]:

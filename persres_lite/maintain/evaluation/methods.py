@@ -7,6 +7,7 @@ it was, bit for bit.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -27,6 +28,13 @@ from persres_lite.training import TrainingSet, _prepare, _training_scheduler, di
 
 PRIOR_SEED = 1_000_000  # of the class's pictures: far from those of the evaluation
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+LAYERS: dict[str, str] = {
+    "proj_out": r".*\.proj_out",
+    "keys and values of cross-attention": r".*\.attn2\.(to_k|to_v)",
+    "all of attention": r".*\.(to_q|to_k|to_v|to_out\.0)",
+    "attention, feed-forward and proj_out": r".*\.(to_q|to_k|to_v|to_out\.0|proj|ff\.net\.2|proj_out)",
+}
+"""Where a LoRA may be, as a pattern of module names."""
 
 
 @dataclass(frozen=True)
@@ -340,9 +348,19 @@ def _adapter(bench: Bench, method: str, concept: Concept, seed: int, recipe: Rec
     else:
         rank = _equal_rank(unet, residuals.num_parameters()) if "equal" in method else 4
         options = {"target_modules": list(ATTENTION), "r": rank, "lora_alpha": rank}
+    config = LoraConfig(**options, init_lora_weights="gaussian")
+    trained = _with_lora(bench, config, name, concept, seed, recipe, prior)
+    trained.residuals = name if method == "proj_out LoRA" else None
+    return trained
+
+
+def _with_lora(
+    bench: Bench, config: Any, name: str, concept: Concept, seed: int, recipe: Recipe, prior: Any
+) -> Trained:
+    base, unet = bench.base, bench.base.unet
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet.add_adapter(LoraConfig(**options, init_lora_weights="gaussian"), adapter_name=name)
+        unet.add_adapter(config, adapter_name=name)
     learned = [p for key, p in unet.named_parameters() if f".{name}." in key]
     with bench.adapter(name, 1.0):
         for parameter in learned:
@@ -353,12 +371,24 @@ def _adapter(bench: Bench, method: str, concept: Concept, seed: int, recipe: Rec
     return Trained(
         attached=lambda scale: bench.adapter(name, scale),
         parameters=sum(parameter.numel() for parameter in learned),
-        residuals=name if method == "proj_out LoRA" else None,
     )
 
 
-def _equal_rank(unet: Any, parameters: int) -> int:
-    """The rank with which a LoRA on all attention layers has about so many parameters."""
-    layers = [module for name, module in unet.named_modules() if name.endswith(ATTENTION)]
-    of_one = sum(sum(getattr(layer, "base_layer", layer).weight.shape) for layer in layers)
+def train_layers(bench: Bench, layers: str, concept: Concept, seed: int, recipe: Recipe) -> Trained:
+    """A PEFT LoRA on one of `LAYERS`, with about as many parameters as the residuals of the base's recipe."""
+    from peft import LoraConfig
+
+    unet, pattern = bench.base.unet, LAYERS[layers]
+    count = Residuals(bench.base, rank=settings_of(bench.base).recipe["rank"]).num_parameters()
+    rank = _equal_rank(unet, count, lambda name: re.fullmatch(pattern, name) is not None)
+    config = LoraConfig(target_modules=pattern, r=rank, lora_alpha=rank, init_lora_weights="gaussian")
+    return _with_lora(bench, config, f"layers-{concept.token}", concept, seed, recipe, None)
+
+
+def _equal_rank(
+    unet: Any, parameters: int, chosen: Callable[[str], bool] = lambda name: name.endswith(ATTENTION)
+) -> int:
+    """The rank with which a LoRA on the chosen layers, all of attention's, has about so many parameters."""
+    layers = [module for name, module in unet.named_modules() if chosen(name)]
+    of_one = sum(sum(getattr(layer, "base_layer", layer).weight.shape[:2]) for layer in layers)
     return max(1, round(parameters / of_one))

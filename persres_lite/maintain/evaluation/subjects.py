@@ -1,4 +1,4 @@
-"""What is learned and what is asked for: rendered toys with prompts of five types, or CustomConcept101's lists."""
+"""What is learned and what is asked for: rendered toys with prompts of six types, or CustomConcept101's lists."""
 
 from __future__ import annotations
 
@@ -21,13 +21,17 @@ from persres_lite.toybox.world import (
     PLACES,
     RARE_TOKENS,
     RESERVED,
+    SIDES,
     STYLES,
     Toy,
     random_toy,
     random_view,
+    with_article,
 )
 
-KINDS = ("place", "second object", "style", "changed property", "two concepts")
+KINDS = ("place", "second object", "style", "changed property", "off center", "two concepts")
+BESIDE = ("second object", "two concepts")
+"""Of `KINDS`: the concept stands in the left half, beside something else."""
 REFERENCES, HELD_OUT, OTHERS = 4, 2, 4
 PAPER_TOKENS = ("sks", "ktn")  # of Stable Diffusion's vocabulary
 
@@ -43,7 +47,7 @@ class Prompt:
     text : str
         With {0} for the concept's words, and {1} for those of its partner.
     asked : dict
-        What a judge should read: place, style, main, pair; under "partner" the partner's class.
+        What a judge should read: place, style, main, pair, side; under "partner" the partner's class.
     """
 
     kind: str
@@ -53,7 +57,7 @@ class Prompt:
     @property
     def left(self) -> bool:
         """Whether the concept stands in the left half, beside something else."""
-        return "{0} on the left" in self.text
+        return self.kind in BESIDE and "{0} on the left" in self.text
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,10 @@ class Subject:
         What it is.
     biased : bool
         Whether all references stand in one place.
+    yaws : tuple of float
+        How the toy is turned in each reference, in radians.
+    drift : list of Prompt
+        Prompts without the concept's words, which learning it should not touch: of its class, and of other things.
     """
 
     concept: Concept
@@ -84,6 +92,8 @@ class Subject:
     briefly: str | None = None
     toy: Toy | None = None
     biased: bool = False
+    yaws: tuple[float, ...] = ()
+    drift: list[Prompt] = field(default_factory=list)
 
 
 Item = tuple[str, Toy, str | None]
@@ -125,7 +135,7 @@ def toybox_pairs(count: int | None = None) -> list[Pair]:
     """
     pairs = toybox_toys()[: None if count is None else -(-count // 2)]
     tokens = [RARE_TOKENS[:2] if number % 2 else RARE_TOKENS[1::-1] for number in range(len(pairs))]
-    return _first([_toybox_pair(pair, words) for pair, words in zip(pairs, tokens, strict=True)], count)
+    return first([_toybox_pair(pair, words) for pair, words in zip(pairs, tokens, strict=True)], count)
 
 
 def search_pairs() -> list[Pair]:
@@ -146,7 +156,8 @@ def _toybox_subject(name: str, toy: Toy, place: str | None, token: str, partner:
     rng = random.Random(f"toybox-evaluation-{name}")
     count = REFERENCES + HELD_OUT
     places = [place] * count if place else rng.sample(PLACES, count)
-    seen = [draw(random_view(rng, (toy,), place=where), shipped.SIZE, 2) for where in places]
+    views = [random_view(rng, (toy,), place=where) for where in places]
+    seen = [draw(view, shipped.SIZE, 2) for view in views]
     others = [draw(random_view(rng, (random_toy(rng, toy.kind),)), shipped.SIZE, 2) for _ in range(OTHERS)]
 
     def concept(pictures: list, what: str) -> Concept:
@@ -165,11 +176,15 @@ def _toybox_subject(name: str, toy: Toy, place: str | None, token: str, partner:
         briefly=f"{toy.main} {toy.kind}",
         toy=toy,
         biased=place is not None,
+        yaws=tuple(view.toys[0].yaw for view in views[:REFERENCES]),
+        drift=_drift_prompts(name, toy),
     )
 
 
 def _toybox_prompts(rng: random.Random, toy: Toy, places: list[str], partner: Toy | None) -> list[Prompt]:
-    """Four places that no reference shows, and one prompt of each other type; of a pair the first has the last one."""
+    """Four places that no reference shows, both sides of the picture in two of them, and one prompt of each other type;
+    of a pair the first has the last one.
+    """
     prompts = [Prompt("place", f"a photo of a {{0}} {place}", {"place": place}) for place in rng.sample(places, 4)]
     place = rng.choice(places)
     other = rng.choice([kind for kind in CLASSES if kind != toy.kind])
@@ -179,10 +194,22 @@ def _toybox_prompts(rng: random.Random, toy: Toy, places: list[str], partner: To
     prompts.append(Prompt("second object", beside, {"pair": sorted((toy.kind, other))}))
     prompts.append(Prompt("style", f"a photo of a {{0}} {place} {style}", {"style": style}))
     prompts.append(Prompt("changed property", f"a photo of a {color} {{0}} {place}", {"main": color, "place": place}))
+    for side, where in zip(SIDES, rng.sample(places, 2), strict=True):
+        prompts.append(Prompt("off center", f"a photo of a {{0}} {side} {where}", {"place": where, "side": side}))
     if partner is not None:
         both = "a {0} on the left and a {1} on the right"
         asked = {"pair": sorted((toy.kind, partner.kind)), "partner": partner.kind}
         prompts.append(Prompt("two concepts", both, asked))
+    return prompts
+
+
+def _drift_prompts(name: str, toy: Toy) -> list[Prompt]:
+    """Two of the plain class, and two of other toys."""
+    rng = random.Random(f"toybox-drift-{name}")
+    prompts = [Prompt("class word", f"a photo of {with_article(toy.kind)} {place}") for place in rng.sample(PLACES, 2)]
+    for kind in rng.sample([each for each in CLASSES if each != toy.kind], 2):
+        thing = with_article(f"{rng.choice(list(COLORS))} {kind}")
+        prompts.append(Prompt("unrelated", f"a photo of {thing} {rng.choice(PLACES)}"))
     return prompts
 
 
@@ -215,7 +242,7 @@ def custom101_pairs(path: str | Path, count: int | None = None) -> list[Pair]:
         raise ValueError(
             f"{path} is no list of concepts as CustomConcept101 has it ({error}): give its dataset.json."
         ) from None
-    return _first(pairs, count)
+    return first(pairs, count)
 
 
 def _custom101_pair(folder: Path, entry: list[dict[str, str]]) -> Pair:
@@ -239,12 +266,19 @@ def _lines(path: Path) -> list[str]:
     return [line.strip().replace("{}", "{0}") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def _first(pairs: list[Pair], count: int | None) -> list[Pair]:
+def first(pairs: list[Pair], count: int | None) -> list[Pair]:
+    """The first so many concepts; None takes all. One that is left without its partner has no prompt for both."""
     if count is None:
         return pairs
     chosen: list[Pair] = []
     for pair in pairs:
         left = count - sum(map(len, chosen))
         if left > 0:
-            chosen.append(pair[:left])
+            kept = pair[:left]
+            if len(kept) < len(pair):
+                kept = tuple(
+                    replace(each, prompts=[prompt for prompt in each.prompts if prompt.kind != "two concepts"])
+                    for each in kept
+                )
+            chosen.append(kept)
     return chosen

@@ -14,13 +14,15 @@ import numpy as np
 
 from persres_lite.maintain import runs
 from persres_lite.maintain.evaluation.methods import RESIDUALS
-from persres_lite.maintain.evaluation.work import Plan, Row
+from persres_lite.maintain.evaluation.subjects import BESIDE
+from persres_lite.maintain.evaluation.work import DRIFT, Plan, Row
 from persres_lite.scores import Interval, bootstrap, gain_at_equal_leakage, on_ruler, paired
 from persres_lite.support.files import whole_file
 
 ROOT = Path(__file__).resolve().parents[3]
 SHARES = (
     "place",
+    "side",
     "style",
     "class",
     "main",
@@ -29,6 +31,7 @@ SHARES = (
     "accessory",
     "property asked for",
     "both objects",
+    "ranked first",
 )
 MEANS = (
     "identity",
@@ -39,7 +42,19 @@ MEANS = (
     "text gap",
     "diversity",
     "size",
+    "rank",
+    "yaw spread",
+    "yaw from references",
 )
+DRIFTS = ("drift, class word", "drift, unrelated")
+FAR, SMALL = 0.25, 0.15
+SCENES: dict[str, Callable[[dict[str, Any]], bool]] = {
+    f"off center (middle more than {FAR:g} of half a picture to a side)": lambda p: _alone(p) and p["off before"] > FAR,
+    f"small (less than {SMALL:g} of the picture)": lambda p: _alone(p) and p["size before"] < SMALL,
+    "large and central": lambda p: _alone(p) and p["off before"] <= FAR and p["size before"] >= SMALL,
+    "beside another": lambda p: p["kind"] in BESIDE,
+}
+"""By where the toy stands in the frozen model's picture: whether one of its pictures belongs there."""
 
 Groups = dict[str, dict[int | None, list[Any]]]
 
@@ -62,7 +77,13 @@ def values(rows: Iterable[Row], score: str, kind: str | None = None) -> Groups:
     return groups
 
 
-def against_curve(method: list[Row], curve: list[Row], zero: list[Row]) -> Groups:
+def _alone(picture: dict[str, Any]) -> bool:
+    return picture["kind"] not in BESIDE and "off before" in picture
+
+
+def against_curve(
+    method: list[Row], curve: list[Row], zero: list[Row], chosen: Callable[[dict[str, Any]], bool] = lambda _: True
+) -> Groups:
     """For `gain_at_equal_leakage`: of each picture the method's leakage and identity, and those of the scale curve.
 
     Parameters
@@ -73,6 +94,8 @@ def against_curve(method: list[Row], curve: list[Row], zero: list[Row]) -> Group
         The residual everywhere, at all scales.
     zero : list of row
         The frozen model with the concept's words, which is the curve at scale 0.
+    chosen : callable
+        Of a picture: whether it counts.
     """
     start = {row["concept"]: row for row in zero}
     scales = sorted({row["scale"] for row in curve})
@@ -91,7 +114,9 @@ def against_curve(method: list[Row], curve: list[Row], zero: list[Row]) -> Group
                 for point in points
                 for score in ("moved", "identity")
             ]
-            groups.setdefault(concept, {})[each] = np.array(columns, dtype=float).T.tolist()
+            counted = [chosen(picture) for picture in row["pictures"]]
+            if any(counted):
+                groups.setdefault(concept, {})[each] = np.array(columns, dtype=float).T[counted].tolist()
     return groups
 
 
@@ -102,12 +127,19 @@ def tables_of(rows: list[Row], draws: int = 2000) -> dict[str, Any]:
     -------
     dict
         "methods": scores at full strength by method; "curves": identity and leakage over the scale; "at equal leakage":
-        what each gains over the residual turned down as far; "LAG minus residual": by type of prompt; "ruler".
+        what each gains over the residual turned down as far, and "by scene" the same for ways of localizing, by where
+        the toy stands; "LAG minus residual": by type of prompt; "ruler".
     """
+    drifted, rows = [row for row in rows if row["way"] == DRIFT], [row for row in rows if row["way"] != DRIFT]
     full = _grouped(row for row in rows if row["scale"] in (0.0, 1.0))
     found: dict[str, Any] = {"methods": {}, "curves": {}, "at equal leakage": {}, "LAG minus residual": {}}
     for name, group in full.items():
         found["methods"][name] = _scores(group, draws) | _costs(group)
+    for name in dict.fromkeys(row["method"] for row in drifted):
+        for kind in ("class word", "unrelated"):
+            mean = _mean(values([row for row in drifted if row["method"] == name], "drift", kind), draws)
+            if mean is not None and name in found["methods"]:
+                found["methods"][name][f"drift, {kind}"] = mean
     found["ruler"] = {name: row["identity"]["mean"] for name, row in found["methods"].items() if "ruler" in name}
     floor, ceiling = (found["ruler"].get(f"ruler, {way}") for way in ("others of the class", "held-out references"))
     if floor is not None and ceiling is not None:
@@ -128,6 +160,10 @@ def tables_of(rows: list[Row], draws: int = 2000) -> dict[str, Any]:
             made = _whole(partial(_at_equal_leakage, group, curve_rows, zero, draws))
             if made is not None:
                 found["at equal leakage"][name] = made
+            for scene, chosen in SCENES.items() if name.startswith(f"{RESIDUALS} +") else ():
+                made = _whole(partial(_at_equal_leakage, group, curve_rows, zero, draws, chosen))
+                if made is not None:
+                    found.setdefault("by scene", {}).setdefault(name, {})[scene] = made
     lag, residual = full.get(f"{RESIDUALS} + LAG", []), full.get(RESIDUALS, [])
     drawn = {(row["concept"], row["training"]) for row in residual}
     lag = [row for row in lag if (row["concept"], row["training"]) in drawn]
@@ -149,25 +185,36 @@ def markdown(found: dict[str, Any], about: dict[str, str], plan: Plan) -> str:
     lines += ["## Protocol", "", *_protocol(plan), ""]
     lines += ["## Methods at full strength", ""]
     lines += ["Mean over concepts of means over trainings of means over pictures, and in brackets its 95 % interval."]
-    lines += ["On the ruler 0 is another toy of the class, 1 the held-out references.", ""]
-    columns = [name for name in MEANS if any(name in row for row in found["methods"].values())]
+    lines += [
+        "On the ruler 0 is another toy of the class, 1 the held-out references. Drift is how far pictures of prompts"
+    ]
+    lines += ["without the concept's words move; LAG leaves them alone.", ""]
+    columns = [name for name in (*MEANS, *DRIFTS) if any(name in row for row in found["methods"].values())]
     shares = [name for name in SHARES if any(name in row for row in found["methods"].values())]
     head = ["", *columns, "on the ruler", *shares, "parameters", "seconds", "peak, MB", "n"]
-    lines += _table(head, [_method_row(name, row, columns, shares) for name, row in found["methods"].items()])
+    lines += table(head, [_method_row(name, row, columns, shares) for name, row in found["methods"].items()])
     lines += ["", "## At equal leakage", ""]
     lines += ["Identity minus that of the plain residual, turned down until it moves the background as far.", ""]
     gains = [
         [name, _shown(row), f"{row['better_in']} of {row['concepts']}", _n(row)]
         for name, row in found["at equal leakage"].items()
     ]
-    lines += _table(["", "identity gained", "ahead in", "n"], gains)
+    lines += table(["", "identity gained", "ahead in", "n"], gains)
+    if "by scene" in found:
+        lines += ["", "## At equal leakage, by where the toy stands in the frozen model's picture", ""]
+        scenes = [scene for scene in SCENES if any(scene in row for row in found["by scene"].values())]
+        standing = [
+            [name, *(f"{_shown(row[scene])} ({row[scene]['pictures']})" if scene in row else "" for scene in scenes)]
+            for name, row in found["by scene"].items()
+        ]
+        lines += table(["identity gained (n pictures)", *scenes], standing)
     lines += ["", "## Over the strength", ""]
     scales = sorted({scale for curve in found["curves"].values() for scale in curve}, key=float)
     curves = [
         [name, *(f"{c[s]['identity']['mean']:.3f} / {c[s]['moved']['mean']:.3f}" if s in c else "" for s in scales)]
         for name, c in found["curves"].items()
     ]
-    lines += _table(["identity / moved", *scales], curves)
+    lines += table(["identity / moved", *scales], curves)
     if found["LAG minus residual"]:
         lines += ["", "## LAG minus residual, by type of prompt", ""]
         scores = list(dict.fromkeys(score for row in found["LAG minus residual"].values() for score in row))
@@ -175,7 +222,7 @@ def markdown(found: dict[str, Any], about: dict[str, str], plan: Plan) -> str:
             [kind, *(_shown(row[score]) if score in row else "" for score in scores)]
             for kind, row in found["LAG minus residual"].items()
         ]
-        lines += _table(["", *scores], by_kind)
+        lines += table(["", *scores], by_kind)
     return "\n".join([*lines, ""])
 
 
@@ -225,8 +272,8 @@ def _mean(groups: Groups, draws: int) -> dict[str, Any] | None:
     return _whole(lambda: bootstrap(groups, draws=draws))
 
 
-def _at_equal_leakage(group: list[Row], curve_rows: list[Row], zero: list[Row], draws: int) -> Interval:
-    return bootstrap(against_curve(group, curve_rows, zero), gain_at_equal_leakage, draws=draws)
+def _at_equal_leakage(group: list[Row], curve_rows: list[Row], zero: list[Row], draws: int, *chosen: Any) -> Interval:
+    return bootstrap(against_curve(group, curve_rows, zero, *chosen), gain_at_equal_leakage, draws=draws)
 
 
 def _paired(first: Groups, second: Groups, draws: int) -> Interval:
@@ -261,7 +308,7 @@ def _protocol(plan: Plan) -> list[str]:
         if name in plan.methods
     ]
     text = f"{plan.trainings} trainings a concept and method, {plan.seeds} pictures a prompt, seeds from 0."
-    return [text, "", *_table(["method", "steps", "batch", "rate", "pictures of the class"], rows)]
+    return [text, "", *table(["method", "steps", "batch", "rate", "pictures of the class"], rows)]
 
 
 def _plain(row: dict[str, Any]) -> str:
@@ -276,5 +323,6 @@ def _n(row: dict[str, Any]) -> str:
     return f"{row['concepts']} concepts, {row['trainings']} trainings, {row['pictures']} pictures"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of Markdown."""
     return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,17 +38,25 @@ class Frozen:
         Where the concept's words look in the first steps, the mean over blocks.
     where : tensor (pictures, h, w), optional
         Where a judge sees the object, as a mask.
+    drift : list of picture
+        One for each of the subject's prompts without its words, and seed.
     """
 
     images: list[Image.Image]
     early: Tensor
     where: Tensor | None = None
+    drift: list[Image.Image] = field(default_factory=list)
 
 
 def pictures_of(subject: Subject, seeds: Sequence[int]) -> list[tuple[Prompt, int]]:
     """Every prompt with every seed, in the order in which all methods draw them; those with a partner last."""
     ordered = sorted(subject.prompts, key=lambda prompt: prompt.kind == "two concepts")
     return [(prompt, seed) for prompt in ordered for seed in seeds]
+
+
+def drift_of(subject: Subject, seeds: Sequence[int]) -> list[tuple[Prompt, int]]:
+    """Every prompt without the concept's words, with every seed."""
+    return [(prompt, seed) for prompt in subject.drift for seed in seeds]
 
 
 def draw_all(
@@ -86,7 +94,8 @@ def draw_frozen(base: Any, subject: Subject, partner: Subject | None, seeds: Seq
         maps.extend(record.map(word, image=index) for index in range(len(record.prompts)))
 
     images = draw_all(base, pictures_of(subject, seeds), words_of(subject, partner), recording)
-    return Frozen(images, torch.stack(maps))
+    drift = draw_all(base, drift_of(subject, seeds), ("", ""), frozen_way)
+    return Frozen(images, torch.stack(maps), drift=drift)
 
 
 def words_of(subject: Subject, partner: Subject | None) -> tuple[str, str]:

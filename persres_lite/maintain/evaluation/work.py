@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from persres_lite.bases import settings_of
 from persres_lite.maintain.evaluation.judging import PaperJudge, ToyboxJudge
 from persres_lite.maintain.evaluation.methods import RESIDUALS, Bench, Recipe, Trained, train
 from persres_lite.maintain.evaluation.subjects import Pair
@@ -20,16 +22,21 @@ from persres_lite.maintain.evaluation.ways import (
     controls,
     draw_all,
     draw_frozen,
+    drift_of,
     everywhere,
     frozen_way,
     inside,
     pictures_of,
     words_of,
 )
+from persres_lite.residuals import fingerprint
 from persres_lite.support.files import whole_file
 
 Row = dict[str, Any]
 Key = tuple[str, int | None, str, str, float]
+
+DRIFT = "drift"
+"""The way of rows about prompts without the concept's words, with what was learned in force everywhere."""
 
 CLOCKS = ("seconds", "peak")
 """What differs from run to run; everything else in a row is the same on every machine of a kind."""
@@ -51,6 +58,10 @@ class Plan:
         Strengths at which every trained method is drawn.
     controls : tuple of str, optional
         Of `ways.controls`; None for all.
+    ranked : int
+        Pictures of each way at full strength that the renderer reads.
+    frozen : bool
+        Whether the frozen model gets rows of its own.
     """
 
     methods: tuple[str, ...]
@@ -59,6 +70,8 @@ class Plan:
     seeds: int = 2
     scales: tuple[float, ...] = SCALES
     controls: tuple[str, ...] | None = None
+    ranked: int = 0
+    frozen: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ class Unit:
 
 def units_of(pairs: Sequence[Pair], plan: Plan) -> list[Unit]:
     """All units, in a fixed order; training by training, so that a run that was cut short has all methods."""
-    found = [Unit(pair, None, None) for pair in pairs]
+    found = [Unit(pair, None, None) for pair in pairs] if plan.frozen else []
     for training in range(plan.trainings):
         found += [Unit(pair, method, training) for pair in pairs for method in plan.methods]
     return found
@@ -116,6 +129,16 @@ def keep_to(folder: Path, settings: dict[str, Any]) -> None:
         file.write_text(json.dumps(settings | {"recipes": recipes}, indent=1) + "\n")
 
 
+def weights_of(base: Any, data: Path) -> str:
+    """A sign of a base's weights; for Toybox of all of its files, since they may be trained further."""
+    if settings_of(base).name != "toybox":
+        return fingerprint(base.unet)
+    sign = hashlib.sha256()
+    for path in sorted((data / "toybox-sd").rglob("*.safetensors")):
+        sign.update(path.read_bytes())
+    return sign.hexdigest()[:16]
+
+
 def key_of(row: Row) -> Key:
     """What a row is of: concept, training, method, way, scale."""
     return row["concept"], row["training"], row["method"], row["way"], row["scale"]
@@ -129,14 +152,22 @@ def run(
     folder: Path,
     process: int = 0,
     processes: int = 1,
+    kept: dict[str, Frozen] | None = None,
 ) -> None:
-    """Do this process's share of what no row is there for yet."""
+    """Do this process's share of what no row is there for yet.
+
+    Parameters
+    ----------
+    kept : dict of str to Frozen, optional
+        What the frozen model draws, by concept, for several runs on the same few concepts; else it is forgotten as soon
+        as the next pair's turn comes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     done = {key_of(row) for row in rows_of(folder)}
     units = units_of(pairs, plan)[process::processes]
     path = folder / f"rows-{process}.jsonl"
     cut_off = path.exists() and not path.read_bytes().endswith(b"\n")
-    frozen: dict[str, Frozen] = {}
+    frozen = {} if kept is None else kept
     with (
         open(path, "a", encoding="utf-8") as file,
         tqdm(units, desc="evaluating", unit="unit", disable=process > 0) as bar,
@@ -144,6 +175,8 @@ def run(
         if cut_off:  # a run was killed in the middle of a line
             file.write("\n")
         for unit in bar:
+            for old in set(frozen) - {each.concept.name for each in unit.pair} if kept is None else ():
+                del frozen[old]
             bar.set_postfix_str(f"{unit.pair[0].concept.name}, {unit.method or 'frozen'}")
             for row in rows_of_unit(bench, judge, unit, plan, done, frozen):
                 file.write(json.dumps(row, sort_keys=True) + "\n")
@@ -173,8 +206,6 @@ def rows_of_unit(
     if unit.method is not None and unit.training is not None:
         recipe = plan.recipes[unit.method]
         trained = [train(bench, unit.method, each.concept, unit.training, recipe) for each in unit.pair]
-    for old in set(frozen) - {each.concept.name for each in unit.pair}:
-        del frozen[old]
     for index, subject in enumerate(unit.pair):
         name, partner = subject.concept.name, unit.pair[1 - index] if len(unit.pair) == 2 else None
         prompts = pictures_of(subject, range(plan.seeds))
@@ -190,12 +221,20 @@ def rows_of_unit(
                     }
         ways = _ways(bench.base, unit, index, trained, frozen[name], plan)
         for key in wanted[index]:
-            if key not in ways:
-                continue
-            words, context = ways[key]
-            images = draw_all(bench.base, prompts, words, context)
             row: Row = dict(zip(("concept", "training", "method", "way", "scale"), key, strict=True))
-            row |= {"biased": subject.biased, "pictures": judge.score(subject, prompts, images, frozen[name])}
+            if row["way"] == DRIFT:
+                asked = drift_of(subject, range(plan.seeds))
+                images = draw_all(bench.base, asked, ("", ""), everywhere(trained[index], None, 1.0))
+                scores = judge.drift(subject, asked, images, frozen[name].drift)
+            elif key in ways:
+                words, context = ways[key]
+                images = draw_all(bench.base, prompts, words, context)
+                scores = judge.score(subject, prompts, images, frozen[name])
+                if plan.ranked and row["scale"] in (0.0, 1.0):
+                    judge.rank(subject, scores, images, plan.ranked)
+            else:
+                continue
+            row |= {"biased": subject.biased, "pictures": scores}
             if trained:
                 one = trained[index]
                 row |= {"parameters": one.parameters, "seconds": round(one.seconds, 2), "peak": round(one.peak)}
@@ -247,6 +286,8 @@ def _keys(unit: Unit, index: int, plan: Plan) -> list[Key]:
         return keys
     ways = ["everywhere", *(["LAG"] if _localizes(unit.method) else [])]
     keys = [(name, unit.training, unit.method, way, scale) for way in ways for scale in plan.scales]
+    if subject.drift:
+        keys.append((name, unit.training, unit.method, DRIFT, 1.0))
     if unit.method == RESIDUALS:
         known = CONTROLS if plan.controls is None else plan.controls
         if subject.toy is None:  # nobody says where the object is
