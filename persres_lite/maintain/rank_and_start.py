@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"))
     args = parser.parse_args()
     base, judge = load_base("toybox"), Judge(args.data)
-    about = {"recipe": settings_of(base).recipe, "fingerprint": fingerprint(base.unet)}
+    about: dict[str, Any] = {"recipe": settings_of(base).recipe, "fingerprint": fingerprint(base.unet)}
     rows = known(args.data / "results" / f"{NAME}.json", about)
     done = {(row["concept"], row["start"], row["rank"], isinstance(row["rank"], int), row["seed"]) for row in rows}
     for name, init, rank, seed in tqdm(list(plan(about["recipe"])), desc="trainings"):

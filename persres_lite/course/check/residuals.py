@@ -99,7 +99,7 @@ def needed_rank(answer: Callable) -> str:
             "these are shares of the sum of the singular values; the norm sums their squares": first(values, share),
             "a position is counted from 0, a number of directions from 1": wanted - 1,
             "this is one direction more than needed": wanted + 1,
-            "these are the weakest directions: begin with the largest singular value": first(values.flip(0) ** 2, share),
+            "these are the weakest directions: begin with the strongest": first(values.flip(0) ** 2, share),
         }
         same(call(answer, matrix, share), wanted, f"the number for a share of {share}", mistakes=wrong)
     return "this number says how concentrated a change is. It does not say whether what is left out matters."

@@ -3,8 +3,8 @@ a state.
 
 Figures are made for half a page's width: few words, large letters, a caption that says what to see. A folder and not
 one file: `style` (the figure and its look), `pictures` (tables of pictures, maps and masks over them), `plots` (curves,
-bars, singular values), `diagram` (a U-Net drawn from its own structure, a low-rank residual to scale), `stills` (what an explorer shows, for readers
-who cannot move its sliders).
+bars, singular values), `diagram` (a U-Net drawn from its own structure, a low-rank residual to scale), `stills` (what
+an explorer shows, for readers who cannot move its sliders).
 """
 
 from persres_lite.course.figures.diagram import low_rank_diagram, unet_diagram
