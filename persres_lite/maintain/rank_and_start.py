@@ -111,7 +111,7 @@ def table(rows: list[Row], recipe: dict[str, Any]) -> str:
     ]
     for start, rank in dict.fromkeys((row["start"], row["rank"]) for row in rows):
         found = mean_and_spread(rows, start, rank)
-        cells = [f"{mean:.3f} ± {spread:.3f}" for mean, spread, _ in found.values()]
+        cells = [f"{mean:.3f} ± {spread:.3f}" if n > 1 else f"{mean:.3f}" for mean, spread, n in found.values()]
         number = next(iter(found.values()))[2]
         lines.append(f"| {start} | {_words(rank)} | {number} | " + " | ".join(cells) + " |")
     lines += ["", "Random start minus zero start, each pair with the same concept and seed:", ""]
