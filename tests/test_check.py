@@ -25,6 +25,11 @@ def _truncated(matrix, rank):
     return left[:, :rank], values[:rank, None] * right[:rank]
 
 
+def _needed_rank(matrix, share, power=2):
+    strengths = torch.linalg.svdvals(matrix) ** power
+    return int((strengths.cumsum(0) / strengths.sum() < share).sum()) + 1
+
+
 def _otsu(values):
     best, mask = -1.0, None
     for cut in values.unique()[:-1]:
@@ -84,6 +89,7 @@ RIGHT = {
     "parameter_count": lambda widths, fraction: sum(2 * w * round(w * fraction) for w in widths),
     "merge": lambda w, a, b, s: w + s * (a @ b)[:, :, None, None],
     "truncated": _truncated,
+    "needed_rank": _needed_rank,
     "factor_gradients": lambda g, a, b: (g @ b.T, a.T @ g),
     "loss": functional.mse_loss,
     "losses_by_noise_level": _by_level,
@@ -149,6 +155,9 @@ WRONG = [  # check, answer, a part of the sentence
     ("truncated", lambda w, r: _truncated(w, r)[0] @ _truncated(w, r)[1], "two tensors"),
     ("truncated", lambda w, r: (torch.linalg.svd(w)[0][:, :r], torch.linalg.svd(w).Vh[:r]), "values are missing"),
     ("truncated", lambda w, r: _truncated(w, r)[::-1], "shapes (6, 1) and (1, 6)"),
+    ("needed_rank", lambda w, share: _needed_rank(w, share, power=1), "sums their squares"),
+    ("needed_rank", lambda w, share: _needed_rank(w, share) - 1, "counted from 0"),
+    ("needed_rank", lambda w, share: _needed_rank(w, share) + 1, "more than needed"),
     ("factor_gradients", lambda g, a, b: (a.T @ g, g @ b.T), "A's shape"),
     ("factor_gradients", lambda g, a, b: (g.T @ b.T, a.T @ g), "G is transposed"),
     ("loss", lambda p, t: ((p - t) ** 2).sum(), "sum, not the mean"),

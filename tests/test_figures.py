@@ -164,6 +164,13 @@ def test_a_heat_table_is_red_below_zero_and_blue_above():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["place", "style"]
 
 
+def test_a_low_rank_residual_is_drawn_to_scale():
+    figure = figures.low_rank_diagram(64, 16)
+    boxes = {patch.get_gid(): (patch.get_width(), patch.get_height()) for patch in figure.axes[0].patches}
+    assert boxes == {"W": (2.0, 2.0), "A": (0.5, 2.0), "B": (2.0, 0.5)}
+    assert {"A\n64 × 16", "B\n16 × 64"} <= {*labels(figure)} and "rank 16" in figure.caption
+
+
 def test_singular_values_end_at_the_rank():
     generator = torch.Generator().manual_seed(0)
     product = torch.randn(12, 3, generator=generator) @ torch.randn(3, 12, generator=generator)

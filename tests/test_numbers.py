@@ -17,10 +17,6 @@ def results(name: str) -> dict:
     return json.loads((ROOT / "data" / "results" / f"{name}.json").read_text())
 
 
-def identity_under_lag(row: dict) -> float:
-    return row["LAG"]["identity"]
-
-
 def sentences() -> dict[str, list[str]]:
     """By file: what it must say, with the numbers of now."""
     drawn = {name: (f"{share:.2f}", count) for name, (share, count) in results("toybox")["pictures"].items()}
@@ -33,11 +29,6 @@ def sentences() -> dict[str, list[str]]:
     }
     rocket, snowman = rows["comet-rocket"], rows["garden-snowman"]
     shown = {way: rows["mean"][way]["place"] for way in ("residual", "LAG")}
-    search = results("toybox-search")
-    best = {
-        rank: max((row for label, row in search.items() if label.endswith(f"rank {rank}")), key=identity_under_lag)
-        for rank in (0.05, 0.25)
-    }
     kept = "all 80" if shown["LAG"] == 1 else f"{shown['LAG']:.2f} of them"
     return {
         "README.md": [
@@ -56,12 +47,6 @@ def sentences() -> dict[str, list[str]]:
         "notebooks/00_the_result_first.ipynb": [
             f"does so in {rocket['residual']['place']:.2f} of its pictures with the residual everywhere and in "
             + ("all" if rocket["LAG"]["place"] == 1 else f"{rocket['LAG']['place']:.2f}"),
-        ],
-        "notebooks/02_residual_injection.ipynb": [
-            f"identity {identity_under_lag(best[0.25]):.2f}, where the best with 5 % had "
-            f"{identity_under_lag(best[0.05]):.2f}",
-            f"the place asked for in {best[0.25]['residual']['place']:.2f} of the pictures, and with 5 % in "
-            f"{best[0.05]['residual']['place']:.2f}",
         ],
         "notebooks/04_cross_attention.ipynb": [
             "it showed both in {} of {} pictures (`data/results/toybox.md`)".format(*drawn["both of a pair"]),

@@ -84,6 +84,28 @@ def truncated(answer: Callable) -> str:
 
 
 @exercise
+def needed_rank(answer: Callable) -> str:
+    """``answer(dW, share)``: how many of the strongest directions hold at least `share` of dW's squared norm."""
+    left, _, right = torch.linalg.svd(random(6, 6))
+    values = torch.tensor([8.0, 2.0, 2.0, 2.0, 2.0, 1.0])
+    matrix = left * values @ right
+
+    def first(strengths: torch.Tensor, share: float) -> int:
+        return int((strengths.cumsum(0) / strengths.sum() < share).sum()) + 1
+
+    for share in (0.75, 0.86, 0.95):
+        wanted = first(values**2, share)
+        wrong = {
+            "these are shares of the sum of the singular values; the norm sums their squares": first(values, share),
+            "a position is counted from 0, a number of directions from 1": wanted - 1,
+            "this is one direction more than needed": wanted + 1,
+            "these are the weakest directions: begin with the strongest": first(values.flip(0) ** 2, share),
+        }
+        same(call(answer, matrix, share), wanted, f"the number for a share of {share}", mistakes=wrong)
+    return "this number says how concentrated a change is. It does not say whether what is left out matters."
+
+
+@exercise
 def factor_gradients(answer: Callable) -> str:
     """``answer(G, A, B)`` with G (m, m), the gradient with respect to dW = A B: the gradients (of A, of B)."""
     gradient = random(6, 6)

@@ -3,11 +3,11 @@ a state.
 
 Figures are made for half a page's width: few words, large letters, a caption that says what to see. A folder and not
 one file: `style` (the figure and its look), `pictures` (tables of pictures, maps and masks over them), `plots` (curves,
-bars, singular values), `diagram` (a U-Net drawn from its own structure), `stills` (what an explorer shows, for readers
-who cannot move its sliders).
+bars, singular values), `diagram` (a U-Net drawn from its own structure, a low-rank residual to scale), `stills` (what
+an explorer shows, for readers who cannot move its sliders).
 """
 
-from persres_lite.course.figures.diagram import unet_diagram
+from persres_lite.course.figures.diagram import low_rank_diagram, unet_diagram
 from persres_lite.course.figures.pictures import enlarge, grid, heat_picture, heats, outline_picture, outlines
 from persres_lite.course.figures.plots import bars, curves, heat_table, loss_by_noise_level, singular_values, tradeoff
 from persres_lite.course.figures.stills import map_table, mask_table, scale_table
@@ -23,6 +23,7 @@ __all__ = [
     "heat_table",
     "heats",
     "loss_by_noise_level",
+    "low_rank_diagram",
     "map_table",
     "mask_table",
     "outline_picture",

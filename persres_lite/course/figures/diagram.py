@@ -1,4 +1,6 @@
-"""A U-Net, drawn from its own structure: where the transformer blocks sit, and each one's output projection."""
+"""A U-Net, drawn from its own structure: where the transformer blocks sit, and each one's output projection; and what a
+residual adds to one of them.
+"""
 
 from __future__ import annotations
 
@@ -79,6 +81,34 @@ def unet_diagram(unet: Any, caption: str | None = None) -> Drawing:
     counted = ", ".join(f"{number} of width {width}" for width, number in sorted(widths.items()))
     said = f"{sum(widths.values())} output projections: {counted}. Dashed: what the left side hands to the right."
     return captioned(figure, caption or said)
+
+
+def low_rank_diagram(width: int, rank: int, caption: str | None = None) -> Drawing:
+    """Draw W + A B to scale: a frozen square of `width`, and two factors of `rank` that learn.
+
+    Parameters
+    ----------
+    width, rank : int
+        m and r: W is (m, m), A (m, r), B (r, m).
+    """
+    side, thin = 2.0, 2.0 * rank / width
+    figure = new_figure(5.5, 2.6)
+    axes = figure.subplots()
+    axes.set(xlim=(-0.1, 2 * side + thin + 1.5), ylim=(-0.75, side + 0.1), xticks=[], yticks=[], aspect="equal")
+    axes.spines[:].set_visible(False)
+    second = side + 0.6
+    third = second + thin + 0.6
+    for name, color, x, y, wide, high, size in (
+        ("W", RESIDUAL, 0.0, 0.0, side, side, f"{width} × {width}, frozen"),
+        ("A", COLORS[1], second, 0.0, thin, side, f"{width} × {rank}"),
+        ("B", COLORS[1], third, side - thin, side, thin, f"{rank} × {width}"),
+    ):
+        box = Rectangle((x, y), wide, high, facecolor=color, edgecolor="0.3", linewidth=0.8)
+        box.set_gid(name)
+        axes.add_patch(box)
+        axes.text(x + wide / 2, y - 0.12, f"{name}\n{size}", ha="center", va="top", fontsize=10)
+    axes.text(side + 0.3, side / 2, "+", ha="center", va="center", fontsize=16)
+    return captioned(figure, caption or f"To scale: a weight of width {width}, and a residual of rank {rank}.")
 
 
 def _parts(unet: Any, name: str, transformers: dict[str, int]) -> list[Part]:
