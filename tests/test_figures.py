@@ -154,6 +154,22 @@ def test_a_tradeoff_has_lines_and_points():
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["residual", "LAG"]
 
 
+def test_a_block_has_four_parts_and_four_skips():
+    figure = figures.block_diagram()
+    axes = figure.axes[0]
+    assert sum(patch.get_gid() == "part" for patch in axes.patches) == 4
+    assert sum(line.get_gid() == "skip" for line in axes.lines) == 4
+    assert {"cross-\nattention", "output\nprojection"} <= {text.get_text() for text in axes.texts}
+    assert "skip" in figure.caption
+
+
+def test_a_tradeoff_shows_pale_what_a_point_is_the_mean_of():
+    each = {"LAG": [(0.04, 0.6), (0.06, 0.8)]}
+    figure = figures.tradeoff({"residual": [(0.0, 0.5), (0.1, 0.7)]}, {"LAG": (0.05, 0.7)}, each=each)
+    (pale,) = figure.axes[0].collections
+    assert np.allclose(pale.get_offsets(), each["LAG"]) and pale.get_alpha() < 0.5
+
+
 def test_a_heat_table_is_red_below_zero_and_blue_above():
     figure = figures.heat_table({"place": {"identity": 0.02, "moved": -4.0}, "style": {"identity": -0.01}})
     axes = figure.axes[0]

@@ -27,7 +27,7 @@ def sentences() -> dict[str, list[str]]:
     mean = {
         way: {name: f"{value:.2f}" for name, value in rows["mean"][way].items()} for way in (first, "residual", "LAG")
     }
-    rocket, snowman = rows["comet-rocket"], rows["garden-snowman"]
+    snowman = rows["garden-snowman"]
     shown = {way: rows["mean"][way]["place"] for way in ("residual", "LAG")}
     kept = "all 80" if shown["LAG"] == 1 else f"{shown['LAG']:.2f} of them"
     return {
@@ -43,10 +43,6 @@ def sentences() -> dict[str, list[str]]:
             f"moves the background by {mean['residual']['background moved']} of the range on average, "
             f"LAG by {mean['LAG']['background moved']}",
             f"shown in {mean['residual']['place']} of the pictures with the residual and in {kept} with LAG",
-        ],
-        "notebooks/00_the_result_first.ipynb": [
-            f"does so in {rocket['residual']['place']:.2f} of its pictures with the residual everywhere and in "
-            + ("all" if rocket["LAG"]["place"] == 1 else f"{rocket['LAG']['place']:.2f}"),
         ],
         "notebooks/04_cross_attention.ipynb": [
             "it showed both in {} of {} pictures (`data/results/toybox.md`)".format(*drawn["both of a pair"]),

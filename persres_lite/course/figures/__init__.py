@@ -7,7 +7,7 @@ bars, singular values), `diagram` (a U-Net drawn from its own structure, a low-r
 an explorer shows, for readers who cannot move its sliders).
 """
 
-from persres_lite.course.figures.diagram import low_rank_diagram, unet_diagram
+from persres_lite.course.figures.diagram import block_diagram, low_rank_diagram, unet_diagram
 from persres_lite.course.figures.pictures import enlarge, grid, heat_picture, heats, outline_picture, outlines
 from persres_lite.course.figures.plots import bars, curves, heat_table, loss_by_noise_level, singular_values, tradeoff
 from persres_lite.course.figures.stills import map_table, mask_table, scale_table
@@ -16,6 +16,7 @@ from persres_lite.course.figures.style import Drawing
 __all__ = [
     "Drawing",
     "bars",
+    "block_diagram",
     "curves",
     "enlarge",
     "grid",

@@ -169,3 +169,50 @@ def _legend(axes, right: float, y: float) -> None:
         axes.text(x + 0.11, y + 0.04, letter, ha="center", va="center", fontsize=9)
         axes.text(x + 0.3 if letter else x + 0.16, y + 0.04, text, va="center", fontsize=9)
         x += right * (0.27 if letter == "R" else 0.42)
+
+
+def block_diagram(caption: str | None = None) -> Drawing:
+    """Draw one transformer block: two kinds of attention, the feed-forward part, the output projection, and the skips.
+
+    Parameters
+    ----------
+    caption : str, optional
+        By default, what the long arrow means for a small residual.
+    """
+    figure = new_figure(WIDTH, 2.5)
+    axes = figure.subplots()
+    axes.set(xlim=(-0.2, 8.3), ylim=(-1.3, 1.75), xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    plain = {"arrowstyle": "->", "color": "0.35", "shrinkA": 0, "shrinkB": 0}
+    words = ("self-\nattention", "cross-\nattention", "feed-\nforward", "output\nprojection")
+    axes.text(0, 0, "in", ha="center", va="center")
+    left = 0.2
+    for number, word in enumerate(words):
+        x = 0.75 + 1.85 * number
+        color = COLORS[1] if number == 3 else TRANSFORMER
+        shape = "round,pad=0,rounding_size=0.08"
+        box = FancyBboxPatch((x, -0.4), 1.1, 0.8, boxstyle=shape, facecolor=color, edgecolor="0.5", linewidth=0.7)
+        box.set_gid("part")
+        axes.add_patch(box)
+        axes.text(x + 0.55, 0, word, ha="center", va="center", fontsize=9.5, color="white" if number == 3 else "black")
+        axes.annotate("", (x, 0), (left, 0), arrowprops=plain)
+        plus = x + 1.35
+        axes.annotate("", (plus - 0.1, 0), (x + 1.1, 0), arrowprops=plain)
+        axes.text(plus, 0, "+", ha="center", va="center", fontsize=13)
+        start = x - 0.2 if number < 3 else 0.35
+        height = 0.65 if number < 3 else 1.25
+        skip = axes.plot([start, start, plus], [0, height, height], color="0.35", linewidth=1.8 if number == 3 else 0.9)
+        skip[0].set_gid("skip")
+        axes.annotate("", (plus, 0.14), (plus, height), arrowprops=plain)
+        left = plus + 0.1
+    axes.text(4, 1.3, "skip connection of the block", ha="center", va="bottom", fontsize=9.5, color="0.25")
+    axes.annotate("", (8.0, 0), (left, 0), arrowprops=plain)
+    axes.text(8.15, 0, "out", ha="center", va="center")
+    axes.annotate("", (3.15, -0.4), (3.15, -0.85), arrowprops=plain)
+    axes.text(3.15, -0.9, "text, one vector a token", ha="center", va="top", fontsize=9.5)
+    axes.text(6.85, -0.5, "W, and here A B", ha="center", va="top", fontsize=9.5, color=COLORS[1])
+    said = (
+        "One transformer block (normalization and input projection left out). The long skip carries the input past "
+        "everything: a small residual A B changes only what is added to it."
+    )
+    return captioned(figure, caption or said)

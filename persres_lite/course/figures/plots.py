@@ -146,6 +146,7 @@ def tradeoff(
     xlabel: str = "",
     ylabel: str = "",
     caption: str | None = None,
+    each: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> Drawing:
     """What is won against what it costs: lines through the strengths of a method, and single points beside them.
 
@@ -155,6 +156,8 @@ def tradeoff(
         By name, in the order of their strengths.
     points : dict of str to (x, y)
         By name.
+    each : dict of str to list of (x, y), optional
+        What a point is the mean of, by the point's name: drawn pale and small, behind it.
     """
     figure, axes = new_plot(height=3.4)
     styles = dict(zip([*curves, *points], looks([*curves, *points]), strict=True))
@@ -164,6 +167,8 @@ def tradeoff(
         axes.plot(x, y, color=color, linestyle=dash, label=name, marker=marker, markersize=4)
     for name, point in points.items():
         color, _, marker = styles[name]
+        if each and name in each:
+            axes.scatter(*zip(*each[name], strict=True), color=color, marker=marker, s=18, alpha=0.35, linewidths=0)
         axes.plot([point[0]], [point[1]], color=color, label=name, marker=marker, markersize=8, linestyle="")
     axes.set(xlabel=xlabel, ylabel=ylabel)
     _legend(axes)
