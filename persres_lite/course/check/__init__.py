@@ -35,10 +35,12 @@ from persres_lite.course.check.residuals import (
     factor_gradients,
     loss,
     losses_by_noise_level,
+    masked_loss,
     merge,
     parameter_count,
     residual_linear,
     smoothed,
+    stopping,
     truncated,
 )
 from persres_lite.course.check.scores import at_equal_leakage, diversity, grouped_mean, interval, on_ruler
@@ -62,6 +64,7 @@ __all__ = [
     "iou",
     "loss",
     "losses_by_noise_level",
+    "masked_loss",
     "median_mask",
     "merge",
     "on_ruler",
@@ -73,6 +76,7 @@ __all__ = [
     "residual_linear",
     "share",
     "smoothed",
+    "stopping",
     "timestep_of",
     "truncated",
     "v_target",
