@@ -64,6 +64,26 @@ class TrainingSet:
         return latents, None if self.weights is None else self.weights[which]
 
 
+def training_set(base: Any, concept: Concept, masks: bool = False) -> TrainingSet:
+    """A concept's pictures cut to squares and encoded, once: what `personalize` draws its batches from.
+
+    Parameters
+    ----------
+    base : pipeline
+        The pipeline from ``load_base``.
+    concept : Concept
+        The pictures; for prior preservation also those of a class, under another prompt.
+    masks : bool
+        Whether the set's ``weights`` are to say where the object is.
+
+    Raises
+    ------
+    ValueError
+        If there are no pictures, or masks are asked for and missing.
+    """
+    return _prepare(base, concept, settings_of(base).size, masks)[0]
+
+
 def diffusion_loss(
     unet: Any,
     scheduler: Any,

@@ -75,6 +75,16 @@ def _grouped(groups):
     return _mean([_mean([_mean(values) for values in trainings.values()]) for trainings in groups.values()])
 
 
+def _stopping(losses, patience):
+    best = 0
+    for number, value in enumerate(losses):
+        if value < losses[best]:
+            best = number
+        elif number - best >= patience:
+            break
+    return best
+
+
 RIGHT = {
     "passes": lambda steps, batch_size, photographs: steps * batch_size / photographs,
     "detail": _detail,
@@ -94,6 +104,8 @@ RIGHT = {
     "loss": functional.mse_loss,
     "losses_by_noise_level": _by_level,
     "smoothed": lambda x, width: x.unfold(0, width, 1).mean(-1),
+    "masked_loss": lambda p, t, w: (w * (p - t) ** 2).mean() / w.mean(),
+    "stopping": _stopping,
     "attention_map": _attention,
     "iou": lambda m, t: (m & t).sum() / (m | t).sum(),
     "best_cut": lambda a, t: max(_overlap(a >= level, t) for level in a.unique()),
@@ -163,7 +175,17 @@ WRONG = [  # check, answer, a part of the sentence
     ("loss", lambda p, t: ((p - t) ** 2).sum(), "sum, not the mean"),
     ("loss", lambda p, t: (p - t) ** 2, "one number"),
     ("losses_by_noise_level", lambda x, t, e: _by_level(x, t, e) * torch.tensor([1, 2, 2]), "sums, not means"),
+    ("losses_by_noise_level", lambda x, t, e: _by_level(x, t - 1e-3, e), "begins there"),
     ("smoothed", lambda x, width: x.unfold(0, width, 1).sum(-1), "sums"),
+    ("smoothed", lambda x, width: x.cumsum(0)[width - 1 :] / width, "has left the window"),
+    ("smoothed", lambda x, width: np.convolve(x, np.ones(width) / width, "same"), "as many means as losses"),
+    ("masked_loss", lambda p, t, w: (w * (p - t) ** 2).mean(), "small object"),
+    ("masked_loss", lambda p, t, w: (w * (p - t) ** 2).sum() / w.sum(), "several channels"),
+    ("masked_loss", lambda p, t, w: ((1 - w) * (p - t) ** 2).mean() / (1 - w).mean(), "background"),
+    ("masked_loss", lambda p, t, w: ((p - t) ** 2)[(w > 0.5).expand_as(p)].mean(), "as far as it is object"),
+    ("masked_loss", lambda p, t, w: ((w * (p - t)) ** 2).mean() / w.mean(), "the mask is squared"),
+    ("stopping", lambda losses, patience: int(np.argmin(losses)), "never made"),
+    ("stopping", lambda losses, patience: _stopping(losses, patience) + patience, "where the training ends"),
     ("attention_map", lambda q, k, tokens: _attention(q * 8**0.5, k, tokens), "square root of d_k"),
     ("attention_map", lambda q, k, tokens: _attention(q, k, tokens) / 2, "summed, not averaged"),
     ("iou", lambda m, t: (m & t).sum() / m.sum(), "size of the mask"),

@@ -178,10 +178,12 @@ LAYOUTS = {  # of the lessons that look into a layer or make noise by hand: one 
     "00-xl": ("00", "sdxl", ""),
     "01-xl": ("01", "sdxl", ""),  # two text encoders, an empty prompt of zeros
     "02-xl": ("02", "sdxl", ""),  # several layers under one projection, another sampler's noise
+    "03-xl": ("03", "sdxl", ""),
     "04-xl": ("04", "sdxl", ""),
     "05-xl": ("05", "sdxl", ""),
     "01-sd2-bf16": ("01", "sd2", IN_BF16),
     "02-sd2-bf16": ("02", "sd2", IN_BF16),  # linear projections, prediction of v, half precision
+    "03-sd2-bf16": ("03", "sd2", IN_BF16),
     "04-sd2-bf16": ("04", "sd2", IN_BF16),
 }
 

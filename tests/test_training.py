@@ -45,7 +45,7 @@ from persres_lite.bases import encode_images, encode_prompt, load_base
 from persres_lite.concepts import Concept
 from persres_lite.localize import localized
 from persres_lite.residuals import Residuals
-from persres_lite.training import Diverged, TrainingSet, diffusion_loss, personalize
+from persres_lite.training import Diverged, TrainingSet, diffusion_loss, personalize, training_set
 from tests.helpers import FAST, NO_CHECKER, img2img, make_concept, refiner, with_unet
 from tests.tiny import sample, tiny_pipeline
 
@@ -248,6 +248,14 @@ def test_no_graph_below_the_first_residual(sd1, concept):
 
 def _tensor(output):
     return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def test_a_training_set_is_what_personalize_draws_from(sd1, concept):
+    mean, std = encode_images(sd1, concept.images)
+    data = training_set(sd1, concept)
+    assert torch.equal(data.mean, mean) and torch.equal(data.std, std) and data.weights is None
+    with pytest.raises(ValueError, match="has none"):
+        training_set(sd1, replace(concept, masks=None), masks=True)
 
 
 def test_every_picture_is_drawn_equally_often():

@@ -155,7 +155,10 @@ def losses_by_noise_level(answer: Callable) -> str:
     timesteps, edges = torch.tensor([0, 100, 499, 500, 999]), [0, 100, 500, 1000]
     wrong = {
         "these are sums, not means": torch.tensor([1.0, 6.0, 24.0]),
-        "a step on an edge belongs to the bin that begins there": torch.tensor([1.5, 6.0, 16.0]),
+        "a step on an edge belongs to the bin that begins there": torch.tensor([2.0, 6.0, 16.0]),
+        "a step on an edge belongs to the bin that begins there, not to the one that ends": torch.tensor([1.5, 6, 16]),
+        "a step on an edge is counted twice: leave out the upper edge": torch.tensor([1.5, 14 / 3, 12.0]),
+        "these sums are divided by the number of all losses: divide by that of the bin": torch.tensor([0.2, 1.2, 4.8]),
     }
     same(call(answer, losses, timesteps, edges), torch.tensor([1.0, 3.0, 12.0]), "the mean of each bin", mistakes=wrong)
     return "the loss falls from step to step, but it differs far more from one noise level to the next."
@@ -165,12 +168,62 @@ def losses_by_noise_level(answer: Callable) -> str:
 def smoothed(answer: Callable) -> str:
     """``answer(losses, width)``: the mean of each `width` neighboring losses, as a tensor of n - width + 1 numbers."""
     losses = torch.tensor([1.0, 3.0, 5.0, 1.0, 2.0])
-    for width in (1, 2, 5):
-        right = losses.unfold(0, width, 1).mean(-1)
-        same(
-            call(answer, losses, width),
-            right,
-            f"the mean over {width}",
-            mistakes={"these are sums": right * width} if width > 1 else None,
-        )
+    for width in (2, 1, 5):
+        windows = losses.unfold(0, width, 1)
+        wrong = {
+            "these are sums": windows.sum(-1),
+            "a loss that has left the window still counts": losses.cumsum(0)[width - 1 :] / width,
+            "this is the median of each window": windows.median(-1).values,
+        }
+        found = call(answer, losses, width)
+        kept = width == 1 or getattr(found, "shape", None) != losses.shape
+        require(kept, "there are as many means as losses: keep only the windows that lie wholly inside.")
+        same(found, windows.mean(-1), f"the mean over {width}", mistakes=wrong if width == 2 else None)
     return "single losses jump with the noise level that was drawn; means show the trend."
+
+
+@exercise
+def masked_loss(answer: Callable) -> str:
+    """``answer(prediction, target, inside)`` with inside (b, 1, h, w): the weighted mean squared error, one number."""
+    prediction, target = random(3, 4, 5, 5), random(3, 4, 5, 5, seed=1)
+    square = (prediction - target) ** 2
+    hard = (random(3, 1, 5, 5, seed=2) > torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1)).float()
+    soft = hard * random(3, 1, 5, 5, seed=3).sigmoid()  # at an edge, a part of a position is object
+    for inside in (hard, soft):
+        marked, area = inside * square, inside.expand_as(square)
+        each = marked.sum((1, 2, 3)) / area.sum((1, 2, 3))
+        wrong = {
+            "the sum is divided by the number of all positions: a small object would count for little": marked.mean(),
+            "each position has several channels, and the mask counts it once": marked.sum() / inside.sum(),
+            "this is the background's loss": ((1 - inside) * square).sum() / (1 - area).sum(),
+            "this is a mean of the pictures' means: take one mean over the whole batch": each.mean(),
+            "the mask is not used": square.mean(),
+        }
+        if inside is soft:
+            wrong["a position counts as far as it is object, not wholly or not at all"] = square[area > 0.5].mean()
+            wrong["the mask is squared: multiply the squared error by it, not the error"] = (
+                inside**2 * square
+            ).sum() / area.sum()
+        found = call(answer, prediction, target, inside)
+        right = float(marked.sum() / area.sum())
+        same(found, right, "the loss", mistakes={sentence: float(value) for sentence, value in wrong.items()})
+    return "a weighted mean: the background may be whatever it likes."
+
+
+@exercise
+def stopping(answer: Callable) -> str:
+    """``answer(losses, patience)``: the number of the lowest loss before `patience` in a row brought no lower one."""
+    early = "the training has ended before this exam: it was never made"
+    last = "compare with the lowest loss so far, not the one before"
+    for losses, patience, right, wrong in (
+        ([3.0, 5.0, 4.0, 2.0, 4.0, 5.0, 1.0], 2, 0, {last: 3, early: 6}),
+        ([5.0, 4.0, 3.0, 3.5, 3.2, 2.0], 2, 2, {early: 5}),
+        ([5.0, 4.0, 3.0, 3.5, 3.2, 2.0], 3, 5, {}),
+        ([5.0, 3.0, 4.0, 2.0, 2.5, 1.0], 2, 5, {"only misses in a row count: a new lowest loss forgives them": 3}),
+        ([2.0, 2.0, 2.0, 1.0], 2, 0, {"an equal loss is no lower one": 3}),
+    ):
+        found = call(answer, list(losses), patience)
+        ends = min(right + patience, len(losses) - 1)
+        mistakes = {"this is where the training ends, and not the best exam until then": ends} | wrong
+        same(found, right, f"the exam to go back to in {losses} with a patience of {patience}", mistakes=mistakes)
+    return "the held-out loss decides, and only with what is known at that time."
