@@ -154,6 +154,32 @@ def test_a_tradeoff_has_lines_and_points():
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["residual", "LAG"]
 
 
+def test_a_tradeoff_shows_intervals_and_many_names_beside_the_axes():
+    points = {name: (0.1 * number, 0.5) for number, name in enumerate("abcdef")}
+    figure = figures.tradeoff({"residual": [(0, 0), (1, 1)]}, points, ranges={"b": ((0.0, 0.2), (0.4, 0.7))})
+    drawn = [each.get_segments()[0].tolist() for each in figure.axes[0].collections]
+    assert drawn == [[[0.0, 0.5], [0.2, 0.5]], [[0.1, 0.4], [0.1, 0.7]]]
+    assert len(figure.axes[0].get_legend().get_texts()) == 7
+
+
+def test_gains_stand_in_one_row_a_name_with_their_interval():
+    one, two = {"mean": 0.1, "low": 0.0, "high": 0.2}, {"mean": -0.1, "low": -0.3, "high": 0.1}
+    figure = figures.gains({"middle": {"LAG": one, "disc": two}, "side": {"disc": one}}, "identity gained")
+    middle, side = figure.axes
+    assert [text.get_text() for text in middle.get_yticklabels()] == ["LAG", "disc"]
+    assert [each.get_segments()[0].tolist() for each in side.collections] == [[[0.0, 1.0], [0.2, 1.0]]]
+    assert (middle.get_title(), side.get_title()) == ("middle", "side")
+    assert middle.lines[2].get_color() == side.lines[1].get_color(), "a way keeps its color"
+
+
+def test_a_mosaic_shows_every_number_on_one_scale():
+    figure = figures.mosaic([[0.0, 0.5], [1.0, 0.2]], ["down", "up"], "step", "covered", 0, 1)
+    assert shown(figure.axes[0]).tolist() == [[0.0, 0.5], [1.0, 0.2]]
+    assert figure.axes[0].images[0].get_clim() == (0, 1)
+    with pytest.raises(ValueError, match="3 rows are given for 2"):
+        figures.mosaic([[0.0], [1.0]], ["a", "b", "c"])
+
+
 def test_a_heat_table_is_red_below_zero_and_blue_above():
     figure = figures.heat_table({"place": {"identity": 0.02, "moved": -4.0}, "style": {"identity": -0.01}})
     axes = figure.axes[0]

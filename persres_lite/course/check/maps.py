@@ -179,6 +179,8 @@ def weights(answer: Callable) -> str:
             masks / masks.sum(0)
         ),
         "a single mask keeps its whole weight": masks / 2,
+        "where both masks are 1 the weights still sum to 2": masks,
+        "add up the concepts at each position, not the positions of a mask": masks / masks.sum((1, 2), keepdim=True),
     }
     same(call(answer, masks), right, "the weights", mistakes=wrong)
     return "where two concepts claim a position, each gets half."
