@@ -29,7 +29,7 @@ def sentences() -> dict[str, list[str]]:
     mean = {
         way: {name: f"{value:.2f}" for name, value in rows["mean"][way].items()} for way in (first, "residual", "LAG")
     }
-    rocket, snowman = rows["comet-rocket"], rows["garden-snowman"]
+    rocket = rows["comet-rocket"]
     shown = {way: rows["mean"][way]["place"] for way in ("residual", "LAG")}
     search = results("toybox-search")
     best = {
@@ -63,12 +63,6 @@ def sentences() -> dict[str, list[str]]:
         ],
         "notebooks/04_cross_attention.ipynb": [
             "it showed both in {} of {} pictures (`data/results/toybox.md`)".format(*drawn["both of a pair"]),
-        ],
-        "notebooks/05_localized_sampling.ipynb": [
-            f"whole picture {snowman['residual']['identity']:.2f} and, for LAG, {snowman['LAG']['identity']:.2f}",
-            f"over the ten concepts of that table, too ({mean['residual']['identity']} and {mean['LAG']['identity']})",
-            f"LAG kept {'every place' if shown['LAG'] == 1 else shown['LAG']} that was asked for, the residual "
-            f"{mean['residual']['place']} of them",
         ],
     }
 

@@ -60,7 +60,7 @@ CONCEPTS = (
 )
 """Biased and varied ones in turn; notebook 05's own first."""
 
-SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
+SCALES = (0.25, 0.5, 0.75, 1.0)
 KINDS = {"place": "in a new place", "side": "at a side", "pair": "beside another toy"}
 SCORES = ("identity", "moved", "place", "main", "second", "covers", "area")
 LOCALIZED = (
@@ -229,20 +229,24 @@ def units(concepts: Sequence[str], trainings: int) -> list[tuple[str, int]]:
     return first + [(name, training) for training in range(trainings) for name in concepts[1:]]
 
 
-def rows_of_concept(
-    base: Any, judge: Judge, name: str, training: int, residuals: Residuals, done: set, scenes: int | None = None
+def scorer_of(base: Any, judge: Judge, name: str, scenes: int | None = None) -> Scorer:
+    """What a concept's pictures are scored against: the frozen model's, of all its scenes or the first ones."""
+    concept, chosen = load_concept(name), scenes_of(name)[:scenes]
+    return Scorer(judge, concept, chosen, drawn(base, chosen, concept, nullcontext)[0])
+
+
+def rows_of_training(
+    base: Any, scorer: Scorer, name: str, training: int, residuals: Residuals, done: set
 ) -> Iterator[Row]:
     """A row for each way that is not done yet, and one for the frozen model."""
-    concept, chosen = load_concept(name), scenes_of(name)[:scenes]
-    frozen, _ = drawn(base, chosen, concept, nullcontext)
-    scorer = Scorer(judge, concept, chosen, frozen)
+    concept = load_concept(name)
     row: Row = {"concept": name, "training": None, "method": "frozen", "way": "original", "scale": 0.0}
     if key_of(row) not in done:
-        yield row | {"pictures": scorer.score(frozen)}
+        yield row | {"pictures": scorer.score(scorer.frozen)}
     for (way, scale), context in ways(base, residuals, concept, scorer.where).items():
         row = {"concept": name, "training": training, "method": "residuals", "way": way, "scale": scale}
         if key_of(row) not in done:
-            yield row | {"pictures": scorer.score(*drawn(base, chosen, concept, context))}
+            yield row | {"pictures": scorer.score(*drawn(base, scorer.scenes, concept, context))}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -256,16 +260,18 @@ def run(args: argparse.Namespace) -> None:
     about = {"weights": fingerprint(base.unet), "recipe": recipe, "sampling": settings.sampling}
     args.rows.mkdir(parents=True, exist_ok=True)
     keep_to(args.rows, {"made with": about})
+    scorers: dict[str, Scorer] = {}
     with open(args.rows / "rows-0.jsonl", "a", encoding="utf-8") as file:
         for name, training in units(args.concepts, args.trainings):
             rows = rows_of(args.rows)
-            done = {key_of(row) for row in rows}
-            if sum((row["concept"], row["training"]) == (name, training) for row in rows) == len(SCALES) + len(
-                LOCALIZED
-            ):
+            drawn_so_far = sum((row["concept"], row["training"]) == (name, training) for row in rows)
+            if drawn_so_far == len(SCALES) + len(LOCALIZED):
                 continue
+            done = {key_of(row) for row in rows}
             residuals = trained(base, name, training, args)
-            for row in rows_of_concept(base, judge, name, training, residuals, done, args.scenes):
+            if name not in scorers:
+                scorers[name] = scorer_of(base, judge, name, args.scenes)
+            for row in rows_of_training(base, scorers[name], name, training, residuals, done):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
             print(f"{name}, training {training}", flush=True)
