@@ -63,6 +63,12 @@ def test_a_way_of_sampling_looks_the_same_in_every_figure():
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 3
 
 
+def test_variants_of_a_way_share_its_color_and_differ_otherwise():
+    figure = figures.tradeoff({}, dict.fromkeys(("disc, half", "disc, quarter", "LAG", "LAG, Otsu"), (0, 0)))
+    looks = [(line.get_color(), line.get_marker()) for line in figure.axes[0].lines]
+    assert looks[0][0] == looks[1][0] and looks[2][0] == looks[3][0] and len(set(looks)) == 4
+
+
 def test_small_pictures_are_enlarged_by_a_whole_factor_and_keep_their_colors():
     half = Image.new("RGB", (64, 64), "red")
     half.paste((0, 0, 255), (32, 0, 64, 64))

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.ticker import MaxNLocator
 
 from persres_lite.course.figures.style import STYLE, Drawing, as_array, captioned, fits, looks, new_figure, new_plot
 
@@ -240,6 +241,7 @@ def mosaic(
     figure, axes = new_plot(width=6.2, height=1.3 + 0.24 * len(table))
     shown = axes.imshow(table, cmap="viridis", vmin=low, vmax=high, aspect="auto", interpolation="none")
     axes.set_yticks(range(len(table)), list(rows))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel=xlabel)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
