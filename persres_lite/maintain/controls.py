@@ -22,6 +22,7 @@ import argparse
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -292,6 +293,18 @@ def trained(base: Any, name: str, training: int, args: argparse.Namespace) -> Re
     return residuals
 
 
+def whole(rows: list[Row]) -> list[Row]:
+    """Without trainings that a run left half done: every way is then of the same pictures."""
+    drawn_of = Counter((row["concept"], row["training"]) for row in rows if row["training"] is not None)
+    done = {each for each, count in drawn_of.items() if count == len(SCALES) + len(LOCALIZED)}
+    concepts = {concept for concept, _ in done}
+    return [
+        row
+        for row in rows
+        if (row["concept"], row["training"]) in done or (row["training"] is None and row["concept"] in concepts)
+    ]
+
+
 def label(row: Row) -> str:
     """What a table calls a row."""
     return f"residual, scale {row['scale']:g}" if row["way"] == "residual" else row["way"]
@@ -384,7 +397,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.what == "run":
         run(args)
-    write(rows_of(args.rows), args.out, args.draws)
+    write(whole(rows_of(args.rows)), args.out, args.draws)
     print(f"{args.out}.md")
 
 
