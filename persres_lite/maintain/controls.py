@@ -372,7 +372,7 @@ def write(rows: list[Row], out: Path, draws: int = 2000) -> None:
         if row["training"] is not None:
             trainings.setdefault(row["concept"], set()).add(row["training"])
     command = "python -m persres_lite.maintain.controls"
-    about = {"command": command, "commit": commit(), "machine": runs.machine()}
+    about: dict[str, Any] = {"command": command, "commit": commit(), "machine": runs.machine()}
     about["trainings"] = {name: len(numbers) for name, numbers in trainings.items()}
     found = tables_of(rows, draws)
     with whole_file(out.with_suffix(".json")) as file:
