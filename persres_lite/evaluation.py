@@ -305,7 +305,7 @@ def compare(
     seeds: Sequence[int] = (0, 1),
     *,
     prompts: Sequence[str] | None = None,
-    ways: Mapping[str, Way] | None = None,
+    ways: Mapping[str, Way | None] | None = None,
     scale: float = 1.0,
     lag: Mapping[str, Any] | None = None,
     batch_size: int | None = None,
@@ -329,7 +329,7 @@ def compare(
     prompts : list of str, optional
         Whole prompts, instead of `places`.
     ways : dict of str to callable, optional
-        Further ways: each opens a context in which the pipeline draws.
+        Further ways: each opens a context in which the pipeline draws. None leaves out a usual way of that name.
     scale : float
         Strength of the residual, everywhere and with LAG.
     lag : dict, optional
@@ -362,7 +362,8 @@ def compare(
     each = [(prompt, seed) for prompt in prompts for seed in seeds]
     if not each:
         raise ValueError("There is nothing to draw: give at least one place or prompt, and one seed.")
-    opened = usual_ways(base, residuals, concept, scale=scale, lag=lag) | dict(ways or {})
+    named = {**usual_ways(base, residuals, concept, scale=scale, lag=lag), **(ways or {})}
+    opened = {name: way for name, way in named.items() if way is not None}
     options = settings.sampling | sampling
     size = batch_size or settings.images_per_prompt
     pictures: dict[str, list[Image.Image]] = {}

@@ -302,6 +302,11 @@ def test_ways_differ_where_the_residual_is_not_zero(tiny):
     assert made.pictures["LAG"] not in (made.pictures["original"], made.pictures["residual"])
 
 
+def test_a_usual_way_can_be_left_out(tiny):
+    made = drawn(tiny, random_residuals(tiny), ways={"LAG": None, "residual": None})
+    assert list(made.pictures) == ["original"] and not made.masks
+
+
 def test_a_comparison_draws_and_scores_itself(tiny, judges):
     concept = make_concept()
     made = compare(

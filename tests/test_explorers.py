@@ -59,6 +59,9 @@ def test_masks_follow_rule_and_option_and_are_scored():
     truth = Image.fromarray((np.kron(attention.numpy() > 0, np.ones((8, 8))) * 255).astype(np.uint8))
     explorer = explorers.masks(PICTURE, attention, truth)
     assert list(explorer.controls["rule"].options) == list(RULES)
+    opened = explorer.pixels
+    explorer.controls["amount"].value = 1.0
+    assert not np.array_equal(explorer.pixels, opened), "the slider serves the rule that it opens on"
     explorer.controls["rule"].value = "threshold"
     explorer.controls["amount"].value = 0.5
     half, said = explorer.pixels, explorer.note.value
@@ -72,6 +75,7 @@ def test_masks_follow_rule_and_option_and_are_scored():
 
 def test_masks_without_truth_give_no_score():
     explorer = explorers.masks(PICTURE, torch.rand(8, 8))
+    explorer.controls["rule"].value = "median"
     assert "<b>median</b>, no option: 50% of the picture" in explorer.note.value
     assert "IoU" not in explorer.note.value
 

@@ -63,6 +63,12 @@ def test_a_way_of_sampling_looks_the_same_in_every_figure():
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 3
 
 
+def test_variants_of_a_way_share_its_color_and_differ_otherwise():
+    figure = figures.tradeoff({}, dict.fromkeys(("disc, half", "disc, quarter", "LAG", "LAG, Otsu"), (0, 0)))
+    looks = [(line.get_color(), line.get_marker()) for line in figure.axes[0].lines]
+    assert looks[0][0] == looks[1][0] and looks[2][0] == looks[3][0] and len(set(looks)) == 4
+
+
 def test_small_pictures_are_enlarged_by_a_whole_factor_and_keep_their_colors():
     half = Image.new("RGB", (64, 64), "red")
     half.paste((0, 0, 255), (32, 0, 64, 64))
@@ -168,6 +174,32 @@ def test_a_tradeoff_shows_pale_what_a_point_is_the_mean_of():
     figure = figures.tradeoff({"residual": [(0.0, 0.5), (0.1, 0.7)]}, {"LAG": (0.05, 0.7)}, each=each)
     (pale,) = figure.axes[0].collections
     assert np.allclose(pale.get_offsets(), each["LAG"]) and pale.get_alpha() < 0.5
+
+
+def test_a_tradeoff_shows_intervals_and_many_names_beside_the_axes():
+    points = {name: (0.1 * number, 0.5) for number, name in enumerate("abcdef")}
+    figure = figures.tradeoff({"residual": [(0, 0), (1, 1)]}, points, ranges={"b": ((0.0, 0.2), (0.4, 0.7))})
+    drawn = [each.get_segments()[0].tolist() for each in figure.axes[0].collections]
+    assert drawn == [[[0.0, 0.5], [0.2, 0.5]], [[0.1, 0.4], [0.1, 0.7]]]
+    assert len(figure.axes[0].get_legend().get_texts()) == 7
+
+
+def test_gains_stand_in_one_row_a_name_with_their_interval():
+    one, two = {"mean": 0.1, "low": 0.0, "high": 0.2}, {"mean": -0.1, "low": -0.3, "high": 0.1}
+    figure = figures.gains({"middle": {"LAG": one, "disc": two}, "side": {"disc": one}}, "identity gained")
+    middle, side = figure.axes
+    assert [text.get_text() for text in middle.get_yticklabels()] == ["LAG", "disc"]
+    assert [each.get_segments()[0].tolist() for each in side.collections] == [[[0.0, 1.0], [0.2, 1.0]]]
+    assert (middle.get_title(), side.get_title()) == ("middle", "side")
+    assert middle.lines[2].get_color() == side.lines[1].get_color(), "a way keeps its color"
+
+
+def test_a_mosaic_shows_every_number_on_one_scale():
+    figure = figures.mosaic([[0.0, 0.5], [1.0, 0.2]], ["down", "up"], "step", "covered", 0, 1)
+    assert shown(figure.axes[0]).tolist() == [[0.0, 0.5], [1.0, 0.2]]
+    assert figure.axes[0].images[0].get_clim() == (0, 1)
+    with pytest.raises(ValueError, match="3 rows are given for 2"):
+        figures.mosaic([[0.0], [1.0]], ["a", "b", "c"])
 
 
 def test_a_heat_table_is_red_below_zero_and_blue_above():

@@ -120,8 +120,10 @@ def masks(picture: Image.Image, attention: torch.Tensor, truth: Any = None) -> E
     return Explorer(
         draw,
         {
-            "rule": widgets.Dropdown(options=list(RULES), description="rule"),
-            "amount": widgets.FloatSlider(value=0.5, min=0, max=1, step=0.05, description="its option"),
+            "rule": widgets.Dropdown(
+                options=list(RULES), value="quantile", description="rule"
+            ),  # its slider moves at once
+            "amount": widgets.FloatSlider(value=0.75, min=0, max=1, step=0.05, description="its option"),
         },
     )
 

@@ -87,6 +87,10 @@ def median_mask(answer: Callable) -> str:
         "every map of the batch has its own median": (maps > maps.median()).float(),
         "this is the mean, not the median": (maps > flat.mean(1)[:, None, None]).float(),
         "the mask is 1 where the map is high, not where it is low": 1 - right,
+        "1 belongs above the median: the comparison is the other way round": (
+            maps < flat.median(1).values[:, None, None]
+        ).float(),
+        "a position at the median itself stays outside": (maps >= flat.median(1).values[:, None, None]).float(),
     }
     same(call(answer, maps), right, "the mask", mistakes=wrong)
     even = torch.tensor([[[1.0, 2.0], [2.0, 3.0]]])  # two positions have the median's value
@@ -162,10 +166,11 @@ def blend(answer: Callable) -> str:
         "outside the mask f remains, not zero": mask[:, None] * changed,
     }
     same(call(answer, original, changed, mask), right, "the blend", mistakes=wrong)
-    half = torch.full_like(mask, 0.5)
-    same(
-        call(answer, original, changed, half), (original + changed) / 2, "the blend with a mask of one half everywhere"
-    )
+    soft = "a mask may lie between 0 and 1: multiply by it instead of cutting it at one half"
+    half, also = torch.full_like(mask, 0.5), f"{soft} or above"
+    wrong = {soft: original, also: changed}
+    what = "the blend with a mask of one half everywhere"
+    same(call(answer, original, changed, half), (original + changed) / 2, what, mistakes=wrong)
     return "mask 0 is the original model, mask 1 the plain residual, and nothing is computed twice."
 
 
@@ -179,8 +184,10 @@ def weights(answer: Callable) -> str:
             masks / masks.sum(0)
         ),
         "a single mask keeps its whole weight": masks / 2,
+        "where both masks are 1 the weights still sum to 2": masks,
+        "add up the concepts at each position, not the positions of a mask": masks / masks.sum((1, 2), keepdim=True),
     }
-    same(call(answer, masks), right, "the weights", mistakes=wrong)
+    same(call(answer, masks), right, "what your function returns", mistakes=wrong)
     return "where two concepts claim a position, each gets half."
 
 

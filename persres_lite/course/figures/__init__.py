@@ -9,7 +9,16 @@ an explorer shows, for readers who cannot move its sliders).
 
 from persres_lite.course.figures.diagram import block_diagram, low_rank_diagram, unet_diagram
 from persres_lite.course.figures.pictures import enlarge, grid, heat_picture, heats, outline_picture, outlines
-from persres_lite.course.figures.plots import bars, curves, heat_table, loss_by_noise_level, singular_values, tradeoff
+from persres_lite.course.figures.plots import (
+    bars,
+    curves,
+    gains,
+    heat_table,
+    loss_by_noise_level,
+    mosaic,
+    singular_values,
+    tradeoff,
+)
 from persres_lite.course.figures.stills import map_table, mask_table, scale_table
 from persres_lite.course.figures.style import Drawing
 
@@ -19,6 +28,7 @@ __all__ = [
     "block_diagram",
     "curves",
     "enlarge",
+    "gains",
     "grid",
     "heat_picture",
     "heat_table",
@@ -27,6 +37,7 @@ __all__ = [
     "low_rank_diagram",
     "map_table",
     "mask_table",
+    "mosaic",
     "outline_picture",
     "outlines",
     "scale_table",
