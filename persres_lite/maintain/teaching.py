@@ -134,12 +134,10 @@ QUESTIONS = 1
 """Of a lesson's questions to predict, so many get a slide; the others stay in the notebook."""
 
 Rule = Callable[[NotebookNode], Iterator[Slide]]
-RULES: tuple[tuple[str, Rule], ...] = tuple(
-    (number, rule) for number in MINUTES for rule in (aim, equation, results)
-)
+RULES: tuple[tuple[str, Rule], ...] = tuple((number, rule) for number in MINUTES for rule in (aim, equation, results))
 """Which slides a lesson gives, in order: (its number, a function of the notebook)."""
 
-MOST = {"00": 8, "01": 8, "02": 7, "03": 8, "04": 8, "05": 11, "06": 8, "07": 6}
+MOST = {"00": 6, "01": 5, "02": 5, "03": 6, "04": 6, "05": 8, "06": 5, "07": 3}
 """Slides a lesson may have beside its opening and its equation; of more, some in between are left out."""
 
 
@@ -222,7 +220,9 @@ def drawn_equation(latex: str, display: bool = False) -> str:
     data = base64.b64encode(buffer.getvalue()).decode()
     height = int.from_bytes(buffer.getvalue()[20:24], "big") / 300 * 72 / 10  # in the font's size
     style = f"height:{height:.2f}em" + ("" if display else f";vertical-align:-{depth / 10 * 72 / 300:.2f}em")
-    image = f'<img class="equation" style="{style}" src="data:image/png;base64,{data}" alt="{html.escape(latex.strip())}">'
+    image = (
+        f'<img class="equation" style="{style}" src="data:image/png;base64,{data}" alt="{html.escape(latex.strip())}">'
+    )
     return f'<span class="display">{image}</span>' if display else image
 
 
@@ -238,6 +238,7 @@ MATHTEXT = {
     r"\tfrac": r"\frac",
     r"\dfrac": r"\frac",
     r"\le ": r"\leq ",
+    r"\mathcal N": r"\mathcal{N}",
     r"\mathbb{1}": r"\mathbf{1}",
 }
 """What matplotlib's own LaTeX does not know, and what it knows in its place."""
