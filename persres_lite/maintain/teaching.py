@@ -106,7 +106,7 @@ def equation(notebook: NotebookNode) -> Iterator[Slide]:
 
 
 def results(notebook: NotebookNode) -> Iterator[Slide]:
-    """In reading order: figures, questions to predict, exercises as "your turn", and whatever a cell's metadata asks."""
+    """In reading order: figures, questions to predict, exercises as "your turn", and what a cell's metadata ask for."""
     heading, asked = _title(notebook), 0
     for cell in notebook.cells[2:]:
         wish = cell.metadata.get("persres", {}).get("slide")
@@ -290,7 +290,8 @@ h2 { margin: 0 0 2.5vh; font-size: 1.5em; line-height: 1.2; color: #0072b2 }
 .body { flex: 1; min-height: 0; overflow: auto }
 .body:has(> .figure) { display: flex; flex-direction: column; align-items: center; justify-content: center }
 .figure { min-height: 0; max-width: 100%; width: 100%; height: 100%; object-fit: contain }
-.display { display: block; text-align: center; margin: 2vh 0 }
+.display { display: block; text-align: center; margin: 4vh 0; font-size: 1.5em }
+.turn .body { font-size: 1.15em }
 .equation { max-width: 100% }
 code, pre { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .9em }
 table { border-collapse: collapse }
