@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from matplotlib.colors import to_hex
 from PIL import Image
 
 from persres_lite.attention import AttentionRecord
 from persres_lite.course import figures
 from persres_lite.course.figures.diagram import unet_parts
 from persres_lite.course.figures.stills import short_name, spread
+from persres_lite.course.figures.style import WAYS
 from persres_lite.masks import RULES
 from persres_lite.residuals import find_proj_outs
 from tests.tiny import tiny_unet
@@ -150,6 +152,11 @@ def test_bars_show_means_values_and_a_reference():
     assert [patch.get_height() for patch in axes.patches] == pytest.approx([0.2, 0.5])
     assert sorted(axes.collections[0].get_offsets()[:, 1].tolist()) == pytest.approx([0.1, 0.3])
     assert {"0.2", "0.5"} <= set(labels(figure)) and axes.lines[0].get_ydata()[0] == 0.25
+
+
+def test_repeats_of_one_way_share_its_color():
+    figure = figures.bars({"training 0": 0.1, "training 1": 0.2}, way="residual")
+    assert {to_hex(patch.get_facecolor()) for patch in figure.axes[0].patches} == {WAYS["residual"][0]}
 
 
 def test_a_tradeoff_has_lines_and_points():

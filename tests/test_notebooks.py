@@ -129,6 +129,11 @@ def test_it_has_three_exercises_of_its_own_number(path):
 
 
 @each
+def test_every_exercise_is_proved(path):
+    assert [lack for found in exercises.exercises(read(path)) for lack in exercises.unproven(found)] == []
+
+
+@each
 def test_it_has_a_widget_with_its_still_twin(path):
     sources = "\n".join(cell.source for cell in code(path))
     assert "explorers." in sources

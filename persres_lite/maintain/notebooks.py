@@ -1,9 +1,13 @@
-"""Keep the notebooks whole: stamp the public address, run them in place, make the table, check the links.
+"""Keep the notebooks whole: stamp the public address, run them in place, make the table, check the links;
+and make from them what a lecturer needs.
 
 python -m persres_lite.maintain.notebooks stamp            badges, first code cells and the README's links
 python -m persres_lite.maintain.notebooks run [NAME ...]   run in place in fresh kernels, save outputs and measurements
 python -m persres_lite.maintain.notebooks solve [NAME ...] try every solution and every wrong answer of the exercises
 python -m persres_lite.maintain.notebooks table            the README's table of notebooks
+python -m persres_lite.maintain.notebooks student [NAME ...] build/student: without solutions and outputs
+python -m persres_lite.maintain.notebooks answers          build/answers.md: the answer key of all exercises
+python -m persres_lite.maintain.notebooks slides           build/slides.html: 90 minutes, in one file without a network
 python -m persres_lite.maintain.notebooks links            relative links, anchors and badges, offline
 python -m persres_lite.maintain.notebooks                  only say what is not as these commands would leave it
 """
@@ -20,7 +24,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from persres_lite.maintain import exercises, links, runs
+from persres_lite.maintain import exercises, links, runs, teaching
 from persres_lite.support.files import whole_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,11 +164,28 @@ def table_file(root: Path = ROOT) -> dict[Path, str]:
     return {readme: runs.between(readme.read_text(encoding="utf-8"), "notebooks", rows)}
 
 
+def teaching_files(kind: str, root: Path = ROOT, names: list[str] | None = None) -> dict[Path, str]:
+    """What `student`, `answers` or `slides` writes below ``build``."""
+    read_ones = {path: read(path) for path in notebook_paths(root, names)}
+    if kind == "student":
+        return {
+            root / "build" / "student" / path.name: nbformat.writes(teaching.student(each)) + "\n"
+            for path, each in read_ones.items()
+        }
+    if kind == "answers":
+        return {root / "build" / "answers.md": teaching.answer_key(list(read_ones.values()))}
+    by_number = {path.name[:2]: each for path, each in read_ones.items()}
+    return {root / "build" / "slides.html": teaching.page(teaching.slides(by_number))}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Carry out one command; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "command", nargs="?", default="check", choices=["check", "stamp", "run", "solve", "table", "links"]
+        "command",
+        nargs="?",
+        default="check",
+        choices=["check", "stamp", "run", "solve", "table", "student", "answers", "slides", "links"],
     )
     parser.add_argument("names", nargs="*", help="only these notebooks, by the beginning of their names: 00 04")
     options = parser.parse_args(arguments)
@@ -173,6 +194,11 @@ def main(arguments: list[str] | None = None) -> int:
         return sum(_run(path) if options.command == "run" else _solve(path) for path in _counted(chosen)) and 1
     if options.command in ("stamp", "table"):
         for path, text in (stamp_files(ROOT) if options.command == "stamp" else table_file(ROOT)).items():
+            print(f"{'written  ' if write(path, text) else 'unchanged'} {path.relative_to(ROOT)}")
+        return 0
+    if options.command in ("student", "answers", "slides"):
+        for path, text in teaching_files(options.command, ROOT, options.names).items():
+            path.parent.mkdir(parents=True, exist_ok=True)
             print(f"{'written  ' if write(path, text) else 'unchanged'} {path.relative_to(ROOT)}")
         return 0
     problems = links.broken(ROOT, public_address(ROOT))

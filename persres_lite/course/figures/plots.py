@@ -94,6 +94,7 @@ def bars(
     ylabel: str = "",
     reference: tuple[str, float] | None = None,
     caption: str | None = None,
+    way: str | None = None,
 ) -> Drawing:
     """A bar for each name; where a list is given its mean, with every value as a dot.
 
@@ -101,9 +102,12 @@ def bars(
     ----------
     reference : (str, float), optional
         A name and a value to compare with, drawn as a dashed line.
+    way : str, optional
+        All bars have the color of this way: for repeats of one way of sampling.
     """
     figure, axes = new_plot(height=2.8)
-    for place, ((color, _, _), value) in enumerate(zip(looks(list(values)), values.values(), strict=True)):
+    styles = looks([way]) * len(values) if way else looks(list(values))
+    for place, ((color, _, _), value) in enumerate(zip(styles, values.values(), strict=True)):
         numbers = np.atleast_1d(as_array(value))
         alpha = 0.55 if len(numbers) > 1 else 0.9
         axes.bar(place, numbers.mean(), color=color, width=0.6, alpha=alpha)
