@@ -16,17 +16,16 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from persres_lite import load_base, load_concept, personalize
+from persres_lite import compare, load_base, load_concept, personalize
 from persres_lite.bases import settings_of
 from persres_lite.evaluation import background_distance, cut_out
-from persres_lite.maintain.toybox_concepts import SEEDS, sample, unseen_places
+from persres_lite.maintain.toybox_concepts import SEEDS, unseen_places
 from persres_lite.residuals import fingerprint
 from persres_lite.support.files import whole_file
 from persres_lite.toybox.judge import Judge
@@ -56,8 +55,8 @@ def train_and_score(base: Any, judge: Judge, data: Path, name: str, **training: 
     concept = load_concept(data / "concepts" / name)
     residuals = personalize(base, concept, progress=False, **training)
     places = unseen_places(concept.images, judge)
-    original = sample(base, [f"a photo of a {concept.macro_class} {place}" for place in places], nullcontext())
-    images = sample(base, [f"a photo of a {concept} {place}" for place in places], residuals.attached(base))
+    found = compare(base, residuals, concept, places, SEEDS, ways={"LAG": None}, progress=False)
+    original, images = found.pictures["original"], found.pictures["residual"]
     references = judge.identity(cut_out(concept.images, concept.masks))
     where = judge.where(images)
     asked = [place for place in places for _ in SEEDS]
