@@ -1,4 +1,4 @@
-"""What personalizing Toybox gives: ``python -m persres_lite.maintain.toybox_concepts concepts | ranks | search``.
+"""What personalizing Toybox gives: ``python -m persres_lite.maintain.toybox_concepts concepts | search``.
 
 ``concepts``
     For each of the ten shipped concepts, in places where its references do not stand, from the same noise: the original
@@ -10,16 +10,14 @@
     Training by training and concept by concept, a row written at a time: the same command goes on where it was stopped.
     Tables are made of the rows that are there (``--trainings 0`` makes nothing else). ``concepts-sheet.jpg`` shows the
     references beside all pictures of the first training, ``concepts-pictures.json`` has the scores of each picture.
-``ranks``
-    The same scores over the rank, for one varied and one biased concept.
 ``search``
     Steps, rate and rank, as means over four concepts that are in no other table: what the registry's recipe was taken
     from. The rule was fixed before the first run: of the recipes with which LAG shows the place asked for in at least
     0.9 of the pictures, the one with which LAG comes nearest to the references; in a tie, to two digits, fewer steps,
     then the lower rank.
 
-Each writes ``data/results/<name>.json`` and ``.md``. ``ranks`` and ``search`` run one training a core, side by side, so
-their seconds are longer than those of ``concepts``.
+Each writes ``data/results/<name>.json`` and ``.md``. ``search`` runs one training a core, side by side, so its
+seconds are longer than those of ``concepts``.
 """
 
 from __future__ import annotations
@@ -299,15 +297,6 @@ def concepts_sheet(folder: Path, data: Path, columns: int = 8) -> Image.Image:
     return sheet(lines, ["references", "", "", "all pictures of the first training"], words, gap=4)
 
 
-def ranks(data: Path) -> dict[str, Row]:
-    """The scores over the rank, by "CONCEPT, rank RANK"."""
-    found = list(product(("plum-cat", "garden-snowman"), (1, 0.05, 0.125, 0.25, 0.5, 1.0)))
-    cells = [
-        (load_concept(data / "concepts" / name), shipped.all_shipped()[name][1], {"rank": rank}) for name, rank in found
-    ]
-    return {f"{name}, rank {rank}": rows[0] for (name, rank), rows in zip(found, run_all(cells, data), strict=True)}
-
-
 def search(data: Path) -> dict[str, Row]:
     """The mean scores of every recipe of the grid over the search concepts, by "STEPS steps, rate RATE, rank RANK"."""
     cells: list[tuple[Concept, str | None, dict]] = []
@@ -413,7 +402,7 @@ def _notes(rows: list[Row]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["concepts", "ranks", "search"])
+    parser.add_argument("what", choices=["concepts", "search"])
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--trainings", type=int, default=3, help="of each concept, for `concepts`")
     parser.add_argument("--ranked", type=int, default=4, help="pictures a way that the renderer reads, for `concepts`")
@@ -434,8 +423,6 @@ def main() -> None:
         last = [*_table(rows, by_renderer=True), "", *_parts(rows["mean"]), "", *_notes(found)]
         (results / "concepts-pictures.json").write_text(json.dumps(found) + "\n")
         concepts_sheet(args.rows, args.data).save(results / "concepts-sheet.jpg", quality=88)
-    elif args.what == "ranks":
-        rows = ranks(args.data)
     else:
         rows = search(args.data)
         last = [f"By the rule that stands at the top of the program: {best(rows)}.", ""]
