@@ -174,6 +174,9 @@ def test_every_line_and_block_is_run_below():
         ".venv/bin/persres-lite personalize photos/ --class dog ",
         ".venv/bin/persres-lite compare rex.safetensors ",
         "PERSRES_BASE=sd-1.4 make lab",
+        ".venv/bin/python -m persres_lite.maintain.notebooks student",
+        ".venv/bin/python -m persres_lite.maintain.notebooks answers",
+        ".venv/bin/python -m persres_lite.maintain.notebooks slides",
     )
     assert len(LINES) == len(run_below)
     for beginning in run_below:
@@ -199,6 +202,13 @@ def test_ones_own_photographs(clone, env, name):
     assert "1 rows" in run(on_toybox(line(f".venv/bin/persres-lite compare {name}.safetensors ")), clone, env).stdout
     assert Image.open(clone / f"{name}.png").width > 400
     assert ("--base sd-1.4" in learn) == (name == "rex")
+
+
+@needs_make
+def test_what_a_lecturer_makes(clone, env):
+    for word, made in {"student": "student", "answers": "answers.md", "slides": "slides.html"}.items():
+        run(line(f".venv/bin/python -m persres_lite.maintain.notebooks {word}"), clone, env)
+        assert (clone / "build" / made).exists()
 
 
 @needs_make
