@@ -63,6 +63,12 @@ def test_a_way_of_sampling_looks_the_same_in_every_figure():
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 3
 
 
+def test_variants_of_a_way_share_its_color_and_differ_otherwise():
+    figure = figures.tradeoff({}, dict.fromkeys(("disc, half", "disc, quarter", "LAG", "LAG, Otsu"), (0, 0)))
+    looks = [(line.get_color(), line.get_marker()) for line in figure.axes[0].lines]
+    assert looks[0][0] == looks[1][0] and looks[2][0] == looks[3][0] and len(set(looks)) == 4
+
+
 def test_small_pictures_are_enlarged_by_a_whole_factor_and_keep_their_colors():
     half = Image.new("RGB", (64, 64), "red")
     half.paste((0, 0, 255), (32, 0, 64, 64))
@@ -108,6 +114,14 @@ def test_heats_share_one_scale_with_a_color_bar():
     assert shown(figure.axes[0])[96, 20].sum() > shown(figure.axes[1])[96, 20].sum()
 
 
+def test_a_contour_hides_nothing_and_a_flat_map_has_none():
+    pixels = np.asarray(figures.contour_picture(BLUE, LEFT))
+    orange = (pixels == [255, 140, 0]).all(-1)
+    assert orange.any() and orange[:, 80:112].sum() == orange.sum(), "the line follows the map's edge"
+    assert (pixels[~orange] == [0, 0, 255]).all()
+    assert np.array_equal(np.asarray(figures.contour_picture(BLUE, torch.ones(4, 4))).min((0, 1)), [0, 0, 255])
+
+
 def test_outlines_mark_mask_and_truth():
     figure = figures.outlines(RED, [LEFT], truth=LEFT.T)
     pixels = shown(figure.axes[0])
@@ -146,12 +160,47 @@ def test_bars_show_means_values_and_a_reference():
     assert {"0.2", "0.5"} <= set(labels(figure)) and axes.lines[0].get_ydata()[0] == 0.25
 
 
+def test_ranked_bars_are_sorted_and_pale_below_the_reference():
+    figure = figures.ranked({"low": [0.1, 0.3], "high": 0.8}, xlabel="IoU", reference=("disc", 0.5))
+    axes = figure.axes[0]
+    assert [patch.get_width() for patch in axes.patches] == pytest.approx([0.2, 0.8])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["low", "high"]
+    assert axes.patches[0].get_alpha() < axes.patches[1].get_alpha()
+    assert axes.lines[0].get_xdata()[0] == 0.5
+
+
 def test_a_tradeoff_has_lines_and_points():
     figure = figures.tradeoff({"residual": [(0.0, 0.5), (0.1, 0.7)]}, {"LAG": (0.05, 0.68)}, "moved", "identity")
     line, point = figure.axes[0].lines
     assert np.array_equal(line.get_xydata(), [[0.0, 0.5], [0.1, 0.7]])
     assert np.array_equal(point.get_xydata(), [[0.05, 0.68]])
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["residual", "LAG"]
+
+
+def test_a_tradeoff_shows_intervals_and_many_names_beside_the_axes():
+    points = {name: (0.1 * number, 0.5) for number, name in enumerate("abcdef")}
+    figure = figures.tradeoff({"residual": [(0, 0), (1, 1)]}, points, ranges={"b": ((0.0, 0.2), (0.4, 0.7))})
+    drawn = [each.get_segments()[0].tolist() for each in figure.axes[0].collections]
+    assert drawn == [[[0.0, 0.5], [0.2, 0.5]], [[0.1, 0.4], [0.1, 0.7]]]
+    assert len(figure.axes[0].get_legend().get_texts()) == 7
+
+
+def test_gains_stand_in_one_row_a_name_with_their_interval():
+    one, two = {"mean": 0.1, "low": 0.0, "high": 0.2}, {"mean": -0.1, "low": -0.3, "high": 0.1}
+    figure = figures.gains({"middle": {"LAG": one, "disc": two}, "side": {"disc": one}}, "identity gained")
+    middle, side = figure.axes
+    assert [text.get_text() for text in middle.get_yticklabels()] == ["LAG", "disc"]
+    assert [each.get_segments()[0].tolist() for each in side.collections] == [[[0.0, 1.0], [0.2, 1.0]]]
+    assert (middle.get_title(), side.get_title()) == ("middle", "side")
+    assert middle.lines[2].get_color() == side.lines[1].get_color(), "a way keeps its color"
+
+
+def test_a_mosaic_shows_every_number_on_one_scale():
+    figure = figures.mosaic([[0.0, 0.5], [1.0, 0.2]], ["down", "up"], "step", "covered", 0, 1)
+    assert shown(figure.axes[0]).tolist() == [[0.0, 0.5], [1.0, 0.2]]
+    assert figure.axes[0].images[0].get_clim() == (0, 1)
+    with pytest.raises(ValueError, match="3 rows are given for 2"):
+        figures.mosaic([[0.0], [1.0]], ["a", "b", "c"])
 
 
 def test_a_heat_table_is_red_below_zero_and_blue_above():

@@ -8,16 +8,36 @@ who cannot move its sliders).
 """
 
 from persres_lite.course.figures.diagram import unet_diagram
-from persres_lite.course.figures.pictures import enlarge, grid, heat_picture, heats, outline_picture, outlines
-from persres_lite.course.figures.plots import bars, curves, heat_table, loss_by_noise_level, singular_values, tradeoff
+from persres_lite.course.figures.pictures import (
+    contour_picture,
+    enlarge,
+    grid,
+    heat_picture,
+    heats,
+    outline_picture,
+    outlines,
+)
+from persres_lite.course.figures.plots import (
+    bars,
+    curves,
+    gains,
+    heat_table,
+    loss_by_noise_level,
+    mosaic,
+    ranked,
+    singular_values,
+    tradeoff,
+)
 from persres_lite.course.figures.stills import map_table, mask_table, scale_table
 from persres_lite.course.figures.style import Drawing
 
 __all__ = [
     "Drawing",
     "bars",
+    "contour_picture",
     "curves",
     "enlarge",
+    "gains",
     "grid",
     "heat_picture",
     "heat_table",
@@ -25,8 +45,10 @@ __all__ = [
     "loss_by_noise_level",
     "map_table",
     "mask_table",
+    "mosaic",
     "outline_picture",
     "outlines",
+    "ranked",
     "scale_table",
     "singular_values",
     "tradeoff",

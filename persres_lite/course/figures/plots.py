@@ -6,10 +6,22 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.ticker import MaxNLocator
 
-from persres_lite.course.figures.style import Drawing, as_array, captioned, looks, new_plot
+from persres_lite.course.figures.style import (
+    COLORS,
+    STYLE,
+    Drawing,
+    as_array,
+    captioned,
+    fits,
+    looks,
+    new_figure,
+    new_plot,
+)
 
 
 def _legend(axes) -> None:
@@ -119,6 +131,38 @@ def bars(
     return captioned(figure, caption)
 
 
+def ranked(
+    values: Mapping[str, Any],
+    xlabel: str = "",
+    reference: tuple[str, float] | None = None,
+    caption: str | None = None,
+) -> Drawing:
+    """A lying bar for each name, the mean of its values, the longest above; the thin line is one standard error.
+
+    Parameters
+    ----------
+    reference : (str, float), optional
+        A name and a value to compare with, drawn as a dashed line; bars that do not reach it are pale.
+    """
+    numbers = {name: np.atleast_1d(as_array(value)) for name, value in values.items()}
+    order = sorted(numbers, key=lambda name: numbers[name].mean())
+    figure, axes = new_plot(height=1.1 + 0.24 * len(order))
+    for place, name in enumerate(order):
+        mean, error = numbers[name].mean(), numbers[name].std() / len(numbers[name]) ** 0.5
+        pale = reference is not None and mean < reference[1]
+        axes.barh(place, mean, color=COLORS[0], alpha=0.4 if pale else 0.9, height=0.7)
+        axes.hlines(place, mean - error, mean + error, color="0.15", linewidth=1.0)
+        axes.annotate(f"{mean:.2f}", (mean + error, place), (4, 0), textcoords="offset points", va="center")
+    if reference:
+        axes.axvline(reference[1], color=COLORS[1], linestyle="--", linewidth=1.4, label=reference[0])
+        _legend(axes)
+    axes.set_yticks(range(len(order)), order)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(xlabel)
+    axes.margins(x=0.1, y=0.02)
+    return captioned(figure, caption)
+
+
 def singular_values(matrices: Mapping[str, Any], rank: int | None = None, caption: str | None = None) -> Drawing:
     """The singular values of each matrix, largest first, on a logarithmic axis, relative to its largest.
 
@@ -146,6 +190,7 @@ def tradeoff(
     xlabel: str = "",
     ylabel: str = "",
     caption: str | None = None,
+    ranges: Mapping[str, tuple[tuple[float, float], tuple[float, float]]] | None = None,
 ) -> Drawing:
     """What is won against what it costs: lines through the strengths of a method, and single points beside them.
 
@@ -155,8 +200,11 @@ def tradeoff(
         By name, in the order of their strengths.
     points : dict of str to (x, y)
         By name.
+    ranges : dict of str to ((x low, x high), (y low, y high)), optional
+        By the name of a point: its intervals, drawn as thin lines through it.
     """
-    figure, axes = new_plot(height=3.4)
+    many = len(curves) + len(points) > 6  # then the names stand beside the axes and not above
+    figure, axes = new_plot(width=7.0 if many else 5.5, height=3.8 if many else 3.4)
     styles = dict(zip([*curves, *points], looks([*curves, *points]), strict=True))
     for name, line in curves.items():
         x, y = zip(*line, strict=True)
@@ -164,9 +212,82 @@ def tradeoff(
         axes.plot(x, y, color=color, linestyle=dash, label=name, marker=marker, markersize=4)
     for name, point in points.items():
         color, _, marker = styles[name]
+        if name in (ranges or {}):
+            (left, right), (low, high) = (ranges or {})[name]
+            axes.hlines(point[1], left, right, color=color, linewidth=0.9, alpha=0.7)
+            axes.vlines(point[0], low, high, color=color, linewidth=0.9, alpha=0.7)
         axes.plot([point[0]], [point[1]], color=color, label=name, marker=marker, markersize=8, linestyle="")
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    _legend(axes)
+    if many:
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    else:
+        _legend(axes)
+    return captioned(figure, caption)
+
+
+def gains(values: Mapping[str, Mapping[str, Any]], xlabel: str = "", caption: str | None = None) -> Drawing:
+    """Differences with their intervals: a row for each name, a column of axes for each group, a line at zero.
+
+    Parameters
+    ----------
+    values : dict of str to dict of str to Interval
+        By group, then by name: anything with `mean`, `low` and `high`, as attributes or as keys. A name may be missing
+        in a group.
+    """
+    names = list(dict.fromkeys(name for group in values.values() for name in group))
+    figure = new_figure(1.9 + 1.75 * len(values), 0.95 + 0.27 * len(names))
+    with matplotlib.rc_context(STYLE):
+        panels = figure.subplots(1, len(values), sharey=True, sharex=True, squeeze=False)[0]
+    for axes, (title, group) in zip(panels, values.items(), strict=True):
+        axes.axvline(0, color="0.35", linestyle="--", linewidth=1.0)
+        for name, interval in group.items():
+            mean, low, high = (_part(interval, part) for part in ("mean", "low", "high"))
+            color, _, marker = looks(names)[names.index(name)]
+            place = names.index(name)
+            axes.hlines(place, low, high, color=color, linewidth=1.6)
+            axes.plot([mean], [place], color=color, marker=marker, markersize=7, linestyle="", label=name)
+        axes.set_title(title)
+        axes.tick_params(axis="y", length=0)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    panels[len(panels) // 2].set_xlabel(xlabel)
+    return captioned(figure, caption)
+
+
+def _part(interval: Any, name: str) -> float:
+    return float(interval[name] if isinstance(interval, Mapping) else getattr(interval, name))
+
+
+def mosaic(
+    values: Any,
+    rows: Sequence[str],
+    xlabel: str = "",
+    label: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    caption: str | None = None,
+) -> Drawing:
+    """A table of numbers (rows, columns) as colors on one scale, with its color bar: by block and step, for instance.
+
+    Parameters
+    ----------
+    rows : list of str
+        A name for each row, from above.
+    label : str
+        What the colors mean.
+    low, high : float, optional
+        Values of the darkest and the brightest color; the table's own extremes by default.
+    """
+    table = as_array(values)
+    fits(rows, len(table), "rows")
+    figure, axes = new_plot(width=6.2, height=1.3 + 0.24 * len(table))
+    shown = axes.imshow(table, cmap="viridis", vmin=low, vmax=high, aspect="auto", interpolation="none")
+    axes.set_yticks(range(len(table)), list(rows))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel=xlabel)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(shown, ax=axes, label=label, aspect=12)
     return captioned(figure, caption)
 
 

@@ -49,13 +49,19 @@ MARKERS = "osD^vP*X"
 
 
 def looks(names: Sequence[str]) -> list[tuple[str, Any, str]]:
-    """A color, a dash and a marker for each name: its own if it is a way of sampling, else the next ones not taken."""
+    """A color, a dash and a marker for each name: its own if it is a way of sampling, else the next ones not taken.
+
+    Of several names that mean one way, as "disc, half" and "disc, quarter", the first has its look, and the others have
+    its color with dashes and markers that are not taken.
+    """
     longest = sorted(WAYS, key=len, reverse=True)
     found: dict[str, tuple[str, Any, str]] = {}
     for name in names:
-        look = next((WAYS[way] for way in longest if name == way or name.startswith((f"{way},", f"{way} "))), None)
-        if look and look not in found.values():
-            found[name] = look
+        way = next((way for way in longest if name == way or name.startswith((f"{way},", f"{way} "))), None)
+        if way and WAYS[way] not in found.values():
+            found[name] = WAYS[way]
+        elif way:
+            found[name] = WAYS[way][0], *_not_taken(found)
     taken = {color for color, _, _ in found.values()}
     free = [color for color in COLORS if color not in taken] or list(COLORS)
     rest = [name for name in names if name not in found]
@@ -63,6 +69,15 @@ def looks(names: Sequence[str]) -> list[tuple[str, Any, str]]:
         place = number + len(found)
         found[name] = free[number % len(free)], DASHES[place % len(DASHES)], MARKERS[place % len(MARKERS)]
     return [found[name] for name in names]
+
+
+def _not_taken(found: dict[str, tuple[str, Any, str]]) -> tuple[Any, str]:
+    """A dash and a marker that no look has, or the last ones."""
+    dashes, markers = ({look[part] for look in found.values()} for part in (1, 2))
+    markers |= {look[2] for look in WAYS.values()}
+    return next((d for d in DASHES if d not in dashes), DASHES[-1]), next(
+        (m for m in "<>ph8d" if m not in markers), "d"
+    )
 
 
 class Drawing(Figure):
