@@ -141,7 +141,7 @@ def contour_picture(picture: Image.Image, attention: Any, share: float = 0.5) ->
     high = np.asarray(values) > share * float(as_array(attention).max())
     pixels = np.asarray(shown).copy()
 
-    pixels[_edge(high)] = [round(255 * part) for part in ORANGE]
+    pixels[_edge(high) | _edge(~high)] = [round(255 * part) for part in ORANGE]
     return Image.fromarray(pixels)
 
 
