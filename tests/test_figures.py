@@ -116,6 +116,14 @@ def test_heats_share_one_scale_with_a_color_bar():
     assert shown(figure.axes[0])[96, 20].sum() > shown(figure.axes[1])[96, 20].sum()
 
 
+def test_a_contour_hides_nothing_and_a_flat_map_has_none():
+    pixels = np.asarray(figures.contour_picture(BLUE, LEFT))
+    orange = (pixels == [255, 140, 0]).all(-1)
+    assert orange.any() and orange[:, 80:112].sum() == orange.sum(), "the line follows the map's edge"
+    assert (pixels[~orange] == [0, 0, 255]).all()
+    assert np.array_equal(np.asarray(figures.contour_picture(BLUE, torch.ones(4, 4))).min((0, 1)), [0, 0, 255])
+
+
 def test_outlines_mark_mask_and_truth():
     figure = figures.outlines(RED, [LEFT], truth=LEFT.T)
     pixels = shown(figure.axes[0])
@@ -157,6 +165,15 @@ def test_bars_show_means_values_and_a_reference():
 def test_repeats_of_one_way_share_its_color():
     figure = figures.bars({"training 0": 0.1, "training 1": 0.2}, way="residual")
     assert {to_hex(patch.get_facecolor()) for patch in figure.axes[0].patches} == {WAYS["residual"][0]}
+
+
+def test_ranked_bars_are_sorted_and_pale_below_the_reference():
+    figure = figures.ranked({"low": [0.1, 0.3], "high": 0.8}, xlabel="IoU", reference=("disc", 0.5))
+    axes = figure.axes[0]
+    assert [patch.get_width() for patch in axes.patches] == pytest.approx([0.2, 0.8])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["low", "high"]
+    assert axes.patches[0].get_alpha() < axes.patches[1].get_alpha()
+    assert axes.lines[0].get_xdata()[0] == 0.5
 
 
 def test_a_tradeoff_has_lines_and_points():

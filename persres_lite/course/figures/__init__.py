@@ -8,7 +8,15 @@ an explorer shows, for readers who cannot move its sliders).
 """
 
 from persres_lite.course.figures.diagram import block_diagram, low_rank_diagram, unet_diagram
-from persres_lite.course.figures.pictures import enlarge, grid, heat_picture, heats, outline_picture, outlines
+from persres_lite.course.figures.pictures import (
+    contour_picture,
+    enlarge,
+    grid,
+    heat_picture,
+    heats,
+    outline_picture,
+    outlines,
+)
 from persres_lite.course.figures.plots import (
     bars,
     curves,
@@ -16,6 +24,7 @@ from persres_lite.course.figures.plots import (
     heat_table,
     loss_by_noise_level,
     mosaic,
+    ranked,
     singular_values,
     tradeoff,
 )
@@ -26,6 +35,7 @@ __all__ = [
     "Drawing",
     "bars",
     "block_diagram",
+    "contour_picture",
     "curves",
     "enlarge",
     "gains",
@@ -40,6 +50,7 @@ __all__ = [
     "mosaic",
     "outline_picture",
     "outlines",
+    "ranked",
     "scale_table",
     "singular_values",
     "tradeoff",

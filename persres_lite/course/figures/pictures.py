@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import matplotlib
@@ -36,18 +37,10 @@ def grid(
     table: list[list[Image.Image | None]] = [list(row) for row in rows_given]  # type: ignore[arg-type]
     fits(rows, len(table), "rows")
     fits(columns, width := max(len(row) for row in table), "columns")
-    side = min(WIDTH / (width + (0.6 if rows else 0)), 1.9)
-    first = next(picture for row in table for picture in row if picture is not None)
-    figure, axes = picture_axes(len(table), width, side, side * first.height / first.width)
-    for i, row in enumerate(table):
-        for j in range(width):
-            picture = row[j] if j < len(row) else None
-            if picture is not None:
-                axes[i, j].imshow(enlarge(picture), interpolation="none")
-            if columns and i == 0:
-                axes[i, j].set_title(textwrap.fill(columns[j], max(8, int(side * 11))))
-        if rows:
-            axes[i, 0].set_ylabel(textwrap.fill(rows[i], 14), rotation=0, ha="right", va="center", labelpad=6)
+    titles = [columns or [None] * width] + [[None] * width] * (len(table) - 1)
+    figure, axes = _placed([row + [None] * (width - len(row)) for row in table], titles, 0.6 if rows else 0)
+    for each, words in zip(axes[:, 0], rows or [], strict=False):
+        each.set_ylabel(textwrap.fill(words, 14), rotation=0, ha="right", va="center", labelpad=6)
     return captioned(figure, caption)
 
 
@@ -138,6 +131,20 @@ def heat_picture(
     return Image.fromarray(((0.35 * gray + 0.65 * colors) * 255).round().astype(np.uint8))
 
 
+def contour_picture(picture: Image.Image, attention: Any, share: float = 0.5) -> Image.Image:
+    """The picture with an orange line around all that is above `share` of the map's highest value.
+
+    Unlike colors over the picture it hides nothing. A flat map, all of it above the share, has no line.
+    """
+    shown = enlarge(picture).convert("RGB")
+    values = Image.fromarray(as_array(attention).astype(np.float32)).resize(shown.size, Image.Resampling.BICUBIC)
+    high = np.asarray(values) > share * float(as_array(attention).max())
+    pixels = np.asarray(shown).copy()
+
+    pixels[_edge(high) | _edge(~high)] = [round(255 * part) for part in ORANGE]
+    return Image.fromarray(pixels)
+
+
 def outline_picture(picture: Image.Image, mask: Any, truth: Any = None) -> Image.Image:
     """The picture, dimmed outside the mask, with the mask's edge in orange and the true mask's, if given, in white."""
     shown = enlarge(picture)
@@ -150,13 +157,38 @@ def outline_picture(picture: Image.Image, mask: Any, truth: Any = None) -> Image
 
 
 def _tiles(shown: list[Image.Image], titles: Sequence[str] | None, columns: int) -> tuple[Drawing, np.ndarray]:
-    rows = -(-len(shown) // columns)
-    side = min(WIDTH / (columns + 0.5), 1.9)
-    figure, axes = picture_axes(rows, columns, side, side + (0.25 if titles else 0))
-    for place, picture in enumerate(shown):
-        axes.flat[place].imshow(picture, interpolation="none")
-        if titles:
-            axes.flat[place].set_title(textwrap.fill(titles[place], max(8, int(side * 11))))
+    """Pictures in rows of `columns`, each with its title."""
+    empty = [None] * (-len(shown) % columns)
+    pictures, words = [*shown, *empty], [*(titles or [None] * len(shown)), *empty]
+    starts = range(0, len(pictures), columns)
+    table, above = [pictures[at : at + columns] for at in starts], [words[at : at + columns] for at in starts]
+    return _placed(table, above, 0.5, room=0.25 if titles else 0)
+
+
+def _placed(
+    table: Sequence[Sequence[Image.Image | None]],
+    titles: Sequence[Sequence[str | None]],
+    margin: float,
+    room: float = 0.0,
+) -> tuple[Drawing, np.ndarray]:
+    """A table of pictures, all rows of one length, with words above each.
+
+    Parameters
+    ----------
+    margin : float
+        What stands beside the table, in widths of a picture.
+    room : float
+        Inches between the rows, for titles in each of them.
+    """
+    width = len(table[0])
+    side = min(WIDTH / (width + margin), 1.9)
+    first = next(picture for row in table for picture in row if picture is not None)
+    figure, axes = picture_axes(len(table), width, side, side * first.height / first.width + room)
+    for each, picture, words in zip(axes.flat, chain(*table), chain(*titles), strict=True):
+        if picture is not None:
+            each.imshow(enlarge(picture), interpolation="none")
+        if words:
+            each.set_title(textwrap.fill(words, max(8, int(side * 11))))
     return figure, axes
 
 

@@ -11,7 +11,17 @@ import numpy as np
 import torch
 from matplotlib.ticker import MaxNLocator
 
-from persres_lite.course.figures.style import STYLE, Drawing, as_array, captioned, fits, looks, new_figure, new_plot
+from persres_lite.course.figures.style import (
+    COLORS,
+    STYLE,
+    Drawing,
+    as_array,
+    captioned,
+    fits,
+    looks,
+    new_figure,
+    new_plot,
+)
 
 
 def _legend(axes) -> None:
@@ -122,6 +132,38 @@ def bars(
     axes.set_xticks(range(len(values)), [textwrap.fill(name, 14) for name in values])
     axes.set_ylabel(ylabel)
     axes.margins(y=0.12)
+    return captioned(figure, caption)
+
+
+def ranked(
+    values: Mapping[str, Any],
+    xlabel: str = "",
+    reference: tuple[str, float] | None = None,
+    caption: str | None = None,
+) -> Drawing:
+    """A lying bar for each name, the mean of its values, the longest above; the thin line is one standard error.
+
+    Parameters
+    ----------
+    reference : (str, float), optional
+        A name and a value to compare with, drawn as a dashed line; bars that do not reach it are pale.
+    """
+    numbers = {name: np.atleast_1d(as_array(value)) for name, value in values.items()}
+    order = sorted(numbers, key=lambda name: numbers[name].mean())
+    figure, axes = new_plot(height=1.1 + 0.24 * len(order))
+    for place, name in enumerate(order):
+        mean, error = numbers[name].mean(), numbers[name].std() / len(numbers[name]) ** 0.5
+        pale = reference is not None and mean < reference[1]
+        axes.barh(place, mean, color=COLORS[0], alpha=0.4 if pale else 0.9, height=0.7)
+        axes.hlines(place, mean - error, mean + error, color="0.15", linewidth=1.0)
+        axes.annotate(f"{mean:.2f}", (mean + error, place), (4, 0), textcoords="offset points", va="center")
+    if reference:
+        axes.axvline(reference[1], color=COLORS[1], linestyle="--", linewidth=1.4, label=reference[0])
+        _legend(axes)
+    axes.set_yticks(range(len(order)), order)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(xlabel)
+    axes.margins(x=0.1, y=0.02)
     return captioned(figure, caption)
 
 
