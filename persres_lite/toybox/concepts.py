@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from .render import draw
-from .world import PLACES, RESERVED, Scene, Toy, random_view
+from .world import PLACES, RESERVED, Scene, Toy, random_view, with_article
 
 PICTURES = 4
 SIZE = 128
@@ -71,7 +71,7 @@ def write(name: str, toy: Toy, place: str | None, folder: Path) -> None:
         "name": name,
         "macro_class": toy.kind,
         "token": "sks",
-        "description": f"a {paint} {toy.kind}{wears}, " + (f"always {place}" if place else "in four different places"),
+        "description": f"{with_article(f'{paint} {toy.kind}')}{wears}, " + (f"always {place}" if place else "in four different places"),
         "biased_place": place,
         "source": "drawn by persres_lite.toybox.concepts",
         "license": "MIT",
