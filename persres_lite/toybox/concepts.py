@@ -66,12 +66,13 @@ def write(name: str, toy: Toy, place: str | None, folder: Path) -> None:
         Image.fromarray(picture.image).save(new / f"{index}.png", optimize=True)
         Image.fromarray(picture.masks[0]).save(new / "masks" / f"{index}.png", optimize=True)
     paint = f"{toy.main} and {toy.second}" + (f" {toy.pattern}" if toy.pattern != "plain" else "")
+    where = f"always {place}" if place else "in four different places"
     wears = f" with a {toy.accessory}" if toy.accessory else ""
     card = {
         "name": name,
         "macro_class": toy.kind,
         "token": "sks",
-        "description": f"{with_article(f'{paint} {toy.kind}')}{wears}, " + (f"always {place}" if place else "in four different places"),
+        "description": f"{with_article(f'{paint} {toy.kind}')}{wears}, {where}",
         "biased_place": place,
         "source": "drawn by persres_lite.toybox.concepts",
         "license": "MIT",
