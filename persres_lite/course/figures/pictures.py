@@ -160,7 +160,8 @@ def _tiles(shown: list[Image.Image], titles: Sequence[str] | None, columns: int)
     """Pictures in rows of `columns`, each with its title."""
     empty = [None] * (-len(shown) % columns)
     pictures: list[Image.Image | None] = [*shown, *empty]
-    words: list[str | None] = [*(titles or [None] * len(shown)), *empty]
+    given: Sequence[str | None] = titles or [None] * len(shown)
+    words: list[str | None] = [*given, *empty]
     starts = range(0, len(pictures), columns)
     table, above = [pictures[at : at + columns] for at in starts], [words[at : at + columns] for at in starts]
     return _placed(table, above, 0.5, room=0.25 if titles else 0)
