@@ -37,7 +37,7 @@ def grid(
     table: list[list[Image.Image | None]] = [list(row) for row in rows_given]  # type: ignore[arg-type]
     fits(rows, len(table), "rows")
     fits(columns, width := max(len(row) for row in table), "columns")
-    titles = [columns or [None] * width] + [[None] * width] * (len(table) - 1)
+    titles: list[Sequence[str | None]] = [columns or [None] * width, *[[None] * width] * (len(table) - 1)]
     figure, axes = _placed([row + [None] * (width - len(row)) for row in table], titles, 0.6 if rows else 0)
     for each, words in zip(axes[:, 0], rows or [], strict=False):
         each.set_ylabel(textwrap.fill(words, 14), rotation=0, ha="right", va="center", labelpad=6)
@@ -159,7 +159,9 @@ def outline_picture(picture: Image.Image, mask: Any, truth: Any = None) -> Image
 def _tiles(shown: list[Image.Image], titles: Sequence[str] | None, columns: int) -> tuple[Drawing, np.ndarray]:
     """Pictures in rows of `columns`, each with its title."""
     empty = [None] * (-len(shown) % columns)
-    pictures, words = [*shown, *empty], [*(titles or [None] * len(shown)), *empty]
+    pictures: list[Image.Image | None] = [*shown, *empty]
+    given: Sequence[str | None] = titles or [None] * len(shown)
+    words: list[str | None] = [*given, *empty]
     starts = range(0, len(pictures), columns)
     table, above = [pictures[at : at + columns] for at in starts], [words[at : at + columns] for at in starts]
     return _placed(table, above, 0.5, room=0.25 if titles else 0)
