@@ -32,7 +32,7 @@ ROOT = notebooks.ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 LINES = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
-INLINE = re.findall(r"`(make [a-z][^`]*)`", README)
+INLINE = [" ".join(each.split()) for each in re.findall(r"`(make [a-z][^`]*)`", README)]
 
 SMALL = {
     "make demo": {"ARGS": "--steps 2"},
