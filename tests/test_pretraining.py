@@ -236,12 +236,12 @@ def test_going_further_passes_on_what_an_earlier_stage_has_learned(tmp_path, mon
         main.main([*where, *(word for name in stages for word in ("--stage", name, f"--{name}-minutes", "0.001"))])
         return {name: torch.load(runs / f"{name}.pt", weights_only=True) for name in stages}
 
-    left = go("judge", "readings", "text", "vision")
+    left = go("judge", "probes", "text", "vision")
     encoder = "encoder.embedder.embedder.convolution.weight"
     word = "clip.text_model.embeddings.token_embedding.weight"
     shipped = CLIPModel.from_pretrained(data_dir() / "toybox-clip", dtype=torch.float32)
     learned = trainer.trained("judge", judge.judge_parts(), runs).state_dict()[encoder]
-    assert torch.equal(left["readings"]["module"][encoder], learned)
+    assert torch.equal(left["probes"]["module"][encoder], learned)
     cat = make_tokenizer()("cat").input_ids[1]  # of the words that captions use: the others are lengthened
     assert torch.equal(left["vision"]["module"][word][cat], left["text"]["module"][word][cat])
     assert not torch.equal(left["vision"]["module"][word], shipped.text_model.embeddings.token_embedding.weight)

@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 
 from persres_lite.support.paths import data_dir
 from persres_lite.toybox import concepts, world
-from persres_lite.toybox.judge import READINGS, labels_of
+from persres_lite.toybox.judge import PROBES, labels_of
 from persres_lite.toybox.models import MAX_LENGTH, make_tokenizer
 from persres_lite.toybox.render import draw
 
@@ -160,7 +160,7 @@ def test_labels_leave_open_what_a_picture_does_not_settle():
     toy = world.Toy("cat", "red", "blue")
     pair = world.Scene((toy, world.Toy("mug", "pink", "gray")), "at night", "in sepia")
     labels = labels_of([world.Scene((toy,), "at night"), pair])
-    assert labels["main"].tolist() == [READINGS["main"].index("red"), -1]
+    assert labels["main"].tolist() == [PROBES["main"].index("red"), -1]
     assert labels["class"].tolist() == [world.CLASSES.index("cat"), -1]
     assert labels["left"].tolist() == [-1, world.CLASSES.index("cat")]
     assert labels["right"].tolist() == [-1, world.CLASSES.index("mug")]

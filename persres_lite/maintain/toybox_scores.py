@@ -35,7 +35,7 @@ from persres_lite.masks import median
 from persres_lite.support.sheet import sheet
 from persres_lite.toybox import concepts
 from persres_lite.toybox.inverse import read
-from persres_lite.toybox.judge import READINGS, Judge, labels_of
+from persres_lite.toybox.judge import PROBES, Judge, labels_of
 from persres_lite.toybox.render import SIZE, draw
 from persres_lite.toybox.world import (
     ACCESSORIES,
@@ -170,7 +170,7 @@ def score_judge(data: Path, judge: Judge, count: int = 2000, toys: int = 600) ->
     pictures = [Image.fromarray(image) for image in draw_scenes(0, count, "judged")[..., :3]]
     read = judge.read(pictures)
     scores = {}
-    for name, values in READINGS.items():
+    for name, values in PROBES.items():
         known = [i for i in range(count) if labels[name][i] >= 0]
         scores[name] = float(np.mean([read[i][name] == values[labels[name][i]] for i in known]))
     pairs = [i for i in range(count) if len(scenes[i].toys) == 2]

@@ -1,9 +1,8 @@
-"""How Toybox pictures are scored: readings of what is in them, by encoders whose own accuracy stands beside every
-score.
+"""How Toybox pictures are scored: linear probes read what is in them, and their own accuracy stands beside every score.
 
 Two ordinary transformers folders are shipped: ``data/toybox-clip`` (a `CLIPModel`) and ``data/toybox-dino`` (a
-`ResNetModel` trained to tell one toy from another of its class). The readings are linear layers on the features of
-the second, in one safetensors file beside it.
+`ResNetModel` trained to tell one toy from another of its class). The probes are linear layers on the features of the
+second, in one safetensors file beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from transformers import ResNetModel
 from .render import SIZE
 from .world import ACCESSORIES, CLASSES, COLORS, PATTERNS, PLACES, STYLES, Scene
 
-READINGS = {
+PROBES = {
     "class": CLASSES,
     "main": tuple(COLORS),
     "second": tuple(COLORS),
@@ -35,11 +34,11 @@ READINGS = {
 
 
 def labels_of(scenes: list[Scene]) -> dict[str, torch.Tensor]:
-    """What the readings should say of scenes.
+    """What the probes should say of scenes.
 
     Returns
     -------
-    For each name in `READINGS` a (n,) tensor of indices, -1 where the scene does not settle it (attributes of one
+    For each name in `PROBES` a (n,) tensor of indices, -1 where the scene does not settle it (attributes of one
     toy where there are two, sides where there is one, colors under a style that hides them).
     """
     rows = []
@@ -49,8 +48,8 @@ def labels_of(scenes: list[Scene]) -> dict[str, torch.Tensor]:
         rows.append(
             {
                 "class": CLASSES.index(toy.kind) if single else -1,
-                "main": READINGS["main"].index(toy.main) if colored else -1,
-                "second": READINGS["second"].index(toy.second) if colored else -1,
+                "main": PROBES["main"].index(toy.main) if colored else -1,
+                "second": PROBES["second"].index(toy.second) if colored else -1,
                 "pattern": PATTERNS.index(toy.pattern) if single else -1,
                 "accessory": ACCESSORIES.index(toy.accessory) if single else -1,
                 "place": PLACES.index(scene.place),
@@ -59,7 +58,7 @@ def labels_of(scenes: list[Scene]) -> dict[str, torch.Tensor]:
                 "right": -1 if single else CLASSES.index(scene.toys[1].kind),
             }
         )
-    return {name: torch.tensor([row[name] for row in rows]) for name in READINGS}
+    return {name: torch.tensor([row[name] for row in rows]) for name in PROBES}
 
 
 def summary_of(hidden: list[torch.Tensor]) -> torch.Tensor:
@@ -68,8 +67,8 @@ def summary_of(hidden: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([stage.mean((2, 3)) for half in halves for stage in half], 1)
 
 
-class Readings(nn.Module):
-    """Linear readings of the identity encoder's features.
+class LinearProbes(nn.Module):
+    """Linear probes on the identity encoder's features.
 
     Features are the maps after each stage: averaged over each half of the picture for what is in it, and resized to
     16 x 16 for where the toys are.
@@ -78,7 +77,7 @@ class Readings(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.width = width = config.embedding_size + sum(config.hidden_sizes)
-        self.linear = nn.ModuleDict({name: nn.Linear(2 * width, len(values)) for name, values in READINGS.items()})
+        self.linear = nn.ModuleDict({name: nn.Linear(2 * width, len(values)) for name, values in PROBES.items()})
         self.where = nn.Conv2d(width, 1, 1)
         self.scale = nn.BatchNorm1d(2 * width, affine=False)
 
@@ -104,12 +103,12 @@ class Judge:
 
     def __init__(self, data: str | Path = "data"):
         folder = Path(data) / "toybox-dino"
-        if not (folder / "readings.safetensors").is_file():
+        if not (folder / "probes.safetensors").is_file():
             raise FileNotFoundError(f"{folder} holds no judge: run `make pretrain`, or take the project's data folder.")
         self.encoder = ResNetModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-        self.readings = Readings(self.encoder.config).eval().requires_grad_(False)
-        state = load_file(folder / "readings.safetensors")
-        self.readings.load_state_dict(
+        self.probes = LinearProbes(self.encoder.config).eval().requires_grad_(False)
+        state = load_file(folder / "probes.safetensors")
+        self.probes.load_state_dict(
             {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
         )
 
@@ -120,11 +119,11 @@ class Judge:
 
     @torch.no_grad()
     def read(self, images: list[Image.Image]) -> list[dict]:
-        """For each picture, the most likely value of every reading; under "pair" the classes of both sides, a set."""
-        logits = self.readings(self._hidden(images))
+        """For each picture, the most likely value by every probe; under "pair" the classes of both sides, a set."""
+        logits = self.probes(self._hidden(images))
         rows = []
         for i in range(len(images)):
-            row = {name: values[logits[name][i].argmax()] for name, values in READINGS.items()}
+            row = {name: values[logits[name][i].argmax()] for name, values in PROBES.items()}
             row["pair"] = {row["left"], row["right"]}
             rows.append(row)
         return rows
@@ -132,7 +131,7 @@ class Judge:
     @torch.no_grad()
     def where(self, images: list[Image.Image]) -> torch.Tensor:
         """Probability that each sixteenth of a side is toy: (n, 16, 16)."""
-        return self.readings(self._hidden(images))["mask"].sigmoid()
+        return self.probes(self._hidden(images))["mask"].sigmoid()
 
     @torch.no_grad()
     def identity(self, images: list[Image.Image]) -> torch.Tensor:

@@ -4,8 +4,8 @@ Run by ``python -m persres_lite.maintain.pretraining``.
 
 Stages, each with a fixed budget of minutes and a checkpoint that it goes on from after a kill:
 
-``judge``       the identity encoder, with readings of class, colors, pattern and place
-``readings``    those readings for longer, on the finished encoder
+``judge``       the identity encoder, with linear probes for class, colors, pattern and place
+``probes``    those probes for longer, on the finished encoder
 ``text``        the text encoder, contrastively with what that encoder sees
 ``vision``      an image encoder toward the text encoder: together they are the CLIP-like judge
 ``vae``         the autoencoder
@@ -35,13 +35,13 @@ from persres_lite.toybox.models import make_autoencoder
 
 from .autoencoder import latents_of, train_decoder, train_vae
 from .dataset import draw_scenes, load_drawn
-from .judge import VIEWS, judge_parts, seen_by_judge, train_judge, train_readings
+from .judge import VIEWS, judge_parts, seen_by_judge, train_judge, train_probes
 from .ship import save_judges, write_card
 from .text import clip_parts, train_text, train_vision
 from .trainer import begin_from, data_parallel
 from .unet import train_unet, unet_parts
 
-MINUTES = {"judge": 20.0, "readings": 2.0, "text": 8.0, "vision": 20.0, "vae": 60.0, "decoder": 30.0, "unet": 240.0}
+MINUTES = {"judge": 20.0, "probes": 2.0, "text": 8.0, "vision": 20.0, "vae": 60.0, "decoder": 30.0, "unet": 240.0}
 PICTURES = 60_000
 
 
@@ -49,7 +49,7 @@ def adopt(data: Path, folder: Path) -> None:
     """Begin from the shipped weights: leave them in `folder` as if each stage had just begun, where it has not yet.
 
     Their latents stay the same, so that the U-Net may be trained further without the other stages. Stages that go on
-    from another one (``readings``, ``vision``, ``decoder``) find there what is shipped of theirs, too.
+    from another one (``probes``, ``vision``, ``decoder``) find there what is shipped of theirs, too.
     """
     parts: dict[str, Any] = {"judge": judge_parts(), "text": clip_parts(), "vae": make_autoencoder()}
     parts["unet"] = unet_parts()
@@ -57,7 +57,7 @@ def adopt(data: Path, folder: Path) -> None:
     parts["text"]["clip"].load_state_dict(CLIPModel.from_pretrained(data / "toybox-clip").state_dict())
     parts["text"]["clip"].text_model.load_state_dict(shipped.text_encoder.state_dict())  # in single precision
     parts["judge"]["encoder"].load_state_dict(ResNetModel.from_pretrained(data / "toybox-dino").state_dict())
-    parts["judge"]["readings"].load_state_dict(load_file(data / "toybox-dino" / "readings.safetensors"))
+    parts["judge"]["probes"].load_state_dict(load_file(data / "toybox-dino" / "probes.safetensors"))
     parts["vae"].load_state_dict(shipped.vae.state_dict())
     parts["unet"]["unet"].load_state_dict(shipped.unet.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,8 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     if "judge" in wanted:
         train_judge(folder, pictures, minutes["judge"], args.views)
-    if "readings" in wanted:
-        train_readings(folder, pictures, minutes["readings"])
+    if "probes" in wanted:
+        train_probes(folder, pictures, minutes["probes"])
     if "text" in wanted:
         train_text(folder, pictures, minutes["text"])
     if "vision" in wanted:
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
         data_parallel(train_vae, args.threads, folder, pictures, minutes["vae"])
     if "decoder" in wanted:
         train_decoder(folder, pictures, minutes["decoder"])
-    if {"readings", "vision"} & set(wanted):
+    if {"probes", "vision"} & set(wanted):
         save_judges(args.data, folder)
     if "unet" in wanted:
         latents_of(pictures, folder), seen_by_judge(pictures, folder)  # made once, before the processes part

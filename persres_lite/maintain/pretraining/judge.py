@@ -1,4 +1,4 @@
-"""How the identity encoder and its readings are trained, and what they make of every training picture."""
+"""How the identity encoder and its linear probes are trained, and what they make of every training picture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from persres_lite.toybox.judge import READINGS, Readings, labels_of, summary_of
+from persres_lite.toybox.judge import PROBES, LinearProbes, labels_of, summary_of
 from persres_lite.toybox.models import make_identity_encoder
 from persres_lite.toybox.world import CLASSES, scene_by_index
 
@@ -23,22 +23,22 @@ VIEWS = 10_000  # toys seen twice, if nothing else is asked for
 
 
 def judge_parts() -> nn.ModuleDict:
-    """The identity encoder and its readings."""
+    """The identity encoder and its linear probes."""
     encoder = make_identity_encoder()
-    return nn.ModuleDict({"encoder": encoder, "readings": Readings(encoder.config)})
+    return nn.ModuleDict({"encoder": encoder, "probes": LinearProbes(encoder.config)})
 
 
 def misread(named: dict[str, torch.Tensor], answers: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross-entropy of the readings, summed over those that any picture of the batch settles."""
-    settled = [name for name in READINGS if (answers[name] >= 0).any()]
+    """Cross-entropy of the probes, summed over those that any picture of the batch settles."""
+    settled = [name for name in PROBES if (answers[name] >= 0).any()]
     return torch.stack([F.cross_entropy(named[name], answers[name], ignore_index=-1) for name in settled]).sum()
 
 
 def train_judge(folder: Path, pictures: Shards, minutes: float, toys_twice: int) -> None:
-    """The identity encoder, contrastively on two views of each toy, and the linear readings of its features."""
+    """The identity encoder, contrastively on two views of each toy, and the linear probes on its features."""
     torch.manual_seed(1)
     both = judge_parts()
-    encoder, readings = both["encoder"], both["readings"]
+    encoder, probes = both["encoder"], both["probes"]
     scenes = [scene_by_index(i) for i in range(len(pictures))]
     labels = labels_of(scenes)
     views = load_drawn(draw_views, toys_twice, folder / "pictures", "views")
@@ -63,14 +63,14 @@ def train_judge(folder: Path, pictures: Shards, minutes: float, toys_twice: int)
         with faster_precision():
             images = images.contiguous(memory_format=torch.channels_last)
             hidden = [h.float() for h in encoder(images, output_hidden_states=True).hidden_states]
-        named = readings(hidden)
+        named = probes(hidden)
         # The views are of one class, which they would teach by rote: it is read from the mixed pictures alone.
-        answers = {name: torch.cat([labels[name][chosen], view_labels[name][both_views]]) for name in READINGS}
+        answers = {name: torch.cat([labels[name][chosen], view_labels[name][both_views]]) for name in PROBES}
         answers["class"][batch:] = -1
         masks = np.concatenate([drawn[..., 3], seen_twice[..., 3]])
         covered = F.avg_pool2d(torch.from_numpy(masks).float()[:, None] / 255, masks.shape[-1] // 16)[:, 0]
         losses = {
-            "readings": misread(named, answers),
+            "probes": misread(named, answers),
             "mask": F.binary_cross_entropy_with_logits(named["mask"], covered) * 2,
         }
         seen = F.normalize(hidden[-1][batch:].mean((2, 3)), dim=-1)
@@ -128,26 +128,26 @@ def seen_by_judge(pictures: Shards, folder: Path) -> dict[str, np.ndarray]:
     return {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
 
 
-def train_readings(folder: Path, pictures: Shards, minutes: float) -> None:
-    """The readings alone, on what the finished encoder sees: a linear layer has soon learned all that it can."""
+def train_probes(folder: Path, pictures: Shards, minutes: float) -> None:
+    """The probes alone, on what the finished encoder sees: a linear layer has soon learned all that it can."""
     torch.manual_seed(6)
     parts = trained("judge", judge_parts(), folder)
-    readings: Any = parts["readings"]
+    probes: Any = parts["probes"]
     with torch.no_grad():
         mean, deviation = by_channel(look(parts["encoder"], pictures[:2000][..., :3])["summary"])
-    readings.scale.running_mean.copy_(mean[0])
-    readings.scale.running_var.copy_(deviation[0].square())
-    only_learning(parts, readings.linear)
+    probes.scale.running_mean.copy_(mean[0])
+    probes.scale.running_var.copy_(deviation[0].square())
+    only_learning(parts, probes.linear)
     labels = labels_of([scene_by_index(i) for i in range(len(pictures))])
     summary = torch.from_numpy(np.array(seen_by_judge(pictures, folder)["summary"]))
     batch = 512
 
     def step(number: int) -> dict[str, torch.Tensor]:
         chosen = torch.randint(0, len(pictures), (batch,))
-        named = readings.named(F.dropout(summary[chosen].float(), 0.1))
-        return {"readings": misread(named, {name: labels[name][chosen] for name in READINGS})}
+        named = probes.named(F.dropout(summary[chosen].float(), 0.1))
+        return {"probes": misread(named, {name: labels[name][chosen] for name in PROBES})}
 
     train(
-        "readings", parts, step, minutes=minutes, lr=1e-3, weight_decay=0.05, pictures=batch, folder=folder,
+        "probes", parts, step, minutes=minutes, lr=1e-3, weight_decay=0.05, pictures=batch, folder=folder,
         needs=("judge",),
     )  # fmt: skip

@@ -72,7 +72,7 @@ def save_judges(data: Path, folder: Path) -> None:
     """Write the judges, ``toybox-clip`` and ``toybox-dino``, as ordinary transformers folders in half precision."""
     both, parts = trained_text(folder), trained("judge", judge_parts(), folder)
     load_trained("vision", both, folder)
-    load_trained("readings", parts, folder)
+    load_trained("probes", parts, folder)
     clip = both["clip"]
     size = {"height": SIZE, "width": SIZE}
     processor = CLIPImageProcessor(do_center_crop=False, size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
@@ -84,7 +84,7 @@ def save_judges(data: Path, folder: Path) -> None:
         if model is clip:
             make_tokenizer().save_pretrained(new)
         else:
-            save_file(parts["readings"].half().state_dict(), new / "readings.safetensors")
+            save_file(parts["probes"].half().state_dict(), new / "probes.safetensors")
         _replace_folder(new, data / name)
 
 

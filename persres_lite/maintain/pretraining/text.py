@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPTextModel
 
-from persres_lite.toybox.judge import READINGS, Readings, labels_of
+from persres_lite.toybox.judge import PROBES, LinearProbes, labels_of
 from persres_lite.toybox.models import make_clip, make_identity_encoder, make_tokenizer
 from persres_lite.toybox.world import NAMES, caption, scene_by_index, vocabulary
 
@@ -29,9 +29,9 @@ def clip_parts() -> nn.ModuleDict:
     clip = make_clip(make_tokenizer())
     with torch.no_grad():
         clip.logit_scale.fill_(math.log(14))
-    width = 2 * Readings(make_identity_encoder().config).width
+    width = 2 * LinearProbes(make_identity_encoder().config).width
     looks = nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, clip.config.projection_dim))
-    attributes = nn.Linear(clip.config.vision_config.hidden_size, sum(len(v) for v in READINGS.values()))
+    attributes = nn.Linear(clip.config.vision_config.hidden_size, sum(len(v) for v in PROBES.values()))
     return nn.ModuleDict({"clip": clip, "looks": looks, "attributes": attributes})
 
 
@@ -140,11 +140,11 @@ def train_vision(folder: Path, pictures: Shards, minutes: float) -> None:
             seen = clip.vision_model(pixel_values=images).pooler_output.float()
         words = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
         # Naming the attributes directly is a help for the image encoder alone.
-        parts_of = attributes(seen).split([len(v) for v in READINGS.values()], dim=1)
-        named = dict(zip(READINGS, parts_of, strict=True))
+        parts_of = attributes(seen).split([len(v) for v in PROBES.values()], dim=1)
+        named = dict(zip(PROBES, parts_of, strict=True))
         return {
             "contrast": contrast(clip.visual_projection(seen), words, clip.logit_scale, captions),
-            "attributes": 0.3 * misread(named, {name: labels[name][chosen] for name in READINGS}),
+            "attributes": 0.3 * misread(named, {name: labels[name][chosen] for name in PROBES}),
         }
 
     train(
