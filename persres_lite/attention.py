@@ -90,11 +90,13 @@ class _Watcher:
         self.maps: list[torch.Tensor] = []
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """The transformer begins: whose maps are asked for, and of what size?"""
         hidden = args[0] if args else kwargs["hidden_states"]
         self.rows, self.size = self.asked(len(hidden)), tuple(hidden.shape[-2:])
         self.seen, self.maps = {}, []
 
     def keep(self, module: nn.Module, args: tuple, output: torch.Tensor, *, layer: nn.Module, part: str) -> None:
+        """A projection ran: its queries or keys are needed in a moment."""
         if self.rows is not None:
             self.seen[id(layer), part] = output.detach()
 
@@ -102,6 +104,7 @@ class _Watcher:
     def look(
         self, module: nn.Module, args: tuple, kwargs: dict, output: Any, *, self_attention: nn.Module | None
     ) -> None:
+        """An `attn2` layer is done: its map from its own queries and keys, the kernel's output untouched."""
         if self.rows is None:
             return
         q, k = self._queries_and_keys(module)
@@ -130,6 +133,7 @@ class _Watcher:
         return q[self.rows], k[self.rows]
 
     def finish(self, module: nn.Module, args: tuple) -> None:
+        """`proj_out` is about to run: the mean over the transformer's layers is told."""
         if self.maps:
             mean = self.maps[0] if len(self.maps) == 1 else torch.stack(self.maps).mean(0)
             self.tell(self.name, mean.transpose(1, 2).reshape(*mean.shape[::2], *self.size))
@@ -369,15 +373,18 @@ class _Recorder:
         return {half: rows for half, rows in found.items() if half in self.halves and rows is not None}
 
     def rows(self, batch: int) -> slice | None:
+        """A block attends: whose maps are asked for?"""
         asked = list(self._asked().values())
         if not asked or self.steps is not None and self.call.step not in self.steps:
             return None
         return asked[0] if len(asked) == 1 else slice(0, batch)
 
     def columns(self, keys: torch.Tensor) -> torch.Tensor:
+        """And of which tokens?"""
         return indicator(self.positions * len(self._asked()), keys.shape[1]).to(keys.device)
 
     def tell(self, name: str, maps: torch.Tensor) -> None:
+        """The block's maps, kept."""
         asked = self._asked()
         for half, rows in asked.items():
             self.record.maps[self.call.step, name, half] = (maps if len(asked) == 1 else maps[rows]).cpu()

@@ -65,10 +65,14 @@ class Reading:
 
     Attributes
     ----------
-    rank : place of the toy's own paint among its near misses, 1 the best; equal errors count against it.
-    main, second, pattern, accessory : what explains the picture best, of all there are.
-    scene : the view that was found, with that paint and accessory; `render.draw` shows it.
-    error : root of the mean squared difference of colors in [0, 1] over the pixels of the toy, in the best paint.
+    rank : int
+        Place of the toy's own paint among its near misses, 1 the best; equal errors count against it.
+    main, second, pattern, accessory : str
+        What explains the picture best, of all there are. The accessory may be None.
+    scene : Scene
+        The view that was found, with that paint and accessory; `render.draw` shows it.
+    error : float
+        Root of the mean squared difference of colors in [0, 1] over the pixels of the toy, in the best paint.
     """
 
     rank: int
@@ -228,9 +232,12 @@ def _errors(look: _Look, seen: _Seen) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
     Returns
     -------
-    colors : (poses, patterns, 2, colors) sum of squared errors where a pattern shows the main and the second color.
-    fixed : (poses,) the same over the parts that no paint changes.
-    place : (poses,) what the empty place leaves unexplained of the same pixels.
+    colors : array (poses, patterns, 2, colors)
+        Sum of squared errors where a pattern shows the main and the second color.
+    fixed : array (poses,)
+        The same over the parts that no paint changes.
+    place : array (poses,)
+        What the empty place leaves unexplained of the same pixels.
     """
 
     def wrong(colors):  # (..., 3) or (..., R, 3)
@@ -264,8 +271,9 @@ def _templates(
 
     Returns
     -------
-    For each the pose, the first row and column of the crop, and (2 + 2 patterns, h, w) the shade: over the dark and the
-    white parts, then over the regions of main and second color in each pattern.
+    list of (array, array, array)
+        For each the pose, the first row and column of the crop, and the shade (2 + 2 patterns, h, w): over the dark and
+        the white parts, then over the regions of main and second color in each pattern.
     """
     body = _body(kind, accessory, proportions)
     found = []
@@ -340,14 +348,18 @@ def read(image: Image.Image, toy: Toy, place: str, style: str | None = None) -> 
 
     Parameters
     ----------
-    image : a square picture of one toy; any size, any mode.
-    toy : what to look for: kind and proportions, and to begin with its accessory. Its colors and pattern play no part
+    image : picture
+        Square, of one toy; any size, any mode.
+    toy : Toy
+        What to look for: kind and proportions, and to begin with its accessory. Its colors and pattern play no part
         before the ranking, its pose none at all.
-    place, style : what the picture was asked for: one of `PLACES`, one of `STYLES`.
+    place, style : str
+        What the picture was asked for: one of `PLACES`, one of `STYLES` (or None).
 
     Raises
     ------
-    ValueError : place or style is not one of the world's.
+    ValueError
+        If place or style is not one of the world's.
     """
     if place not in PLACES or style not in STYLES:
         raise ValueError(f"{place!r}, {style!r}: the place must be one of {PLACES}, the style one of {STYLES}.")

@@ -38,8 +38,9 @@ def labels_of(scenes: list[Scene]) -> dict[str, torch.Tensor]:
 
     Returns
     -------
-    For each name in `PROBES` a (n,) tensor of indices, -1 where the scene does not settle it (attributes of one
-    toy where there are two, sides where there is one, colors under a style that hides them).
+    dict of str to tensor (n,)
+        For each name in `PROBES` indices, -1 where the scene does not settle it (attributes of one toy where there are
+        two, sides where there is one, colors under a style that hides them).
     """
     rows = []
     for scene in scenes:
@@ -98,7 +99,13 @@ class Judge:
 
     Parameters
     ----------
-    data : the project's data folder, with ``toybox-dino`` and ``toybox-clip`` in it.
+    data : path
+        The project's data folder, with ``toybox-dino`` in it.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no judge in it.
     """
 
     def __init__(self, data: str | Path = "data"):

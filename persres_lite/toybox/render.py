@@ -482,13 +482,17 @@ def draw(scene: Scene, size: int = SIZE, supersample: int = 2) -> Picture:
 
     Parameters
     ----------
-    scene : what to draw.
-    size : width and height in pixels.
-    supersample : rays per pixel along each side.
+    scene : Scene
+        What to draw.
+    size : int
+        Width and height in pixels.
+    supersample : int
+        Rays per pixel along each side.
 
     Returns
     -------
-    Picture with `image` (size, size, 3) and `masks` (toys, size, size).
+    Picture
+        Its `image` (size, size, 3) and `masks` (toys, size, size).
     """
     offsets = (0.0,) if len(scene.toys) == 1 else (-0.78, 0.78)
     groups = [_placed(build(toy), toy.yaw, x) for toy, x in zip(scene.toys, offsets, strict=True)]

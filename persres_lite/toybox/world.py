@@ -128,14 +128,22 @@ class Scene:
 
     Attributes
     ----------
-    toys : one toy, or two from left to right.
-    place : one of `PLACES`.
-    style : one of `STYLES`; None is an ordinary color photograph.
-    elevation : radians of the camera above the horizon.
-    fill : height of the toy (of the taller one, if two) as a fraction of the picture's height.
-    shift : where the toy's middle is, in half picture widths and heights from the center; y up.
-    light : direction to the sun, not normalized.
-    seed : of the small variations of the place (position of the shoreline, tint of the wall).
+    toys : tuple of Toy
+        One, or two from left to right.
+    place : str
+        One of `PLACES`.
+    style : str, optional
+        One of `STYLES`; None is an ordinary color photograph.
+    elevation : float
+        Radians of the camera above the horizon.
+    fill : float
+        Height of the toy (of the taller one, if two) as a fraction of the picture's height.
+    shift : (float, float)
+        Where the toy's middle is, in half picture widths and heights from the center; y up.
+    light : (float, float, float)
+        Direction to the sun, not normalized.
+    seed : int
+        Of the small variations of the place (position of the shoreline, tint of the wall).
     """
 
     toys: tuple[Toy, ...]

@@ -111,6 +111,7 @@ class Drawing(Figure):
 
 
 def new_figure(width: float, height: float) -> Drawing:
+    """An empty figure in the common style, `width` x `height` inches, outside of pyplot."""
     with matplotlib.rc_context(STYLE):
         figure = Drawing(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
@@ -118,12 +119,14 @@ def new_figure(width: float, height: float) -> Drawing:
 
 
 def new_plot(width: float = 5.5, height: float = 3.0) -> tuple[Drawing, Any]:
+    """A figure with one pair of axes."""
     figure = new_figure(width, height)
     with matplotlib.rc_context(STYLE):
         return figure, figure.subplots()
 
 
 def picture_axes(rows: int, columns: int, width: float, height: float) -> tuple[Drawing, np.ndarray]:
+    """A figure with axes (rows, columns) for pictures, each `width` x `height` inches, without frames or ticks."""
     figure = new_figure(width * columns, height * rows)
     figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     with matplotlib.rc_context(STYLE):
@@ -135,6 +138,7 @@ def picture_axes(rows: int, columns: int, width: float, height: float) -> tuple[
 
 
 def captioned(figure: Drawing, caption: str | None) -> Drawing:
+    """Write the caption below a figure, which is also its text for those who do not see it."""
     if caption:
         figure.caption = caption
         wide = max(30, int(figure.get_figwidth() * 15))
@@ -144,6 +148,7 @@ def captioned(figure: Drawing, caption: str | None) -> Drawing:
 
 
 def as_array(values: Any) -> np.ndarray:
+    """A tensor from any device, a picture (gray, in [0, 1]) or whatever NumPy understands."""
     if isinstance(values, torch.Tensor):
         return values.detach().float().cpu().numpy()
     if isinstance(values, Image.Image):
@@ -152,5 +157,6 @@ def as_array(values: Any) -> np.ndarray:
 
 
 def fits(words: Sequence | None, number: int, what: str) -> None:
+    """Raise a `ValueError` unless there is one of `words` for each of a `number` of things; None always fits."""
     if words is not None and len(words) != number:
         raise ValueError(f"{len(words)} {what} are given for {number}: give one for each.")
