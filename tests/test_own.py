@@ -122,7 +122,8 @@ def test_the_studio_shows_the_mask_only_over_the_way_that_used_it():
 
 def test_the_lesson_with_photographs_of_another_package(tmp_path):
     """From start to end on a random base of Stable Diffusion's shape, with a folder of real photographs."""
-    data = pytest.importorskip("skimage.data", reason="the photographs are scikit-image's")
+    from skimage import data  # brings photographs
+
     (tmp_path / "photographs").mkdir()
     for name in ("cat", "coffee", "rocket"):
         Image.fromarray(getattr(data, name)()).save(tmp_path / "photographs" / f"{name}.jpg")
