@@ -15,7 +15,7 @@ from persres_lite.attention import AttentionRecord
 from persres_lite.course import figures
 from persres_lite.course.figures.diagram import unet_parts
 from persres_lite.course.figures.stills import short_name, spread
-from persres_lite.course.figures.style import WAYS
+from persres_lite.course.figures.style import COLORS, NEUTRAL, WAYS
 from persres_lite.masks import RULES
 from persres_lite.residuals import find_proj_outs
 from tests.tiny import tiny_unet
@@ -159,12 +159,19 @@ def test_bars_show_means_values_and_a_reference():
     axes = figure.axes[0]
     assert [patch.get_height() for patch in axes.patches] == pytest.approx([0.2, 0.5])
     assert sorted(axes.collections[0].get_offsets()[:, 1].tolist()) == pytest.approx([0.1, 0.3])
-    assert {"0.2", "0.5"} <= set(labels(figure)) and axes.lines[0].get_ydata()[0] == 0.25
+    assert {"0.200", "0.500"} <= set(labels(figure)) and axes.lines[0].get_ydata()[0] == 0.25
 
 
 def test_repeats_of_one_way_share_its_color():
     figure = figures.bars({"training 0": 0.1, "training 1": 0.2}, way="residual")
     assert {to_hex(patch.get_facecolor()) for patch in figure.axes[0].patches} == {WAYS["residual"][0]}
+
+
+def test_bars_of_no_method_have_a_color_that_no_way_has():
+    axes = figures.bars({"floor": 0.1, "other": 0.2, "ceiling": [0.8, 1.0]}, neutral=("floor", "ceiling")).axes[0]
+    floor, other, ceiling = (to_hex(patch.get_facecolor()) for patch in axes.patches)
+    assert floor == ceiling == NEUTRAL[0] and to_hex(axes.collections[0].get_facecolor()[0]) == NEUTRAL[1]
+    assert other not in NEUTRAL and not {*NEUTRAL} & {*COLORS, *(color for color, _, _ in WAYS.values())}
 
 
 def test_ranked_bars_are_sorted_and_pale_below_the_reference():

@@ -482,6 +482,11 @@ def test_each_ablation_is_a_row_and_done_ones_are_not_done_again(tried, monkeypa
     assert list(found) == [one.label for one in known] and set(found["mask: Otsu"]) == {"parameters", "LAG"}
     whole, smaller, other = (found[label]["parameters"] for label in ("the recipe", "rank: 0.05", layers))
     assert smaller < whole and abs(other - whole) < whole / 2
+    gain, score, recipe = (found[label]["LAG"] for label in ("mask: Otsu", "mask: Otsu", "the recipe"))
+    assert gain["identity gained"]["mean"] == pytest.approx(score["identity"]["mean"] - recipe["identity"]["mean"])
+    assert "identity gained" not in recipe and gain["identity gained"]["pictures"] == 4
+    begun = [row for row in rows if row["method"] != "the recipe" or row["concept"] == rows[0]["concept"]]
+    assert ablations.tables_of(begun, {}, draws=5)["mask: Otsu"]["LAG"]["identity gained"]["concepts"] == 1
     text = ablations.markdown(found, {"command": "this", "commit": "", "machine": ""})
     assert "| macro class: wrong |" in text and "2 concepts, 2 trainings, 4 pictures" in text
 

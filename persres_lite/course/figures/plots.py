@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from persres_lite.course.figures.style import (
     COLORS,
+    NEUTRAL,
     STYLE,
     Drawing,
     as_array,
@@ -105,6 +106,7 @@ def bars(
     reference: tuple[str, float] | None = None,
     caption: str | None = None,
     way: str | None = None,
+    neutral: Collection[str] = (),
 ) -> Drawing:
     """A bar for each name; where a list is given its mean, with every value as a dot.
 
@@ -114,18 +116,24 @@ def bars(
         A name and a value to compare with, drawn as a dashed line.
     way : str, optional
         All bars have the color of this way: for repeats of one way of sampling.
+    neutral : collection of str
+        Names of what no method has made, as a floor and a ceiling: pale gray with an outline.
     """
     figure, axes = new_plot(height=2.8)
-    styles = looks([way]) * len(values) if way else looks(list(values))
-    for place, ((color, _, _), value) in enumerate(zip(styles, values.values(), strict=True)):
+    colored = [name for name in values if name not in neutral]
+    found = dict(zip(colored, looks([way]) * len(colored) if way else looks(colored), strict=True))
+    for place, (name, value) in enumerate(values.items()):
         numbers = np.atleast_1d(as_array(value))
-        alpha = 0.55 if len(numbers) > 1 else 0.9
-        axes.bar(place, numbers.mean(), color=color, width=0.6, alpha=alpha)
+        fill, edge = NEUTRAL if name in neutral else (found[name][0], "none")
+        alpha = 1.0 if name in neutral else 0.55 if len(numbers) > 1 else 0.9
+        axes.bar(place, numbers.mean(), color=fill, edgecolor=edge, width=0.6, alpha=alpha)
         above = (place, max(0, *numbers, numbers.mean()))
-        axes.annotate(f"{numbers.mean():.3g}", above, xytext=(0, 5), textcoords="offset points", ha="center")
+        mean = f"{numbers.mean():#.3g}".rstrip(".")
+        axes.annotate(mean, above, xytext=(0, 5), textcoords="offset points", ha="center")
         if len(numbers) > 1:
             spread = np.linspace(-0.18, 0.18, len(numbers))
-            axes.scatter(place + spread, numbers, color=color, edgecolor="white", s=22, zorder=3)
+            dots = NEUTRAL[1] if name in neutral else fill
+            axes.scatter(place + spread, numbers, color=dots, edgecolor="white", s=22, zorder=3)
     if reference:
         axes.axhline(reference[1], color="0.35", linestyle="--", linewidth=1.2, label=reference[0])
         _legend(axes)

@@ -43,6 +43,9 @@ WAYS: dict[str, tuple[str, Any, str]] = {  # color, dash and marker
 }
 """The ways of sampling look the same in every notebook; also under a longer name, as in "LAG, median"."""
 
+NEUTRAL = ("#ececec", "#767676")
+"""Fill and outline of what no method has made, as a floor and a ceiling: it must not look like a way."""
+
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
 """Curves that cross are told apart by these too, not by color alone."""
 MARKERS = "osD^vP*X"

@@ -18,14 +18,15 @@ from persres_lite.bases import settings_of
 from persres_lite.maintain.evaluation.judging import PaperJudge, ToyboxJudge
 from persres_lite.maintain.evaluation.methods import LAYERS, Bench, Recipe, train_layers
 from persres_lite.maintain.evaluation.subjects import Pair, Subject
-from persres_lite.maintain.evaluation.tables import MEANS, SHARES, table, values
+from persres_lite.maintain.evaluation.tables import MEANS, SHARES, Groups, table, values
 from persres_lite.maintain.evaluation.ways import Frozen, draw_all, everywhere, pictures_of, words_of
 from persres_lite.maintain.evaluation.work import Row, key_of, rows_of
-from persres_lite.scores import bootstrap
+from persres_lite.scores import Interval, bootstrap, paired
 from persres_lite.toybox.world import CLASSES
 
 RECIPE = "the recipe"
-SHOWN = ("identity", "moved", "place", "side", "ranked first")
+GAINED = "identity gained"
+SHOWN = ("identity", GAINED, "moved", "place", "side", "ranked first")
 KINDS = ("place", "off center", "any")
 
 
@@ -186,7 +187,11 @@ def _ways(ablation: Ablation) -> tuple[str, ...]:
 
 
 def tables_of(rows: list[Row], recipe: dict[str, Any], draws: int = 2000) -> dict[str, dict[str, Any]]:
-    """By ablation, in their order: parameters, and by way the scores with their intervals."""
+    """By ablation, in their order: parameters, and by way the scores with their intervals.
+
+    `GAINED` is the identity minus the recipe's, picture by picture: what both share, easy and hard concepts above all,
+    is in the intervals of the two scores and not in that of the difference.
+    """
     found: dict[str, dict[str, Any]] = {}
     for one in ablations(recipe):
         for way in _ways(one):
@@ -199,7 +204,18 @@ def tables_of(rows: list[Row], recipe: dict[str, Any], draws: int = 2000) -> dic
                 numbers = values(group, score)
                 if any(v == v for trainings in numbers.values() for each in trainings.values() for v in each):
                     entry[way][score] = vars(bootstrap(numbers, draws=draws))
+            recipes = [row for row in rows if (row["method"], row["way"]) == (RECIPE, way)]
+            first, second = (_of_both(values(part, "identity"), group, recipes) for part in (group, recipes))
+            if one.label != RECIPE and first and "identity" in entry[way]:
+                entry[way][GAINED] = vars(bootstrap(paired(first, second), draws=draws))
     return found
+
+
+def _of_both(groups: Groups, *parts: list[Row]) -> Groups:
+    """What concept and training have rows for in all parts: a run may have been cut short."""
+    keys = set.intersection(*({(row["concept"], row["training"]) for row in part} for part in parts))
+    kept = {c: {t: each for t, each in found.items() if (c, t) in keys} for c, found in groups.items()}
+    return {concept: found for concept, found in kept.items() if found}
 
 
 def markdown(found: dict[str, dict[str, Any]], about: dict[str, str]) -> str:
@@ -212,10 +228,15 @@ def markdown(found: dict[str, dict[str, Any]], about: dict[str, str]) -> str:
         for way, score in heads:
             one = row.get(way, {}).get(score)
             ends = f" [{one['low']:.3f}, {one['high']:.3f}]" if one and score == "identity" else ""
-            cells.append("" if one is None else f"{one['mean']:.3f}{ends}")
+            plain = "" if one is None else f"{one['mean']:.3f}{ends}"
+            cells.append(str(Interval(**one)) if one and score == GAINED else plain)
         any_way = row.get("LAG") or row["residual"]
         n = any_way["identity"]
         lines.append([*cells, f"{n['concepts']} concepts, {n['trainings']} trainings, {n['pictures']} pictures"])
     head = [f"Made by `{about['command']}` at commit {about['commit']}, on {about['machine']}.", ""]
-    head += ["Each row changes one thing of the recipe; everything else, and every noise, stays the same.", ""]
+    head += ["Each row changes one thing of the recipe; everything else, and every noise, stays the same."]
+    head += [
+        "What is gained is the difference to the recipe, picture by picture; an interval that includes zero leaves"
+    ]
+    head += ["open which of the two is better.", ""]
     return "\n".join([*head, *table(["", "parameters", *(f"{s}: {w}" for w, s in heads), "n"], lines), ""])
