@@ -34,6 +34,11 @@ def readme_sentences() -> list[str]:
     def gain(way: str) -> str:
         return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(gains[way][part] for part in ("mean", "low", "high")))
 
+    compared = results("evaluation")["at equal leakage"]
+
+    def against(method: str) -> str:
+        return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(compared[method][part] for part in ("mean", "low", "high")))
+
     return [
         f"the class in {drawn['class']} pictures, the place in {drawn['place']}, the main color in "
         f"{drawn['main color']}, the second color in {drawn['second color']}, both objects of a pair in "
@@ -49,6 +54,9 @@ def readme_sentences() -> list[str]:
         "Compared with the residual turned down until it moves the background as far, the paper's LAG gains "
         f"{gain('LAG')} of identity, LAG with maps averaged over blocks and steps {gain('LAG, both')}, and its best "
         f"quarter {gain('LAG, both, best quarter')} (95 % intervals)",
+        f"residuals with LAG gain {against('residuals + LAG')} over the weaker residual, half a disc in its mask's "
+        f"place {against('residuals + LAG, disc, half')}, DreamBooth {against('DreamBooth')}, textual inversion "
+        f"{against('textual inversion')}, an attention LoRA of rank 4 {against('attention LoRA, rank 4')}",
     ]
 
 
