@@ -29,15 +29,12 @@ def readme_sentences() -> list[str]:
             f"everywhere and {ways['LAG'][measure]} with LAG"
         )
 
-    gains = {way: row["gain"] for way, row in results("controls")["scenes"]["all"].items() if row.get("gain")}
+    def interval(row: dict) -> str:
+        return "{mean:+.2f} [{low:+.2f}, {high:+.2f}]".format(**row)
 
-    def gain(way: str) -> str:
-        return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(gains[way][part] for part in ("mean", "low", "high")))
-
-    compared = results("evaluation")["at equal leakage"]
-
-    def against(method: str) -> str:
-        return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(compared[method][part] for part in ("mean", "low", "high")))
+    controls = results("controls")["scenes"]["all"]
+    gain = {way: interval(row["gain"]) for way, row in controls.items() if row.get("gain")}
+    against = {method: interval(row) for method, row in results("evaluation")["at equal leakage"].items()}
 
     return [
         f"the class in {drawn['class']} pictures, the place in {drawn['place']}, the main color in "
@@ -52,11 +49,11 @@ def readme_sentences() -> list[str]:
         f"average, LAG by {ways['LAG']['background moved']}, less in each of the ten; the place asked for is shown in "
         f"{ways['residual']['place']} of the pictures with the residual and in {ways['LAG']['place']} with LAG",
         "Compared with the residual turned down until it moves the background as far, the paper's LAG gains "
-        f"{gain('LAG')} of identity, LAG with maps averaged over blocks and steps {gain('LAG, both')}, and its best "
-        f"quarter {gain('LAG, both, best quarter')} (95 % intervals)",
-        f"residuals with LAG gain {against('residuals + LAG')} over the weaker residual, half a disc in its mask's "
-        f"place {against('residuals + LAG, disc, half')}, DreamBooth {against('DreamBooth')}, textual inversion "
-        f"{against('textual inversion')}, an attention LoRA of rank 4 {against('attention LoRA, rank 4')}",
+        f"{gain['LAG']} of identity, LAG with maps averaged over blocks and steps {gain['LAG, both']}, and its best "
+        f"quarter {gain['LAG, both, best quarter']} (95 % intervals)",
+        f"residuals with LAG gain {against['residuals + LAG']} over the weaker residual, half a disc in its mask's "
+        f"place {against['residuals + LAG, disc, half']}, DreamBooth {against['DreamBooth']}, textual inversion "
+        f"{against['textual inversion']}, an attention LoRA of rank 4 {against['attention LoRA, rank 4']}",
     ]
 
 

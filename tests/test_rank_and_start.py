@@ -30,6 +30,8 @@ def test_the_rank_of_one_direction_is_not_that_of_all():
     assert rank_and_start.mean_and_spread(rows, "zero", 1)["identity"][0] == 0.2
     mean, spread, number = rank_and_start.mean_and_spread(rows, "zero", 1.0)["identity"]
     assert (round(mean, 6), round(spread, 3), number) == (0.7, 0.141, 2)
+    text = rank_and_start.table(rows, RECIPE)
+    assert "| zero | 1 | 1 | 0.200 | " in text and "| zero | 100 % | 2 | 0.700 ± 0.141 | " in text
 
 
 def test_starts_are_compared_in_pairs_of_one_rank():

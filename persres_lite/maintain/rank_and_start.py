@@ -108,11 +108,12 @@ def table(rows: list[Row], recipe: dict[str, Any]) -> str:
         "| start | rank | trainings | " + " | ".join(MEASURES) + " |",
         "|---" * (len(MEASURES) + 3) + "|",
     ]
-    for start, rank in dict.fromkeys((row["start"], row["rank"]) for row in rows):
+    kinds = {(row["start"], _words(row["rank"])): row["rank"] for row in rows}  # rank 1 equals 1.0 and is not the same
+    for (start, words), rank in kinds.items():
         found = mean_and_spread(rows, start, rank)
         cells = [f"{mean:.3f} ± {spread:.3f}" if n > 1 else f"{mean:.3f}" for mean, spread, n in found.values()]
         number = next(iter(found.values()))[2]
-        lines.append(f"| {start} | {_words(rank)} | {number} | " + " | ".join(cells) + " |")
+        lines.append(f"| {start} | {words} | {number} | " + " | ".join(cells) + " |")
     lines += ["", "Random start minus zero start, each pair with the same concept and seed:", ""]
     for measure in MEASURES:
         pairs = differences(rows, measure)
