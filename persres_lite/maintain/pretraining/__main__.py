@@ -12,7 +12,8 @@ Stages, each with a fixed budget of minutes and a checkpoint that it goes on fro
 ``decoder``     its second half for longer, on the latents of the first
 ``unet``        the denoiser, on latents made once, with the frozen text encoder
 
-The autoencoder and the denoiser learn in one process a core.
+The autoencoder and the denoiser learn in one process a core. Where there is a GPU, every stage learns on it, in larger
+batches, and may have fewer minutes (``--unet-minutes 30``); what ships was made without one.
 
 The text encoder comes before the U-Net and stays frozen because that is what Stable Diffusion does, and because learned
 together with the U-Net it had not learned colors when the other way had. It learns from the identity encoder, not from
@@ -71,6 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="where the finished models go")
     parser.add_argument("--stage", choices=list(MINUTES), action="append", help="only this one (may be repeated)")
     parser.add_argument("--further", action="store_true", help="begin from the shipped weights, not from nothing")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="and processes of the longest stages")
     parser.add_argument("--pictures", type=int, default=PICTURES, help=f"of the training set, {PICTURES:,} by default")
     parser.add_argument("--views", type=int, default=VIEWS, help=f"toys that the judge sees twice, {VIEWS:,}")
@@ -78,30 +80,31 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}-minutes", type=float, default=budget, help=f"budget, {budget:g} by default")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    folder, wanted = args.folder, args.stage or list(MINUTES)
+    folder, wanted, device = args.folder, args.stage or list(MINUTES), torch.device(args.device)
+    processes = args.threads if device.type == "cpu" else 1
     minutes = {name: getattr(args, f"{name}_minutes") for name in MINUTES}
     pictures = load_drawn(draw_scenes, args.pictures, folder / "pictures", "train")
     if args.further:
         adopt(args.data, folder)
 
     if "judge" in wanted:
-        train_judge(folder, pictures, minutes["judge"], args.views)
+        train_judge(folder, pictures, minutes["judge"], args.views, device)
     if "probes" in wanted:
-        train_probes(folder, pictures, minutes["probes"])
+        train_probes(folder, pictures, minutes["probes"], device)
     if "text" in wanted:
-        train_text(folder, pictures, minutes["text"])
+        train_text(folder, pictures, minutes["text"], device)
     if "vision" in wanted:
-        train_vision(folder, pictures, minutes["vision"])
+        train_vision(folder, pictures, minutes["vision"], device)
     if "vae" in wanted:
-        data_parallel(train_vae, args.threads, folder, pictures, minutes["vae"])
+        data_parallel(train_vae, processes, folder, pictures, minutes["vae"], device)
     if "decoder" in wanted:
-        train_decoder(folder, pictures, minutes["decoder"])
+        train_decoder(folder, pictures, minutes["decoder"], device)
     if {"probes", "vision"} & set(wanted):
         save_judges(args.data, folder)
     if "unet" in wanted:
-        latents_of(pictures, folder), seen_by_judge(pictures, folder)  # made once, before the processes part
+        latents_of(pictures, folder, device), seen_by_judge(pictures, folder, device)  # once, before the processes part
         del pictures  # every process opens its own
-        data_parallel(train_unet, args.threads, folder, args.data, minutes["unet"], args.pictures)
+        data_parallel(train_unet, processes, folder, args.data, minutes["unet"], args.pictures, device)
         write_card(args.data, folder, list(MINUTES), args.further)
 
 

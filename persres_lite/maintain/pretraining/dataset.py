@@ -121,7 +121,7 @@ def load_drawn(make: Callable, count: int, folder: Path, split: str, workers: in
     return Shards(paths)
 
 
-def to_float(pictures: np.ndarray) -> torch.Tensor:
+def to_float(pictures: np.ndarray, device: torch.device | None = None) -> torch.Tensor:
     """(n, size, size, 3) uint8 to (n, 3, size, size) in [-1, 1], channels last in memory."""
-    x = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
+    x = torch.from_numpy(np.ascontiguousarray(pictures)).to(device).permute(0, 3, 1, 2)
     return x.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)

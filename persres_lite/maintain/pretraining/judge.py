@@ -17,7 +17,7 @@ from persres_lite.toybox.models import make_identity_encoder
 from persres_lite.toybox.world import CLASSES, scene_by_index
 
 from .dataset import Shards, draw_views, load_drawn, to_float, views_by_index
-from .trainer import faster_precision, only_learning, still_valid, train, trained
+from .trainer import CPU, faster_precision, only_learning, still_valid, train, trained
 
 VIEWS = 10_000  # toys seen twice, if nothing else is asked for
 
@@ -34,7 +34,7 @@ def misread(named: dict[str, torch.Tensor], answers: dict[str, torch.Tensor]) ->
     return torch.stack([F.cross_entropy(named[name], answers[name], ignore_index=-1) for name in settled]).sum()
 
 
-def train_judge(folder: Path, pictures: Shards, minutes: float, toys_twice: int) -> None:
+def train_judge(folder: Path, pictures: Shards, minutes: float, toys_twice: int, device: torch.device = CPU) -> None:
     """The identity encoder, contrastively on two views of each toy, and the linear probes on its features."""
     torch.manual_seed(1)
     both = judge_parts()
@@ -58,24 +58,26 @@ def train_judge(folder: Path, pictures: Shards, minutes: float, toys_twice: int)
         pair = np.random.default_rng(torch.initial_seed()).choice(by_kind[kind], toys, replace=False)
         both_views = torch.from_numpy(np.stack([2 * pair, 2 * pair + 1], 1).ravel())
         seen_twice = views[pair].reshape(-1, *drawn.shape[1:])
-        images = torch.cat([to_float(drawn[..., :3]), to_float(seen_twice[..., :3])])
-        images = images * (1 + 0.1 * torch.randn(len(images), 1, 1, 1)) + 0.05 * torch.randn(len(images), 1, 1, 1)
-        with faster_precision():
+        images = torch.cat([to_float(drawn[..., :3]), to_float(seen_twice[..., :3])]).to(device)
+        light, shift = torch.randn(2, len(images), 1, 1, 1, device=device)
+        images = images * (1 + 0.1 * light) + 0.05 * shift
+        with faster_precision(device):
             images = images.contiguous(memory_format=torch.channels_last)
             hidden = [h.float() for h in encoder(images, output_hidden_states=True).hidden_states]
         named = probes(hidden)
         # The views are of one class, which they would teach by rote: it is read from the mixed pictures alone.
         answers = {name: torch.cat([labels[name][chosen], view_labels[name][both_views]]) for name in PROBES}
         answers["class"][batch:] = -1
+        answers = {name: answer.to(device) for name, answer in answers.items()}
         masks = np.concatenate([drawn[..., 3], seen_twice[..., 3]])
-        covered = F.avg_pool2d(torch.from_numpy(masks).float()[:, None] / 255, masks.shape[-1] // 16)[:, 0]
+        covered = F.avg_pool2d(torch.from_numpy(masks).to(device).float()[:, None] / 255, masks.shape[-1] // 16)[:, 0]
         losses = {
             "probes": misread(named, answers),
             "mask": F.binary_cross_entropy_with_logits(named["mask"], covered) * 2,
         }
         seen = F.normalize(hidden[-1][batch:].mean((2, 3)), dim=-1)
         similarity = seen[0::2] @ seen[1::2].T / 0.07
-        target = torch.arange(toys)
+        target = torch.arange(toys, device=device)
         losses["identity"] = (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
         return losses
 
@@ -89,6 +91,7 @@ def train_judge(folder: Path, pictures: Shards, minutes: float, toys_twice: int)
         ema=0.998,
         pictures=batch + 2 * toys,
         folder=folder,
+        device=device,
     )
 
 
@@ -96,7 +99,7 @@ def look(encoder: Any, images: np.ndarray) -> dict[str, torch.Tensor]:
     """What the identity encoder makes of pictures: "summary" (n, 2 x 592), and the maps after its second and its third
     stage, "fine" (n, 96, 8, 8) and "coarse" (n, 160, 4, 4).
     """
-    x = to_float(images)
+    x = to_float(images, encoder.device)
     hidden = encoder(x, output_hidden_states=True).hidden_states
     return {"summary": summary_of(hidden), "fine": hidden[2], "coarse": hidden[3]}
 
@@ -108,19 +111,19 @@ def by_channel(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def seen_by_judge(pictures: Shards, folder: Path) -> dict[str, np.ndarray]:
+def seen_by_judge(pictures: Shards, folder: Path, device: torch.device = CPU) -> dict[str, np.ndarray]:
     """`look` at every picture: computed once, each channel with mean 0 and deviation 1 on the first 2,000, kept on disk
     in half precision and opened without being read; made again when the encoder has learned since.
     """
     paths = {name: folder / f"judged-{name}.npy" for name in ("summary", "fine", "coarse")}
     if not all(still_valid(path, "judge", folder) for path in paths.values()):
-        encoder = trained("judge", judge_parts(), folder)["encoder"]
+        encoder = trained("judge", judge_parts(), folder)["encoder"].to(device)
         scales = {name: by_channel(x) for name, x in look(encoder, pictures[:2000][..., :3]).items()}
         kept: dict[str, list[np.ndarray]] = {name: [] for name in paths}
         for start in tqdm(range(0, len(pictures), 200), desc="judging"):
             for name, x in look(encoder, pictures[start : start + 200][..., :3]).items():
                 mean, deviation = scales[name]
-                kept[name].append(((x - mean) / deviation).half().contiguous().numpy())
+                kept[name].append(((x - mean) / deviation).half().contiguous().cpu().numpy())
         for name, path in paths.items():
             with open(path.with_suffix(".part"), "wb") as file:
                 np.save(file, np.concatenate(kept[name]))
@@ -128,26 +131,27 @@ def seen_by_judge(pictures: Shards, folder: Path) -> dict[str, np.ndarray]:
     return {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
 
 
-def train_probes(folder: Path, pictures: Shards, minutes: float) -> None:
+def train_probes(folder: Path, pictures: Shards, minutes: float, device: torch.device = CPU) -> None:
     """The probes alone, on what the finished encoder sees: a linear layer has soon learned all that it can."""
     torch.manual_seed(6)
-    parts = trained("judge", judge_parts(), folder)
+    parts = trained("judge", judge_parts(), folder).to(device)
     probes: Any = parts["probes"]
     with torch.no_grad():
         mean, deviation = by_channel(look(parts["encoder"], pictures[:2000][..., :3])["summary"])
     probes.scale.running_mean.copy_(mean[0])
     probes.scale.running_var.copy_(deviation[0].square())
     only_learning(parts, probes.linear)
-    labels = labels_of([scene_by_index(i) for i in range(len(pictures))])
-    summary = torch.from_numpy(np.array(seen_by_judge(pictures, folder)["summary"]))
+    scenes = [scene_by_index(i) for i in range(len(pictures))]
+    labels = {name: answers.to(device) for name, answers in labels_of(scenes).items()}
+    summary = torch.from_numpy(np.array(seen_by_judge(pictures, folder, device)["summary"])).to(device)
     batch = 512
 
     def step(number: int) -> dict[str, torch.Tensor]:
-        chosen = torch.randint(0, len(pictures), (batch,))
+        chosen = torch.randint(0, len(pictures), (batch,)).to(device)
         named = probes.named(F.dropout(summary[chosen].float(), 0.1))
         return {"probes": misread(named, {name: labels[name][chosen] for name in PROBES})}
 
     train(
         "probes", parts, step, minutes=minutes, lr=1e-3, weight_decay=0.05, pictures=batch, folder=folder,
-        needs=("judge",),
+        needs=("judge",), device=device,
     )  # fmt: skip

@@ -47,7 +47,7 @@ def save_pipeline(data: Path, folder: Path, unet: Any) -> None:
     trained("vae", vae, folder)
     load_trained("decoder", vae.decoder, folder)
     vae.half()
-    unet = copy.deepcopy(unet).half()
+    unet = copy.deepcopy(unet).cpu().half()
     pipeline = StableDiffusionPipeline(
         vae=vae.to(memory_format=torch.contiguous_format),
         text_encoder=text_encoder,

@@ -19,7 +19,7 @@ from persres_lite.toybox.world import NAMES, caption, scene_by_index, vocabulary
 
 from .dataset import Shards, to_float
 from .judge import misread, seen_by_judge
-from .trainer import faster_precision, only_learning, train, trained
+from .trainer import CPU, faster_precision, only_learning, train, trained
 
 
 def clip_parts() -> nn.ModuleDict:
@@ -62,13 +62,13 @@ def contrast(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, captions: li
     """The contrastive loss (Radford et al., 2021) of matching rows; equal captions count as equally right."""
     logits = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T * scale.exp().clamp(max=60)
     names = {text: i for i, text in enumerate(captions)}
-    key = torch.tensor([names[text] for text in captions])
+    key = torch.tensor([names[text] for text in captions], device=a.device)
     same = (key[:, None] == key[None]).float()
     target = same / same.sum(1, keepdim=True)
     return -((target * logits.log_softmax(1)).sum(1).mean() + (target * logits.T.log_softmax(1)).sum(1).mean()) / 2
 
 
-def train_text(folder: Path, pictures: Shards, minutes: float) -> None:
+def train_text(folder: Path, pictures: Shards, minutes: float, device: torch.device = CPU) -> None:
     """The text encoder, contrastively with the identity encoder's summary of the picture (locked-image tuning: Zhai et
     al., 2022, arXiv 2111.07991).
     """
@@ -78,21 +78,21 @@ def train_text(folder: Path, pictures: Shards, minutes: float) -> None:
     only_learning(parts, clip.text_model, clip.text_projection, parts["looks"])
     clip.logit_scale.requires_grad_(True)
     scenes = [scene_by_index(i) for i in range(len(pictures))]
-    summary = torch.from_numpy(np.array(seen_by_judge(pictures, folder)["summary"]))
+    summary = torch.from_numpy(np.array(seen_by_judge(pictures, folder, device)["summary"])).to(device)
     batch = 256
 
     def step(number: int) -> dict[str, torch.Tensor]:
         rng = random.Random(torch.initial_seed())
         chosen = torch.randint(0, len(pictures), (batch,))
         captions = [short_caption(scenes[i], rng) for i in chosen]
-        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        looks = parts["looks"](F.dropout(summary[chosen].float(), 0.1))
+        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
+        looks = parts["looks"](F.dropout(summary[chosen.to(device)].float(), 0.1))
         words = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
         return {"contrast": contrast(looks, words, clip.logit_scale, captions)}
 
     train(
         "text", parts, step, minutes=minutes, lr=1e-3, weight_decay=0.05, pictures=batch, folder=folder,
-        needs=("judge",),
+        needs=("judge",), device=device,
     )  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def trained_text(folder: Path) -> Any:
     return parts
 
 
-def train_vision(folder: Path, pictures: Shards, minutes: float) -> None:
+def train_vision(folder: Path, pictures: Shards, minutes: float, device: torch.device = CPU) -> None:
     """The image half of the CLIP-like judge, toward the finished text half."""
     torch.manual_seed(5)
     parts, tokenizer = trained_text(folder), make_tokenizer()
@@ -127,16 +127,16 @@ def train_vision(folder: Path, pictures: Shards, minutes: float) -> None:
     attributes = parts["attributes"]
     only_learning(parts, clip.vision_model, clip.visual_projection, attributes)
     scenes = [scene_by_index(i) for i in range(len(pictures))]
-    labels = labels_of(scenes)
+    labels = {name: answers.to(device) for name, answers in labels_of(scenes).items()}
     batch = 128
 
     def step(number: int) -> dict[str, torch.Tensor]:
         rng = random.Random(torch.initial_seed())
         chosen = torch.randint(0, len(pictures), (batch,))
-        images = to_float(pictures[chosen][..., :3]).roll((rng.randint(-6, 6), rng.randint(-6, 6)), (2, 3))
+        images = to_float(pictures[chosen][..., :3], device).roll((rng.randint(-6, 6), rng.randint(-6, 6)), (2, 3))
         captions = [short_caption(scenes[i], rng) for i in chosen]
-        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        with faster_precision():
+        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
+        with faster_precision(device):
             seen = clip.vision_model(pixel_values=images).pooler_output.float()
         words = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
         # Naming the attributes directly is a help for the image encoder alone.
@@ -144,12 +144,12 @@ def train_vision(folder: Path, pictures: Shards, minutes: float) -> None:
         named = dict(zip(PROBES, parts_of, strict=True))
         return {
             "contrast": contrast(clip.visual_projection(seen), words, clip.logit_scale, captions),
-            "attributes": 0.3 * misread(named, {name: labels[name][chosen] for name in PROBES}),
+            "attributes": 0.3 * misread(named, {name: labels[name][chosen.to(device)] for name in PROBES}),
         }
 
     train(
         "vision", parts, step, minutes=minutes, lr=1e-3, weight_decay=0.05, pictures=batch, folder=folder,
-        needs=("text",),
+        needs=("text",), device=device,
     )  # fmt: skip
 
 
