@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PINS := tests/constraints.txt
 NOTEBOOKS ?= notebooks
+EVALUATION ?= --concepts 8 --trainings 1 --seeds 1
 
 # Notebook 00, with the whole checkout below it so that links to data/ lead somewhere; no news and no looking for updates.
 LAB := --LabApp.default_url=/lab/tree/notebooks/00_the_result_first.ipynb --LabApp.news_url=None \
@@ -23,7 +24,7 @@ VERSIONS := tests/colab-versions.txt
 TORCH ?= $(shell sed -n 's/^torch==//p' $(VERSIONS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab notebooks gpu bench pretrain colab setup clean
+.PHONY: help demo test lab notebooks gpu bench pretrain results colab setup clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -55,6 +56,20 @@ bench: $(READY)  ## time and memory of sampling and training, against the altern
 pretrain: $(READY)  ## make Toybox from nothing and score it (seven hours; stops and resumes at any point)
 	$(BIN)/python -m persres_lite.maintain.pretraining $(ARGS)
 	$(BIN)/python -m persres_lite.maintain.toybox_scores
+
+results: $(READY)  ## every table of data/results anew, from the shipped weights, but that of `make bench` (hours)
+	$(BIN)/python -m persres_lite.maintain.toybox_scores
+	$(BIN)/python -m persres_lite.maintain.toybox_scores --judge
+	$(BIN)/python -m persres_lite.maintain.toybox_concepts search
+	$(BIN)/python -m persres_lite.maintain.toybox_concepts concepts --trainings 3
+	$(BIN)/python -m persres_lite.maintain.controls
+	$(BIN)/python -m persres_lite.maintain.rank_and_start
+	$(BIN)/python -m persres_lite.maintain.evaluate search --concepts 2 --seeds 1
+	$(BIN)/python -m persres_lite.maintain.evaluate run $(EVALUATION) --scales 0.5 0.75 1 --out data/results/evaluation
+	$(BIN)/python -m persres_lite.maintain.evaluate ablations --concepts 2 --trainings 1 --seeds 1 --out data/results/ablations
+	$(BIN)/python -m persres_lite.maintain.full_size sd-1.4
+	$(BIN)/python -m persres_lite.maintain.full_size sdxl
+	$(BIN)/python -m persres_lite.maintain.gpu estimate
 
 # setuptools by itself, because newer torches ask for a newer one; only reading pyproject.toml depends on it.
 colab:  ## run the first cell and two notebooks on the versions that Colab has, in an environment of their own

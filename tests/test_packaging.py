@@ -282,6 +282,17 @@ def test_what_runs_leave_behind_is_ignored():
     assert checked.stdout.split() == left
 
 
+def test_every_table_says_what_makes_it_and_make_results_does():
+    """All but the bench's, for which a machine has to be idle, and the one of notebooks on a real GPU."""
+    recipe = subprocess.run(["make", "-n", "results", "READY="], cwd=ROOT, capture_output=True, text=True).stdout
+    made = {line.split("python -m ")[1].strip() for line in recipe.splitlines() if "python -m persres_lite" in line}
+    tables = [path for path in (ROOT / "data" / "results").glob("*.md") if path.stem not in ("bench", "gpu")]
+    assert tables
+    for path in tables:
+        says = re.search(r"`python -m (persres_lite\.maintain\.[^`]+)`", path.read_text(encoding="utf-8"))
+        assert says and says[1] in made, path.name
+
+
 def test_data_stay_small():
     assert sum(path.stat().st_size for path in tracked() if path.is_relative_to(ROOT / "data")) < 60e6
 

@@ -53,7 +53,6 @@ T4 = {"sampling": 0.06, "training": 0.4}
 training step of four. Assumed from what others report; no T4 was at hand."""
 
 COUNT = """\
-import torch
 from diffusers import UNet2DConditionModel
 
 from persres_lite import evaluation
@@ -64,8 +63,9 @@ ROWS = {"sampling": 0, "training": 0}
 
 def counted(forward):
     def call(self, sample, *args, **kwargs):
-        ROWS["training" if torch.is_grad_enabled() else "sampling"] += len(sample)
-        return forward(self, sample, *args, **kwargs)
+        result = forward(self, sample, *args, **kwargs)
+        ROWS["training" if result[0].requires_grad else "sampling"] += len(sample)
+        return result
 
     return call
 
