@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,10 @@ WIDTHS = {"sd-1.4": FULL, "sdxl": 64}
 """Of the measured models: XL at its full width needs more memory than most machines without a GPU have."""
 
 FILES = {"sd-1.4": "full-size", "sdxl": "sdxl-reduced"}
+
+KEPT = "MALLOC_MMAP_THRESHOLD_"
+"""Environment variable: glibc gives back what is freed from this size on. Without it a process keeps much of what the
+step before has freed, and its memory is no measure of what was needed."""
 
 PROMPT = "a photo of a sks cat on the beach"
 
@@ -236,4 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    if KEPT not in os.environ:  # read by malloc when a process begins
+        os.environ[KEPT] = "65536"
+        os.execv(sys.executable, [sys.executable, "-m", "persres_lite.maintain.full_size", *sys.argv[1:]])
     main()
