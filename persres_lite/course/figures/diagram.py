@@ -209,7 +209,7 @@ def block_diagram(caption: str | None = None) -> Drawing:
     axes.annotate("", (8.0, 0), (left, 0), arrowprops=plain)
     axes.text(8.15, 0, "out", ha="center", va="center")
     axes.annotate("", (3.15, -0.4), (3.15, -0.85), arrowprops=plain)
-    axes.text(3.15, -0.9, "text, one vector a token", ha="center", va="top", fontsize=9.5)
+    axes.text(3.15, -0.9, "text, one vector per token", ha="center", va="top", fontsize=9.5)
     axes.text(6.85, -0.5, "W, and here A B", ha="center", va="top", fontsize=9.5, color=COLORS[1])
     said = (
         "One transformer block (normalization and input projection left out). The long skip carries the input past "
