@@ -108,7 +108,9 @@ def test_preflight_says_all_of_it(monkeypatch):
     assert small["download"] == "none" and small["license"] == "MIT" and small["GPU"].startswith("none")
     large = own.preflight("sd-1.4")
     assert large.keys() == small.keys() and "OpenRAIL" in large["license"]
-    assert large["download"].startswith("4.3 GB for the model and 0.7 GB for CLIP and DINO, which score; once")
+    assert large["download"].startswith(
+        "4.3 GB for the model and 0.7 GB for CLIP and DINO, which give the scores, once;"
+    )
     assert large["time"].startswith("There is no GPU here.") and "trains 2 times as long" in large["time"]
     assert own.preflight("CompVis/stable-diffusion-v1-4") == large
 

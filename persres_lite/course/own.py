@@ -70,11 +70,11 @@ def preflight(base: str, pictures: int = PICTURES, trainings: float = TRAININGS)
     free = shutil.disk_usage(Path.home() if Path.home().exists() else Path.cwd()).free / 1e9
     enough = "" if free > 1.2 * (model + judges) else ": too little for the download"
     found["disk"] = f"{free:.0f} GB are free{enough}" if model + judges else "enough is free"
-    parts = {"the model": model, "CLIP and DINO, which score": judges}
+    parts = {"the model": model, "CLIP and DINO, which give the scores": judges}
     named = " and ".join(f"{part:.1f} GB for {what}" for what, part in parts.items() if part)
     if not (model or home):
         named = f"as much as the model's page says, and {named}"
-    found["download"] = f"{named}; once, and nothing that is in the cache already" if named else "none"
+    found["download"] = f"{named}, once; what is in the cache is not fetched again" if named else "none"
     known = BASES.get(base, BASES["sd-1.4"])
     batch = known.recipe["batch_size"]
     if slow := without_gpu(base):
