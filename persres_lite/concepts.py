@@ -40,7 +40,7 @@ class Concept:
     path : path, optional
         The folder that they came from, or None.
     info : dict
-        What else its card says: description, licence, source, …
+        What else its card says: description, license, source, …
     """
 
     name: str

@@ -29,6 +29,7 @@ from persres_lite.concepts import Concept
 from persres_lite.localize import Lag, localized
 from persres_lite.masks import average, resize
 from persres_lite.residuals import Residuals
+from persres_lite.support.memory import advising_smaller
 from persres_lite.support.paths import data_dir
 from persres_lite.support.sheet import sheet
 
@@ -41,6 +42,9 @@ JUDGES = {"toybox": ("toybox-clip", "toybox-dino")}
 CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"
 PAPER_JUDGES = (CLIP, DINO)
 """The encoders of the paper and of CustomConcept101, for every base that has none of its own."""
+
+PARAMETERS = {CLIP: 151_277_313, DINO: 21_665_664}
+"""Numbers that are fetched of each, of four bytes."""
 
 REVISIONS = {CLIP: "c237dc49a33fc61debc9276459120b7eac67e7ef"}
 """Commits, so that the weights are always the same ones. CLIP's is the hub's conversion to safetensors; the commit that
@@ -188,7 +192,8 @@ def draw(base: Any, prompts: Sequence[str], **options: Any) -> list[Image.Image]
     FloatingPointError
         If numbers are not finite, which the pipeline itself would turn into a black picture without a word.
     """
-    values = base(list(prompts), output_type="np", **options).images  # (n, h, w, 3) in [0, 1]
+    with advising_smaller():  # also of a pipeline that `load_base` has not loaded
+        values = base(list(prompts), output_type="np", **options).images  # (n, h, w, 3) in [0, 1]
     for prompt, picture in zip(prompts, values, strict=True):
         if not np.isfinite(picture).all() or picture.min() == picture.max():
             raise FloatingPointError(f'The picture of "{prompt}" is no picture: numbers became too large.')

@@ -24,18 +24,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from persres_lite.support.files import read_tensors, write_tensors
-from persres_lite.support.memory import advising
+from persres_lite.support.memory import advising_smaller
 from persres_lite.support.rare_token import ENCODERS, rare_token_attached, rare_token_embeddings
 
 FORMAT = "personalized-residuals"
 VERSION = 2  # 1 called the losses "history" and the token embeddings "rows"; it is still read
 LARGEST = 1e3  # of a change of one weight; the weights themselves stay below 10
-LESS_MEMORY = (
-    "draw fewer pictures at once (num_images_per_prompt) or smaller ones (height, width)",
-    "call the pipeline's `vae.enable_slicing()`",
-    "on a GPU its `enable_model_cpu_offload()`",
-)
-"""What needs less memory where a pipeline draws."""
 
 
 def unet_of(base: Any) -> nn.Module:
@@ -84,11 +78,6 @@ def refuse_compiling(base: Any) -> RemovableHandle:
     """`refuse_compiled` now and at every call of the U-Net, until the hook that is returned is removed."""
     refuse_compiled(base)
     return unet_of(base).register_forward_pre_hook(lambda module, args: refuse_compiled(base))
-
-
-def advising_smaller() -> AbstractContextManager[None]:
-    """A context in which a pipeline that runs out of memory says what to try."""
-    return advising(*LESS_MEMORY)
 
 
 def refuse_offloaded(base: Any, also_whole: bool = False) -> None:

@@ -8,14 +8,22 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+import transformers
 from nbformat import v4
 from PIL import Image, ImageFilter
 
 from persres_lite import load_base, load_concept
 from persres_lite.course import explorers, own
-from persres_lite.evaluation import load_judges
+from persres_lite.evaluation import PARAMETERS, load_judges
 from persres_lite.maintain import notebooks, runs
 from tests.tiny import tiny_pipeline
+
+COUNT = """
+from functools import wraps
+from diffusers import StableDiffusionPipeline
+calls, call = [], StableDiffusionPipeline.__call__
+StableDiffusionPipeline.__call__ = wraps(call)(lambda *given, **options: calls.append(1) or call(*given, **options))
+"""
 
 LESSON = next(path for path in notebooks.notebook_paths() if path.name.startswith("07"))
 
@@ -97,12 +105,47 @@ def test_pieces_in_every_tokenizer():
 def test_preflight_says_all_of_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     small = own.preflight("toybox")
-    assert small["download"] == "none" and small["licence"] == "MIT" and small["GPU"].startswith("none")
+    assert small["download"] == "none" and small["license"] == "MIT" and small["GPU"].startswith("none")
     large = own.preflight("sd-1.4")
-    assert large.keys() == small.keys()
-    assert large["download"].startswith("4.3 GB, once") and "OpenRAIL" in large["licence"]
-    assert large["time"].startswith("There is no GPU here.")
-    assert own.preflight("some/one")["licence"] == "see the model's own page"
+    assert large.keys() == small.keys() and "OpenRAIL" in large["license"]
+    assert large["download"].startswith(
+        "4.3 GB for the model and 0.7 GB for CLIP and DINO, which give the scores, once;"
+    )
+    assert large["time"].startswith("There is no GPU here.") and "trains 2 times as long" in large["time"]
+    assert own.preflight("CompVis/stable-diffusion-v1-4") == large
+
+
+def test_preflight_does_not_claim_to_know_every_model(monkeypatch, tmp_path):
+    other = own.preflight("some/one")
+    assert other["license"] == "see the model's own page" and "GB are free" in other["disk"]
+    assert other["download"].startswith("as much as the model's page says, and 0.7 GB for CLIP and DINO")
+    assert own.preflight(str(tmp_path))["download"].startswith("0.7 GB for CLIP and DINO")
+
+
+def test_preflight_on_a_gpu_counts_every_picture_and_training(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (14 * 2**30, 15 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+
+    def minutes(*arguments):
+        return int(own.preflight(*arguments)["time"].split()[1])
+
+    assert own.preflight("sd-1.4")["download"].startswith("2.1 GB for the model and 0.7 GB")
+    assert own.preflight("sd-1.4")["time"].endswith("a T4 is assumed")
+    assert minutes("sd-1.4", 100, 0) == 10 and minutes("sd-1.4", 0, 3) == 12
+    assert minutes("sd-1.4") == round((29 * 50 * own.CALL + 2 * 150 * own.STEP) / 60)
+    assert minutes("some/one") == minutes("sd-1.4"), "no more is known of it"
+    assert minutes("sdxl", 0, 3) == 4 * 16, "four times the pixels, and its blocks are computed twice"
+
+
+def test_the_judges_have_as_many_numbers_as_is_said():
+    with torch.device("meta"):
+        clip = transformers.CLIPModel(transformers.CLIPConfig())
+        small = transformers.ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536)
+        dino = transformers.ViTModel(small, add_pooling_layer=False)
+    assert [sum(p.numel() for p in model.parameters()) for model in (clip, dino)] == list(PARAMETERS.values())
 
 
 def test_the_studio_shows_the_mask_only_over_the_way_that_used_it():
@@ -130,12 +173,15 @@ def test_the_lesson_with_photographs_of_another_package(tmp_path):
     tiny_pipeline("sd1").save_pretrained(tmp_path / "base")
     book = deepcopy(notebooks.read(LESSON))
     few = "from persres_lite import evaluation\nfrom persres_lite.bases import BASES\n"
-    few += "BASES['sd-1.4'].sampling['num_inference_steps'] = BASES['sd-1.4'].recipe['steps'] = 4\n"
+    few += "BASES['sd-1.4'].sampling['num_inference_steps'], BASES['sd-1.4'].recipe['steps'] = 2, 8\n"
     few += "evaluation.PAPER_JUDGES = tuple(str(HOME / 'data' / name) for name in evaluation.JUDGES['toybox'])"
     book.cells.insert(3, v4.new_code_cell(few))
+    book.cells.insert(4, v4.new_code_cell(COUNT))
+    book.cells.append(v4.new_code_cell("print('trained', len(late.losses) / steps, 'drawn', len(calls))"))
     for cell in book.cells:
         cell.source = cell.source.replace("PHOTOS = None", f"PHOTOS = {str(tmp_path / 'photographs')!r}")
     done = runs.execute(book, LESSON.parent, env={"PERSRES_BASE": str(tmp_path / "base"), "HF_HUB_OFFLINE": "1"})
     said = "".join(output.get("text", "") for cell in done.cells for output in cell.get("outputs", []))
     assert "3 photographs: four to eight are best" in said
     assert said.count("the file holds what was learned") == 2
+    assert f"trained {own.TRAININGS:.1f} drawn {own.PICTURES}" in said, "of what preflight tells the time"

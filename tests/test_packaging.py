@@ -297,7 +297,7 @@ def test_data_stay_small():
     assert sum(path.stat().st_size for path in tracked() if path.is_relative_to(ROOT / "data")) < 60e6
 
 
-def test_the_licence_is_the_one_that_is_declared():
+def test_the_license_is_the_one_that_is_declared():
     text = (ROOT / "LICENSE").read_text()
     declared = [line for line in PROJECT["classifiers"] if line.startswith("License")]
     assert declared == ["License :: OSI Approved :: MIT License"]

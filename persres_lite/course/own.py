@@ -15,21 +15,26 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from persres_lite.bases import BASES
-from persres_lite.cost import KNOWN, LARGE, on_gpu, picture_size, without_gpu
+from persres_lite.bases import BASES, settings_of
+from persres_lite.cost import KNOWN, LARGE, fitting, on_gpu, picture_size, room, without_gpu
+from persres_lite.evaluation import JUDGES, PAPER_JUDGES, PARAMETERS
 from persres_lite.support.images import square_crops
 from persres_lite.support.rare_token import ENCODERS
 
-LICENCES = {
+LICENSES = {
     "toybox": "MIT",
     "sd-1.4": "CreativeML OpenRAIL-M, whose restrictions on use pass on to what you make of the model",
     "sd-2.1": "CreativeML Open RAIL++-M, whose restrictions on use pass on to what you make of the model",
 }
-LICENCES |= {"sd-1.5": LICENCES["sd-1.4"], "sdxl": LICENCES["sd-2.1"]}
+LICENSES |= {"sd-1.5": LICENSES["sd-1.4"], "sdxl": LICENSES["sd-2.1"]}
 
 CALL, STEP = 0.12, 1.6
 """Seconds that a T4 is assumed to take for a U-Net call of two pictures of 512 x 512, and for a training step of four:
 assumptions for planning, not measurements."""
+
+PICTURES, TRAININGS = 29, 2
+"""What the notebook does with a base: so many pictures are drawn, and the last of its stages has so many times the
+recipe's steps."""
 
 ALIKE = 0.95
 """Correlation of two small gray copies above which they are nearly one picture."""
@@ -41,7 +46,7 @@ SAME_PLACE = 0.08
 """Spread of the frames' mean colors, 0 to 1, below which all photographs seem to have one background."""
 
 
-def preflight(base: str, pictures: int = 20) -> dict[str, str]:
+def preflight(base: str, pictures: int = PICTURES, trainings: float = TRAININGS) -> dict[str, str]:
     """What a run on a base needs and what is there, by topic, in sentences.
 
     Parameters
@@ -50,26 +55,41 @@ def preflight(base: str, pictures: int = 20) -> dict[str, str]:
         A base's name, folder or hub id; nothing is loaded.
     pictures : int
         How many pictures will be drawn.
+    trainings : float
+        For how many times the recipe's steps will be trained.
     """
-    size, gpu = picture_size(base), torch.cuda.is_available()
+    try:
+        base = settings_of(base).name
+    except ValueError:  # it is known only when it is loaded; what can be estimated is estimated as for SD 1.4
+        pass
+    size, gpu, home = picture_size(base), torch.cuda.is_available(), base in JUDGES or Path(base).is_dir()
     found = {"GPU": torch.cuda.get_device_name() if gpu else "none that torch can use"}
     found["memory"] = on_gpu(base) or ("little: the base is small" if size < LARGE else "not known for this base")
+    judges = 0 if base in JUDGES else sum(4 * PARAMETERS[judge] for judge in PAPER_JUDGES) / 1e9
+    model = KNOWN[base][2] * (2 if gpu else 4) / 1e9 if base in KNOWN else 0
     free = shutil.disk_usage(Path.home() if Path.home().exists() else Path.cwd()).free / 1e9
-    needed = KNOWN[base][2] * (2 if gpu else 4) / 1e9 if base in KNOWN else 0
-    enough = "" if free > 1.2 * needed else ": too little for the download"
-    found["disk"] = "enough is free" if needed == 0 else f"{free:.0f} GB are free{enough}"
-    found["download"] = f"{needed:.1f} GB, once; what is in the cache is not fetched again" if needed else "none"
-    recipe, sampling = (BASES[base].recipe, BASES[base].sampling) if base in BASES else ({}, {})
+    enough = "" if free > 1.2 * (model + judges) else ": too little for the download"
+    found["disk"] = f"{free:.0f} GB are free{enough}" if model + judges else "enough is free"
+    parts = {"the model": model, "CLIP and DINO, which give the scores": judges}
+    named = " and ".join(f"{part:.1f} GB for {what}" for what, part in parts.items() if part)
+    if not (model or home):
+        named = f"as much as the model's page says, and {named}"
+    found["download"] = f"{named}, once; what is in the cache is not fetched again" if named else "none"
+    known = BASES.get(base, BASES["sd-1.4"])
+    batch = known.recipe["batch_size"]
     if slow := without_gpu(base):
-        found["time"] = slow
-    elif size < LARGE or not recipe:
+        found["time"] = f"{slow} This notebook draws {pictures} pictures and trains {trainings:g} times as long."
+    elif size < LARGE:
         found["time"] = "a minute or two"
     else:
-        seconds = pictures * sampling["num_inference_steps"] * CALL + recipe["steps"] * STEP
+        again = 4 / 3 if fitting(base, batch, room())["gradient_checkpointing"] else 1  # blocks are computed twice
+        seconds = pictures * known.sampling["num_inference_steps"] * CALL
+        seconds += trainings * known.recipe["steps"] * STEP * again
         found["time"] = (
-            f"about {seconds * (size / 512) ** 2 / 60:.0f} minutes, if the GPU is as fast as a T4 is assumed"
+            f"about {seconds * (size / 512) ** 2 / 60:.0f} minutes for {pictures} pictures and {trainings:g} times the "
+            "recipe's training steps, if the GPU is as fast as a T4 is assumed"
         )
-    found["licence"] = LICENCES.get(base, "see the model's own page")
+    found["license"] = LICENSES.get(base, "see the model's own page")
     return found
 
 

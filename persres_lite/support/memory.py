@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 """How torch's devices put it."""
 
 SAID = "The memory did not suffice (out of memory): "
+
+LESS_MEMORY = (
+    "draw fewer pictures at once (num_images_per_prompt) or smaller ones (height, width)",
+    "call the pipeline's `vae.enable_slicing()`",
+    "on a GPU its `enable_model_cpu_offload()`",
+)
+"""What needs less memory where a pipeline draws."""
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -39,3 +46,8 @@ def advising(*tries: str) -> Iterator[None]:
             raise
         also = f" ({error})" if str(error) else ""
         raise type(error)(f"{SAID}{', or '.join([*tries, 'close what else uses it'])}{also}.") from error
+
+
+def advising_smaller() -> AbstractContextManager[None]:
+    """A context in which a pipeline that runs out of memory says what to try."""
+    return advising(*LESS_MEMORY)
