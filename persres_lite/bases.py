@@ -1,8 +1,7 @@
 """Lesson 01, `notebooks/01_a_frozen_model.ipynb`: the frozen models, and what they make of pictures and prompts.
 
-A base is an ordinary diffusers pipeline. Nothing wraps it: it is loaded, put into evaluation mode and frozen, and when
-memory runs out it says what to try. `BASES` is the table of the known ones; `settings_of` says what follows from the
-choice of one for lessons and tools.
+A base is an ordinary diffusers pipeline. Nothing wraps it: it is loaded, put into evaluation mode and frozen. `BASES`
+is the table of the known ones; `settings_of` says what follows from the choice of one for lessons and tools.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from persres_lite.support.memory import advising_smaller
 from persres_lite.support.notices import tell
 from persres_lite.support.paths import data_dir
 from persres_lite.support.rare_token import ENCODERS
@@ -202,8 +199,7 @@ def load_base(
     -------
     diffusers.DiffusionPipeline
         On `device`; no parameter requires a gradient. Small bases (up to 128 pixels) sample without a progress bar;
-        pictures of 512 pixels and more are decoded one by one. If memory runs out while it draws, the error (on a GPU
-        a torch.cuda.OutOfMemoryError) says what to try; in all else its class is the library's own.
+        pictures of 512 pixels and more are decoded one by one.
 
     Raises
     ------
@@ -263,7 +259,7 @@ def load_base(
     pipeline.set_progress_bar_config(disable=settings_of(pipeline).size <= 128)
     if settings_of(pipeline).size >= 512 and hasattr(pipeline.vae, "enable_slicing"):
         pipeline.vae.enable_slicing()  # several pictures are decoded one by one: four of XL's would take 12 GiB
-    return _advising(pipeline.to(target))
+    return pipeline.to(target)
 
 
 def settings_of(base: Any) -> Base:
@@ -502,24 +498,6 @@ def _never_clip(scheduler: Any) -> None:
     # What is listed there is left out again by `from_config`, by which a sampler of another kind is made.
     defaults = [name for name in scheduler.config.get("_use_default_values") or () if name != "clip_sample"]
     scheduler.register_to_config(clip_sample=False, _use_default_values=defaults)
-
-
-def _advising(pipeline: Any) -> Any:
-    """The same object, whose call says what to try when memory runs out."""
-    own = type(pipeline)  # Python looks for `__call__` in the class alone, so the object gets one of its own
-
-    @wraps(own.__call__)
-    def call(self: Any, *args: Any, **options: Any) -> Any:
-        with advising_smaller():
-            return own.__call__(self, *args, **options)
-
-    def reduce(self: Any, protocol: Any) -> Any:  # a copy, or a pickle, is of the class that others can find
-        made, arguments, *state = own.__reduce_ex__(self, protocol)
-        return made, (own, *arguments[1:]), *state
-
-    same = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
-    pipeline.__class__ = type(own.__name__, (own,), {**same, "__call__": call, "__reduce_ex__": reduce})
-    return pipeline
 
 
 def _without_safety_checker(config: dict[str, Any]) -> dict[str, Any]:

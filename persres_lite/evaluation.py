@@ -192,7 +192,7 @@ def draw(base: Any, prompts: Sequence[str], **options: Any) -> list[Image.Image]
     FloatingPointError
         If numbers are not finite, which the pipeline itself would turn into a black picture without a word.
     """
-    with advising_smaller():  # also of a pipeline that `load_base` has not loaded
+    with advising_smaller():  # for the original model no context of ours is open that would
         values = base(list(prompts), output_type="np", **options).images  # (n, h, w, 3) in [0, 1]
     for prompt, picture in zip(prompts, values, strict=True):
         if not np.isfinite(picture).all() or picture.min() == picture.max():

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
-import inspect
 import json
-import pickle
 import shutil
 import socket
 from pathlib import Path
@@ -21,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 from persres_lite import Concept, localized, personalize
 from persres_lite.bases import BASES, load_base, settings_of
-from tests.helpers import random_residuals
 from tests.tiny import KINDS, tiny_pipeline
 
 
@@ -62,36 +58,9 @@ def test_a_folder_is_loaded_frozen_and_in_eval_mode(folders, kind):
     assert fingerprint(base) == fingerprint(tiny_pipeline(kind)), "the very numbers that were saved"
 
 
-@pytest.mark.parametrize("kind, name", [("sd1", "StableDiffusionPipeline"), ("sdxl", "StableDiffusionXLPipeline")])
-def test_it_is_the_plain_pipeline_of_diffusers(folders, kind, name, tmp_path):
-    """Under the library's own names, and with nothing of ours but the sentence when memory runs out."""
-    plain, base = getattr(diffusers, name), load_base(str(folders[kind]))
-    assert isinstance(base, plain) and repr(type(base)) == repr(plain)
-    assert vars(type(base)).keys() - {"__reduce_ex__"} <= vars(plain).keys()
-    assert inspect.signature(type(base).__call__) == inspect.signature(plain.__call__)
-    base.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == name
-    for other in (copy.deepcopy(base), plain.from_pipe(base), pickle.loads(pickle.dumps(base))):
-        assert type(other) is plain and fingerprint(other) == fingerprint(base)
-
-
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_too_little_memory_is_said_without_any_context(folders, kind, monkeypatch):
-    base = load_base(folders[kind], device="cpu")
-
-    def fail(*_, **__):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
-    monkeypatch.setattr(base.vae, "decode", fail)  # after the last call of the U-Net
-    with pytest.raises(torch.cuda.OutOfMemoryError, match="num_images_per_prompt.*close what else uses it") as caught:
-        base("a cat", num_inference_steps=1, height=32, width=32)
-    assert "Tried to allocate 2 GiB" in str(caught.value)
-    with pytest.raises(torch.cuda.OutOfMemoryError) as inside, random_residuals(base).attached(base):
-        base("a cat", num_inference_steps=1, height=32, width=32)
-    assert str(inside.value) == str(caught.value), "said once"
-    monkeypatch.setattr(base.vae, "decode", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        base("a cat", num_inference_steps=1, height=32, width=32)
+def test_it_is_the_plain_pipeline_of_diffusers(folders):
+    assert type(load_base(str(folders["sd1"]))) is diffusers.StableDiffusionPipeline
+    assert type(load_base(folders["sdxl"])) is diffusers.StableDiffusionXLPipeline
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -307,6 +307,14 @@ def test_a_usual_way_can_be_left_out(tiny):
     assert list(made.pictures) == ["original"] and not made.masks
 
 
+def test_drawing_without_memory_says_what_to_try():
+    def base(prompts, **_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="num_images_per_prompt.*Tried to allocate 2 GiB"):
+        evaluation.draw(base, ["a cat"])
+
+
 def test_a_comparison_draws_and_scores_itself(tiny, judges):
     concept = make_concept()
     made = compare(
