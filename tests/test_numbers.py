@@ -51,6 +51,7 @@ def readme_sentences() -> list[str]:
         "Compared with the residual turned down until it moves the background as far, the paper's LAG gains "
         f"{gain['LAG']} of identity, LAG with maps averaged over blocks and steps {gain['LAG, both']}, and its best "
         f"quarter {gain['LAG, both, best quarter']} (95 % intervals)",
+        f"Half a disc in the middle, which looks at nothing, gains {gain['disc, half']}",
         f"residuals with LAG gain {against['residuals + LAG']} over the weaker residual, half a disc in its mask's "
         f"place {against['residuals + LAG, disc, half']}, DreamBooth {against['DreamBooth']}, textual inversion "
         f"{against['textual inversion']}, an attention LoRA of rank 4 {against['attention LoRA, rank 4']}",
