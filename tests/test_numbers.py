@@ -36,7 +36,11 @@ def readme_sentences() -> list[str]:
     gain = {way: interval(row["gain"]) for way, row in controls.items() if row.get("gain")}
     against = {method: interval(row) for method, row in results("evaluation")["at equal leakage"].items()}
 
+    full = results("full-size")
+
     return [
+        f"a training step of four pictures needs {full['training_gib']} GiB beside the model ({full['estimated_gib']} are "
+        f"estimated), LAG takes {full['lag_over_original']:.2f} times as long as the original model",
         f"the class in {drawn['class']} pictures, the place in {drawn['place']}, the main color in "
         f"{drawn['main color']}, the second color in {drawn['second color']}, both objects of a pair in "
         f"{drawn['both of a pair']}",
