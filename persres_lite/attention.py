@@ -32,10 +32,24 @@ from persres_lite.residuals import advising_smaller, find_proj_outs, refuse_comp
 Rows = Callable[[int], "slice | None"]
 Columns = Callable[[torch.Tensor], torch.Tensor]
 Tell = Callable[[str, torch.Tensor], None]
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+
+REDUCTIONS: dict[str, Reduce] = {
+    "mean": lambda maps: maps.mean(1),
+    "max": lambda maps: maps.amax(1),
+    "first": lambda maps: maps[:, 0],
+    "last": lambda maps: maps[:, -1],
+}
+"""What makes one map of several, (B, several, HW, W) to (B, HW, W): those of heads, or of layers."""
 
 
 def attend(
-    attn: Any, q: torch.Tensor, k: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor | None = None
+    attn: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    columns: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    heads: Reduce = REDUCTIONS["mean"],
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(d)) @ columns by the fused kernel, averaged over heads (the paper does not say how).
 
@@ -49,6 +63,8 @@ def attend(
         Values: for instance 1 at the tokens of word w.
     bias : tensor (B, 1, T), optional
         Added to the scores, as the U-Net's `encoder_attention_mask` is.
+    heads : callable
+        Makes one map of those of the heads, (B, heads, HW, W), in place of the mean.
 
     Returns
     -------
@@ -67,7 +83,7 @@ def attend(
         # Padded to d columns: on a CPU and in flash attention the fused kernel needs values as wide as the keys.
         values = F.pad(part, (0, width - part.shape[-1])).unsqueeze(1).expand(-1, attn.heads, -1, -1)
         attended = F.scaled_dot_product_attention(q, k, values, attn_mask=bias)[..., : part.shape[-1]]
-        parts.append(attended.float().mean(1))
+        parts.append(heads(attended.float()))
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
@@ -83,8 +99,11 @@ def indicator(positions: Sequence[Sequence[Sequence[int]]], tokens: int) -> torc
 class _Watcher:
     """The hooks of one transformer: gathers the maps of its `attn2` layers until its `proj_out` is about to run."""
 
-    def __init__(self, name: str, rows: Rows, columns: Columns, tell: Tell, refine: int) -> None:
+    def __init__(
+        self, name: str, rows: Rows, columns: Columns, tell: Tell, refine: int, heads: Reduce, layers: Reduce
+    ) -> None:
         self.name, self.asked, self.columns, self.tell, self.refine = name, rows, columns, tell, refine
+        self.heads, self.layers = heads, layers
         self.rows: slice | None = None
         self.seen: dict[tuple[int, str], torch.Tensor] = {}
         self.maps: list[torch.Tensor] = []
@@ -110,7 +129,7 @@ class _Watcher:
         q, k = self._queries_and_keys(module)
         bias = kwargs.get("attention_mask")
         bias = None if bias is None else bias[self.rows]
-        maps = attend(module, q, k, self.columns(k), bias)  # (rows, HW, words)
+        maps = attend(module, q, k, self.columns(k), bias, self.heads)  # (rows, HW, words)
         if self_attention is not None:
             q, k = self._queries_and_keys(self_attention)
             for _ in range(self.refine):
@@ -133,10 +152,10 @@ class _Watcher:
         return q[self.rows], k[self.rows]
 
     def finish(self, module: nn.Module, args: tuple) -> None:
-        """`proj_out` is about to run: the mean over the transformer's layers is told."""
+        """`proj_out` is about to run: one map of those of the transformer's layers is told."""
         if self.maps:
-            mean = self.maps[0] if len(self.maps) == 1 else torch.stack(self.maps).mean(0)
-            self.tell(self.name, mean.transpose(1, 2).reshape(*mean.shape[::2], *self.size))
+            one = self.maps[0] if len(self.maps) == 1 else self.layers(torch.stack(self.maps, 1))
+            self.tell(self.name, one.transpose(1, 2).reshape(*one.shape[::2], *self.size))
             self.maps = []
 
 
@@ -148,6 +167,8 @@ def watch_attention(
     tell: Tell,
     blocks: Sequence[str] | None = None,
     refine: int = 0,
+    heads: Reduce = REDUCTIONS["mean"],
+    layers: Reduce = REDUCTIONS["mean"],
 ) -> Iterator[None]:
     """Compute maps of chosen tokens in every forward pass inside the context, each one before its `proj_out` runs.
 
@@ -162,12 +183,14 @@ def watch_attention(
     columns : callable (keys)
         Gets the keys (rows, T, C) of these rows, and gives their columns (rows, T, W) on the same device.
     tell : callable (name, maps)
-        Gets the name of the `proj_out` and its maps (rows, W, h, w), the mean of the heads and of all `attn2` layers
-        under it (2 or 10 in SDXL, of which the paper does not speak).
+        Gets the name of the `proj_out` and its maps (rows, W, h, w).
     blocks : list of str, optional
         Names of the `proj_out` modules to watch; all by default.
     refine : int
         How many times to spread each map along the self-attention of its own layer, also by the fused kernel.
+    heads, layers : callable
+        Make one map of those of a layer's heads, and of those of all `attn2` layers under one `proj_out` (2 or 10 in
+        SDXL, of which the paper does not speak): the mean, or another of `REDUCTIONS`.
 
     Raises
     ------
@@ -187,7 +210,7 @@ def watch_attention(
             if blocks is not None and name not in blocks:
                 continue
             transformer: Any = unet.get_submodule(name.removesuffix(".proj_out"))
-            watcher = _Watcher(name, rows, columns, tell, refine)
+            watcher = _Watcher(name, rows, columns, tell, refine, heads, layers)
             handles = [transformer.register_forward_pre_hook(watcher.begin, with_kwargs=True)]
             for layer in transformer.transformer_blocks:
                 for attn in (layer.attn1, layer.attn2) if refine else (layer.attn2,):

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from persres_lite.attention import indicator, watch_attention
+from persres_lite.attention import REDUCTIONS, Reduce, indicator, watch_attention
 from persres_lite.masks import Rule, average, find_rule, read_mask, resize
 from persres_lite.prompts import Call, find_words, watch_prompts
 from persres_lite.residuals import (
@@ -75,6 +75,8 @@ def localized(
     fixed_mask: Any = None,
     aggregate: Literal["blocks", "steps", "both"] | None = None,
     refine: int = 0,
+    heads: str | Reduce = "mean",
+    layers: str | Reduce = "mean",
     prompts: str | Sequence[str] | None = None,
     **options: Any,
 ) -> Iterator[Lag]:
@@ -112,6 +114,10 @@ def localized(
         those that have not yet run in this pass, their last map), over all steps so far, or over both.
     refine : int
         How many times to spread each map along self-attention first.
+    heads, layers : 'mean', 'max', 'first', 'last' or callable
+        How one map is made of those of a layer's heads, and of those of the layers under one projection, where there
+        are several: one in SD 1.x, 2.x and Toybox, 2 or 10 in SDXL. The paper says neither. A function gets maps
+        (B, several, HW, concepts) and gives (B, HW, concepts).
     prompts : str or list of str, optional
         Needed only if the pipeline is called with `prompt_embeds`, or its U-Net directly.
     **options
@@ -133,7 +139,7 @@ def localized(
     if not pairs:
         raise ValueError("No residuals were given: pass residuals and a concept, or a list of such pairs.")
     refuse_compiled(base)
-    _check(unconditional=unconditional, aggregate=aggregate, window=window)
+    _check(unconditional=unconditional, aggregate=aggregate, window=window, heads=heads, layers=layers)
     drawn = None if fixed_mask is None else _drawn(fixed_mask, len(pairs))
     if drawn is None and any(which is None for _, which in pairs):
         raise ValueError("No concept was given: its words tell where to look (or pass `fixed_mask`).")
@@ -156,7 +162,9 @@ def localized(
         stack.enter_context(watch_prompts(base, localizer.begin, prompts, needed=drawn is None))
         stack.callback(unet_of(base).register_forward_pre_hook(localizer.next, with_kwargs=True).remove)
         if drawn is None:
-            stack.enter_context(watch_attention(base, localizer.rows, localizer.columns, localizer.tell, refine=refine))
+            parts = (localizer.rows, localizer.columns, localizer.tell)
+            how = [each if callable(each) else REDUCTIONS[each] for each in (heads, layers)]
+            stack.enter_context(watch_attention(base, *parts, None, refine, *how))
         else:
             stack.callback(refuse_compiling(base).remove)
             for name in find_proj_outs(unet_of(base)):
@@ -169,12 +177,14 @@ def localized(
 
 def _check(**arguments: Any) -> None:
     """Refuse unknown choices at once, not at the first step."""
-    choices = {
+    choices: dict[str, tuple] = {
         "unconditional": ("same", "own", "residual", "original"),
         "aggregate": (None, "blocks", "steps", "both"),
+        "heads": tuple(REDUCTIONS),
+        "layers": tuple(REDUCTIONS),
     }
     for name, allowed in choices.items():
-        if arguments[name] not in allowed:
+        if arguments[name] not in allowed and not (name in ("heads", "layers") and callable(arguments[name])):
             raise ValueError(f"Unknown {name} {arguments[name]!r}: choose one of {', '.join(map(repr, allowed))}.")
     start, end = arguments["window"]
     if not 0 <= start < end <= 1:

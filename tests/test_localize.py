@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from persres_lite.localize import localized
 from persres_lite.masks import RULES, average, make_mask
 from persres_lite.residuals import Residuals, find_proj_outs
 from tests.helpers import call_arguments, hooks_of, install_foreign, random_residuals
-from tests.reference import reference
+from tests.reference import explicit_probabilities, reference
 from tests.tiny import KINDS, sample, tiny_pipeline
 
 PROMPT = "a photo of a sks cat on the beach"
@@ -248,6 +249,46 @@ def test_options_of_a_rule(sd1):
     with localized(sd1, random_residuals(sd1), "sks cat", mask="quantile", q=0.875) as lag:
         sample(sd1, steps=1)
     assert lag.masks[0, "down_blocks.0.attentions.0.proj_out"].mean() == 0.125
+
+
+def share_above_the_median(maps):
+    return (maps > maps.median(2, keepdim=True).values).float().mean(1)
+
+
+@pytest.mark.parametrize("heads", ["mean", "max", share_above_the_median])
+@pytest.mark.parametrize("layers", ["mean", "first", "last"])
+def test_heads_and_layers_are_made_one_map_as_asked(sdxl, heads, layers):
+    """By the explicit softmax of every layer: XL has several before one projection, here 2 and 3."""
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def keep(module, args, kwargs, output, *, name):
+        probabilities, _ = explicit_probabilities(module, args[0], kwargs["encoder_hidden_states"])
+        seen.setdefault(name, []).append(probabilities[1:, :, :, AT].sum(-1))  # (1, heads, HW) of the positive half
+
+    handles = [
+        layer.attn2.register_forward_hook(partial(keep, name=name), with_kwargs=True)
+        for name in find_proj_outs(sdxl.unet)
+        for layer in sdxl.unet.get_submodule(name.removesuffix(".proj_out")).transformer_blocks
+    ]
+    with localized(sdxl, random_residuals(sdxl), "sks cat", mask=lambda maps: maps, heads=heads, layers=layers) as lag:
+        sample(sdxl, PROMPT, steps=1)
+    for handle in handles:
+        handle.remove()
+    assert {len(maps) for maps in seen.values()} == {2, 3}
+    for name, maps in seen.items():
+        if heads == "mean":
+            each = [of_layer.mean(1) for of_layer in maps]
+        elif heads == "max":
+            each = [of_layer.max(1).values for of_layer in maps]
+        else:
+            each = [torch.stack([median(head) for head in of_layer[0]]).mean(0)[None] for of_layer in maps]
+        one = {"mean": sum(each) / len(each), "first": each[0], "last": each[-1]}[layers]
+        torch.testing.assert_close(lag.masks[0, name].flatten(1), one, atol=1e-5, rtol=0)
+
+
+def median(head):
+    """1 where a value (HW,) exceeds the lower of the two middle ones."""
+    return (head > head.sort().values[(len(head) - 1) // 2]).float()
 
 
 def test_aggregation_over_blocks_and_steps(sd1):
@@ -577,6 +618,8 @@ def test_no_lora_at_all(sd1):
         ({"mask": "otsu", "q": 0.5}, "'otsu' has no option 'q'"),
         ({"unconditional": "none"}, "Unknown unconditional 'none': choose one of 'same', 'own', 'residual', 'orig"),
         ({"aggregate": "heads"}, "Unknown aggregate 'heads': choose one of None, 'blocks', 'steps', 'both'"),
+        ({"heads": "median"}, "Unknown heads 'median': choose one of 'mean', 'max', 'first', 'last'"),
+        ({"layers": 2}, "Unknown layers 2: choose one of 'mean', 'max', 'first', 'last'"),
         ({"window": (0.5, 0.5)}, r"The window \(0.5, 0.5\) is not a range of shares"),
         ({"window": (0, 50)}, r"The window \(0, 50\) is not a range of shares"),
         ({"fixed_mask": torch.full((4, 4), 2.0)}, "A mask must lie between 0 and 1"),

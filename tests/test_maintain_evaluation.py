@@ -9,19 +9,21 @@ import sys
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer
 
 from persres_lite import bases, evaluation, personalize
 from persres_lite.maintain import evaluate
-from persres_lite.maintain.evaluation import ablations, judging, subjects, tables, ways, work
+from persres_lite.maintain.evaluation import ablations, judging, methods, subjects, tables, ways, work
 from persres_lite.maintain.evaluation.methods import METHODS, Bench, Recipe, Trained, fit, train
 from persres_lite.residuals import Residuals
 from persres_lite.toybox import concepts as shipped
 from persres_lite.toybox import render
-from persres_lite.toybox.world import LONGEST, RESERVED, Scene
+from persres_lite.toybox.world import LONGEST, RESERVED, Scene, vocabulary
 from tests.helpers import hooks_of, make_concept
 from tests.tiny import sample
 
@@ -391,6 +393,22 @@ def test_tables_of_a_run_that_was_cut_short():
     assert found["at equal leakage"]["residuals + LAG"]["trainings"] == 3
     assert found["LAG minus residual"]["place"]["identity"]["trainings"] == 3
     assert tables.tables_of(rows[:3], draws=5)["at equal leakage"] == {}
+    rows += [row("mug", None, "ruler", "held-out references", 1.0, [0.3], [None])]  # of a concept that nobody learned
+    rows += [row("mug", None, "ruler", "others of the class", 1.0, [0.1], [None])]
+    found = tables.tables_of(rows, draws=5)["methods"]
+    assert found["residuals + LAG"]["on the ruler"] == pytest.approx((0.69 - 0.5) / 0.4)
+    assert found["ruler, held-out references"]["on the ruler"] == pytest.approx(1.0)
+
+
+def test_an_interval_is_of_the_concepts_that_the_mean_counts():
+    """Of the car the curve reaches LAG's leakage in one picture alone, so that some draws would bring it back."""
+    rows = made_by_hand()
+    for each in rows:
+        if (each["concept"], each["way"]) == ("car", "LAG"):
+            each["pictures"][0] |= {"moved": 0.9, "identity": 0.0}
+    gain = tables.tables_of(rows, draws=200)["at equal leakage"]["residuals + LAG"]
+    assert (gain["concepts"], gain["trainings"]) == (1, 2) and gain["mean"] == pytest.approx(0.09)
+    assert (gain["low"], gain["high"]) == pytest.approx((0.08, 0.1))
 
 
 def test_drift_is_a_column_of_its_own_and_counts_in_no_mean():
@@ -430,10 +448,39 @@ def test_the_judge_says_where_a_toy_stands_and_how_the_renderer_ranks_it():
     where = judge.masks(images, [prompt for prompt, _ in prompts])
     rows = judge.score(subject, prompts, images, ways.Frozen(images, torch.empty(0), where))
     assert [each.get("side") for each in rows] == [None] * 4 + [True, False]
+    judge.masks = lambda images, prompts: torch.zeros(len(images), 16, 16)  # no toy is seen: it is on no side
+    unseen = judge.score(subject, prompts, images, ways.Frozen(images, torch.empty(0), where))
+    assert [each.get("side") for each in unseen] == [None] * 4 + [False, False]
     assert rows[0]["off before"] < 0.25 < rows[4]["off before"] and 0 < rows[0]["size before"] < 0.5
     judge.rank(subject, rows, images, 2)
     assert [each.get("rank") for each in rows] == [1, 1] + [None] * 4
     assert rows[0]["yaw spread"] < 0.2 and rows[0]["yaw from references"] < 0.8
+
+
+def test_the_ruler_is_cut_out_as_a_methods_pictures_are(tmp_path):
+    """By the same reading of the picture; rows of rulers that were cut by their true masks are made again."""
+    subject = toybox()[0][0]
+    judge = judging.ToyboxJudge(ROOT / "data")
+    exact = judge.alone(subject, subject.held_out.images, subject.held_out.masks)
+    seen = judge.alone(subject, subject.held_out.images, (judge.judge.where(subject.held_out.images) > 0.5).float())
+    scores = [row["identity"] for row in judge.ruler(subject)["held-out references"]]
+    assert scores == pytest.approx(seen.tolist(), abs=1e-4) and scores != pytest.approx(exact.tolist(), abs=1e-4)
+    old = [each for each in made_by_hand() if each["concept"] == "cat"]
+    new = [each | {"cut": work.CUT} for each in old if each["way"] == "others of the class"]
+    (tmp_path / "rows-0.jsonl").write_text("".join(json.dumps(each) + "\n" for each in [*old, *new]))
+    assert [each["way"] for each in work.rows_of(tmp_path) if each["method"] == "ruler"] == ["others of the class"]
+
+
+def test_a_ruler_alone_is_made_without_drawing(sd1, monkeypatch):
+    pair, judge = toybox()[0][:1], Counting()
+    judge.ruler = lambda subject: {"held-out references": [{"kind": "none", "identity": 0.9}]}
+    known = plan(scales=(1.0,))
+    keys = work._keys(work.Unit(pair, None, None), 0, known)
+    missing = [key for key in keys if key[3] == "held-out references"]
+    monkeypatch.setattr(work, "draw_frozen", lambda *_: pytest.fail("nothing is asked of the frozen model"))
+    unit = work.Unit(pair, None, None)
+    (made,) = work.rows_of_unit(Bench(sd1), judge, unit, known, set(keys) - set(missing), {})
+    assert work.key_of(made) == missing[0] and made["cut"] == work.CUT
 
 
 def test_the_searchs_rule():
@@ -455,46 +502,155 @@ def test_the_controls_are_those_that_are_announced(sd1):
 
 
 class Ranking(Counting):
-    """And ranks nothing."""
+    """And ranks nothing; it notes by which class it judges."""
 
     def rank(self, subject, rows, images, count):
         assert len(rows) == len(images)
+        self.judged = {*getattr(self, "judged", ()), subject.concept.macro_class}
 
 
-def test_each_ablation_is_a_row_and_done_ones_are_not_done_again(tried, monkeypatch):
+LAYERS = "layers: keys and values of cross-attention, a LoRA of as many parameters"
+MOST = "heads: each one's median, by majority"
+
+
+@pytest.fixture
+def few(tried, monkeypatch):
+    """What `tried` is, with the ablations of some labels alone, each trained for two steps."""
     bench, pairs, folder = tried
     bases.settings_of(bench.base).recipe.update(steps=2, batch_size=1)
-    few = ("rank: 0.05", "start: random", "macro class: wrong", "mask: Otsu", "unconditional half: own")
-    layers = "layers: keys and values of cross-attention, a LoRA of as many parameters"
-    known = [
-        one for one in ablations.ablations({"steps": 2, "rank": 0.25}) if one.label in (*few, layers, "the recipe")
-    ]
-    assert len(known) == 7
-    short = [bases.replace(one, training=one.training | {"steps": 2, "batch_size": 1}) for one in known]
-    monkeypatch.setattr(ablations, "ablations", lambda recipe: short)
+
+    def limit(*labels):
+        known = [one for one in every if one.label in (*labels, "the recipe")]
+        assert len(known) == len(labels) + 1
+        monkeypatch.setattr(ablations, "ablations", lambda base: known)
+        return known
+
+    every = ablations.ablations(bench.base)
+    return bench, pairs[:1], folder, limit
+
+
+def test_each_ablation_is_a_row_and_done_ones_are_not_done_again(few):
+    bench, pairs, folder, limit = few
+    known = limit("rank: 0.05", "start: random", "macro class: wrong", "mask: Otsu", "unconditional half: own", LAYERS)
     judge = Ranking()
-    ablations.run(bench, judge, pairs[:1], folder)
+    ablations.run(bench, judge, pairs, folder)
     rows = work.rows_of(folder)
     assert judge.calls == len(rows) == 2 * (4 * 2 + 2 + 1)
-    ablations.run(bench, judge, pairs[:1], folder)
+    ablations.run(bench, judge, pairs, folder)
     assert judge.calls == len(rows)
-    found = ablations.tables_of(rows, {}, draws=5)
-    assert list(found) == [one.label for one in known] and set(found["mask: Otsu"]) == {"parameters", "LAG"}
-    whole, smaller, other = (found[label]["parameters"] for label in ("the recipe", "rank: 0.05", layers))
-    assert smaller < whole and abs(other - whole) < whole / 2
+    found = ablations.tables_of(rows, bench.base, draws=5)
+    assert list(found) == [one.label for one in known] and set(found["mask: Otsu"]) == {"parameters", "steps", "LAG"}
+    whole, smaller, other = (found[label]["parameters"] for label in ("the recipe", "rank: 0.05", LAYERS))
+    assert smaller < whole and abs(other - whole) < whole / 2 and found["the recipe"]["seconds"] > 0
     gain, score, recipe = (found[label]["LAG"] for label in ("mask: Otsu", "mask: Otsu", "the recipe"))
     assert gain["identity gained"]["mean"] == pytest.approx(score["identity"]["mean"] - recipe["identity"]["mean"])
     assert "identity gained" not in recipe and gain["identity gained"]["pictures"] == 4
     begun = [row for row in rows if row["method"] != "the recipe" or row["concept"] == rows[0]["concept"]]
-    assert ablations.tables_of(begun, {}, draws=5)["mask: Otsu"]["LAG"]["identity gained"]["concepts"] == 1
-    text = ablations.markdown(found, {"command": "this", "commit": "", "machine": ""})
-    assert "| macro class: wrong |" in text and "2 concepts, 2 trainings, 4 pictures" in text
+    assert ablations.tables_of(begun, bench.base, draws=5)["mask: Otsu"]["LAG"]["identity gained"]["concepts"] == 1
+    text = ablations.markdown(found, {"command": "this", "commit": "", "machine": "", "absent": ["No rows for X."]})
+    assert (
+        "| macro class: wrong |" in text and "2 concepts, 2 trainings, 4 pictures" in text and "No rows for X." in text
+    )
 
 
-def test_every_choice_of_the_method_has_its_row():
-    labels = [one.label for one in ablations.ablations({"steps": 100, "rank": 0.25})]
-    assert len(set(labels)) == len(labels) and "rank: 0.25" not in labels and "steps: 50" in labels
-    assert {label.split(":")[0] for label in labels} == {
+def test_what_is_added_later_or_was_cut_off_is_all_that_is_drawn(few):
+    bench, pairs, folder, limit = few
+    limit("mask: Otsu")
+    ablations.run(bench, Ranking(), pairs, folder)
+    before = work.rows_of(folder)
+    limit("mask: Otsu", "heads: the greatest", MOST)
+    judge = Ranking()
+    ablations.run(bench, judge, pairs, folder)
+    whole = work.rows_of(folder)
+    assert judge.calls == 2 * 2 and len(whole) == len(before) + 4 and all(row in whole for row in before)
+    path = folder / "rows-0.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]) + lines[-1][:40])  # killed in the middle of a line
+    ablations.run(bench, judge, pairs, folder)
+    assert judge.calls == 2 * 2 + 1 and plain(work.rows_of(folder)) == plain(whole)
+
+
+def test_heads_vote_each_by_its_own_median():
+    heads = torch.tensor([[4.0, 3, 2, 1], [4, 1, 3, 2], [1, 2, 3, 4]])[None, :, :, None]  # (1, heads, HW, concepts)
+    shares = ablations.votes(heads)
+    assert shares.flatten().tolist() == pytest.approx([2 / 3, 1 / 3, 2 / 3, 1 / 3])
+    assert ablations.majority(shares).flatten().tolist() == [1, 0, 1, 0]
+
+
+def test_processes_share_the_ablations_whenever_they_begin(few):
+    bench, pairs, folder, limit = few
+    limit("start: random", "mask: Otsu")
+    ablations.run(bench, Ranking(), pairs, folder / "one")
+    for process in range(2):  # the second finds rows of the first
+        ablations.run(bench, Ranking(), pairs, folder / "two", process=process, processes=2)
+    two = [path.read_text().splitlines() for path in sorted((folder / "two").glob("rows-*"))]
+    assert plain(work.rows_of(folder / "one")) == plain(work.rows_of(folder / "two")) and all(two)
+    assert sum(map(len, two)) == len(work.rows_of(folder / "two"))
+
+
+def test_the_word_beside_the_rare_token_changes_and_the_judge_asks_for_the_class(few, monkeypatch):
+    bench, pairs, folder, limit = few
+    general = 'macro class: general, "picture" (the base knows no "object" or "toy")'
+    limit("macro class: wrong", general, "macro class: none")
+    asked = set()
+    monkeypatch.setattr(ablations, "personalize", lambda base, concept, **given: (
+        asked.add(concept.training_prompt), personalize(base, concept, **given))[1])  # fmt: skip
+    judge = Ranking()
+    ablations.run(bench, judge, pairs, folder, ranked=1)
+    words = {"sks cat", "sks car", "sks picture", "sks"}
+    others = {"ktn dog", "ktn car", "ktn picture", "ktn"}
+    assert asked == {f"a photo of a {each}" for each in words | others} and judge.judged == {"cat", "dog"}
+    assert len(work.rows_of(folder)) == 2 * 4 * 2
+
+
+def test_a_concept_without_a_class_word_is_only_the_ablations():
+    cat = make_concept()
+    nameless = ablations.Called(**vars(cat))
+    assert (str(nameless), nameless.words, nameless.macro_class) == ("sks", ["sks"], "cat")
+    assert str(ablations.Called(**vars(cat), word="toy")) == "sks toy"
+    with pytest.raises(ValueError, match="needs a macro class"):
+        bases.replace(cat, macro_class="")
+
+
+def test_toyboxs_most_general_word_is_in_its_captions():
+    base = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(ROOT / "data" / "toybox-sd" / "tokenizer"))
+    word, label = ablations._general(base)
+    assert word == "picture" and 'no "object" or "toy"' in label
+    assert word in vocabulary() and not {"object", "toy", "thing"} & set(vocabulary())
+
+
+@pytest.mark.parametrize("equal", ["equal steps", "equal seconds"])
+def test_other_methods_stand_beside_the_recipe(few, equal):
+    bench, pairs, folder, limit = few
+    methods = ("textual inversion", "DreamBooth, prior", "attention LoRA, rank 4")
+    limit(*(f"{equal}: {method}" for method in methods))
+    recipes = {f"{equal}: {method}": bases.replace(SHORT, steps=3, prior=2 * ("prior" in method)) for method in methods}
+    ablations.run(bench, Ranking(), pairs, folder, recipes=recipes)
+    found = ablations.tables_of(work.rows_of(folder), bench.base, draws=5)
+    assert len(found) == 4 and all(found[label]["steps"] == 3 and "LAG" not in found[label] for label in recipes)
+    assert "identity gained" in found[f"{equal}: textual inversion"]["residual"]
+
+
+def test_steps_and_seconds_are_equal_to_those_of_the_residuals(few, monkeypatch, tmp_path):
+    bench, _, _, _ = few
+    bases.settings_of(bench.base).recipe.update(steps=100)
+    of_one = dict.fromkeys(METHODS, 0.1) | {"DreamBooth": 0.3, "textual inversion": 0.05}
+    monkeypatch.setattr(ablations, "step_seconds", lambda bench, concept, recipes, path: of_one)
+    made = ablations.equal(bench, make_concept(), dict.fromkeys(METHODS, SHORT), tmp_path / "seconds.json")
+    assert len(made) == 2 * (len(METHODS) - 1)
+    assert {recipe.steps for label, recipe in made.items() if "steps" in label} == {100}
+    seconds = {label.split(": ")[1]: recipe.steps for label, recipe in made.items() if "seconds" in label}
+    assert (seconds["DreamBooth"], seconds["textual inversion"], seconds["proj_out LoRA"]) == (33, 200, 100)
+    assert made["equal seconds: DreamBooth"].lr == SHORT.lr
+
+
+def test_every_choice_of_the_method_has_its_row(sd1, sdxl, monkeypatch):
+    small(sd1, monkeypatch)
+    bases.settings_of(sd1).recipe.update(steps=100)
+    labels = [one.label for one in ablations.ablations(sd1)]
+    assert len(set(labels)) == len(labels) and {"rank: 1", "rank: 0.5"} < set(labels)
+    assert "rank: 0.25" not in labels and "steps: 50" in labels
+    kinds = {
         "the recipe",
         "rank",
         "layers",
@@ -504,9 +660,27 @@ def test_every_choice_of_the_method_has_its_row():
         "macro class",
         "loss",
         "mask",
+        "heads",
         "unconditional half",
         "steps with a mask",
+        "equal steps",
+        "equal seconds",
     }
+    assert {label.split(":")[0] for label in labels} == kinds
+    assert {one.label for one in ablations.chosen(sd1, ["heads"])} == {"the recipe", "heads: the greatest", MOST}
+    with pytest.raises(ValueError, match="no ablation of 'maps of a projection' on this base: choose of rank, layers"):
+        ablations.chosen(sd1, ["maps of a projection"])
+    assert len(ablations.absent(sd1)) == 1 and ablations.absent(sdxl) == []
+    several = ablations.chosen(sdxl, ["maps of a projection"])
+    assert [one.sampling for one in several] == [{}, {"layers": "first"}, {"layers": "last"}]
+
+
+def test_rank_1_and_the_whole_width_are_two_ranks(sd1, monkeypatch):
+    small(sd1, monkeypatch)
+    bases.settings_of(sd1).recipe.update(rank=1.0)
+    assert "rank: 1" in {one.label for one in ablations.ablations(sd1)}
+    bases.settings_of(sd1).recipe.update(rank=1)
+    assert "rank: 1" not in {one.label for one in ablations.ablations(sd1)}
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -517,15 +691,36 @@ def test_equal_seconds_are_as_many_steps_as_fit_in(tmp_path, monkeypatch):
 
     def train(bench, method, concept, seed, recipe):
         measured.append(method)
-        return Trained(nullcontext, 1, seconds=3.0 + {"residuals": 0.5, "DreamBooth": 2.0}[method] * recipe.steps)
+        slow = 1.0 if len(measured) % 4 in (1, 2) else 0.0  # something else ran: the faster try counts
+        return Trained(
+            nullcontext, 1, seconds=3.0 + slow + {"residuals": 0.5, "DreamBooth": 2.0}[method] * recipe.steps
+        )
 
-    monkeypatch.setattr(evaluate, "train", train)
-    base = type("Base", (), {"unet": None})
-    two = work.Plan(("residuals", "DreamBooth"), dict.fromkeys(METHODS, SHORT))
-    for _ in range(2):  # the second time they are read
-        made = evaluate.within(10.0, base, None, two, tmp_path / "steps.json")
-        assert {name: recipe.steps for name, recipe in made.recipes.items()} == {"residuals": 20, "DreamBooth": 5}
-    assert measured == ["residuals"] * 2 + ["DreamBooth"] * 2
+    monkeypatch.setattr(methods, "train", train)
+    base, path = SimpleNamespace(unet=None), tmp_path / "seconds.json"
+
+    def steps(seconds, *asked):
+        two = work.Plan(asked, dict.fromkeys(METHODS, SHORT))
+        return {name: recipe.steps for name, recipe in evaluate.within(seconds, base, None, two, path).recipes.items()}
+
+    assert steps(10.0, "residuals") == {"residuals": 20} and measured == ["residuals"] * 4
+    for _ in range(2):  # what is known is not measured again, what is added later is
+        assert steps(10.0, "residuals", "DreamBooth") == {"residuals": 20, "DreamBooth": 5}
+    assert measured == ["residuals"] * 4 + ["DreamBooth"] * 4
+    assert steps(20.0, "DreamBooth") == {"DreamBooth": 10}  # other seconds are not those of the first run
+    assert steps("residuals", "DreamBooth") == {"DreamBooth": 1}  # two steps of half a second
+    given = ["--seconds", "residuals"]
+    assert evaluate.parse(given).seconds == "residuals" and evaluate.parse(["--seconds", "7"]).seconds == 7.0
+
+
+@pytest.mark.parametrize("method", ["attention LoRA, rank 4", "DreamBooth, prior"])
+def test_a_step_of_a_real_method_is_measured(method, sd1, monkeypatch, tmp_path):
+    bench = small(sd1, monkeypatch)
+    recipe = bases.replace(SHORT, prior=2 * ("prior" in method))
+    found = methods.step_seconds(bench, make_concept(), {method: recipe}, tmp_path / "new" / "seconds.json")
+    assert set(found) == {method} and 0 < found[method] < 60
+    assert json.loads((tmp_path / "new" / "seconds.json").read_text()) == found
+    assert not getattr(sd1.unet, "peft_config", None)
 
 
 def test_the_papers_protocol_is_the_same_command(tmp_path, sd1, monkeypatch):

@@ -13,7 +13,8 @@
     pictures, the one with the highest identity of the toy alone; in a tie, to two digits, fewer steps.
 ``ablations``
     One choice of the method changed at a time, on the first two concepts if no number is given: rows in a folder of
-    their own, and a table of what is there.
+    their own, and a table of what is there. Other methods stand beside it with as many steps as the recipe has, and
+    with as many as fit into the seconds that these take. ``--only`` names some kinds of rows, as ``--only heads``.
 
 Without a list of concepts, the rendered ones of Toybox. With CustomConcept101's list, the paper's protocol:
 ``PERSRES_BASE=sd-1.4 python -m persres_lite.maintain.evaluate --custom101 FOLDER/dataset.json --seeds 50``.
@@ -43,13 +44,22 @@ from persres_lite.concepts import Concept
 from persres_lite.maintain import runs
 from persres_lite.maintain.evaluation import ablations, subjects, tables, work
 from persres_lite.maintain.evaluation.judging import judge_of
-from persres_lite.maintain.evaluation.methods import METHODS, PAPER_RECIPES, Bench, Recipe, train
+from persres_lite.maintain.evaluation.methods import (
+    METHODS,
+    PAPER_RECIPES,
+    RESIDUALS,
+    Bench,
+    Recipe,
+    as_long,
+    step_seconds,
+)
 from persres_lite.maintain.evaluation.ways import SCALES
 from persres_lite.support.files import whole_file
 
 RECIPES = "evaluation-recipes.json"
 QUICK = ("textual inversion", "DreamBooth", "residuals")
 QUICK_STEPS = 10  # of sampling
+STEP_SECONDS = "step-seconds.json"
 
 # Where the search on Toybox starts; each rate is also tried three times lower and three times higher.
 TOYBOX_RECIPES = {
@@ -79,7 +89,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--trainings", type=int, default=3, help="of each concept by each method")
     parser.add_argument("--seeds", type=int, default=2, help="pictures of each prompt")
     parser.add_argument("--steps", type=int, help="the same number of training steps for every method")
-    parser.add_argument("--seconds", type=float, help="of training, the same for every method: as many steps as fit in")
+    parser.add_argument(
+        "--seconds",
+        type=lambda text: text if text == RESIDUALS else float(text),
+        help=f'of training, the same for every method: as many steps as fit in; "{RESIDUALS}" for what theirs take',
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="WHAT", help='of the ablations, those of this, as "macro class", and the recipe'
+    )
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="strengths of what was learned")
     parser.add_argument(
         "--controls", nargs="*", choices=work.CONTROLS, metavar="CONTROL", help="other masks: only these"
@@ -152,17 +169,22 @@ def _carry_out(args: argparse.Namespace, base: Any, state: PartialState) -> None
     if args.what == "ablations":
         pairs = subjects.first(pairs_of(args, base), args.concepts or 2)
         folder, judge = args.rows / "ablations", judge_of(base, args.data)
+        bench, recipes = Bench(base), {}
+        rivals = any(one.method for one in ablations.chosen(base, args.only))
         with state.main_process_first():
-            work.keep_to(folder, _settings(args, base, plan) | {"recipe": settings_of(base).recipe, "recipes": {}})
+            settings = _settings(args, base, plan) | {"recipe": settings_of(base).recipe}
+            work.keep_to(folder, settings if rivals else settings | {"recipes": {}})
+            if rivals:
+                recipes = ablations.equal(bench, pairs[0][0].concept, plan.recipes, folder / STEP_SECONDS)
         numbers = (args.trainings, args.seeds, args.ranked, state.process_index, state.num_processes)
-        ablations.run(Bench(base), judge, pairs, folder, *numbers)
+        ablations.run(bench, judge, pairs, folder, *numbers, args.only, recipes)
         state.wait_for_everyone()
     if args.what != "run":
         return
     pairs = pairs_of(args, base)
     with state.main_process_first():
         if args.seconds:
-            plan = within(args.seconds, base, pairs[0][0].concept, plan, args.rows / "steps.json")
+            plan = within(args.seconds, base, pairs[0][0].concept, plan, args.rows / STEP_SECONDS)
         work.keep_to(args.rows, _settings(args, base, plan))
     judge, bench = judge_of(base, args.data), Bench(base)
     work.run(bench, judge, pairs, plan, args.rows, state.process_index, state.num_processes)
@@ -171,8 +193,8 @@ def _carry_out(args: argparse.Namespace, base: Any, state: PartialState) -> None
 
 def _write_ablations(args: argparse.Namespace, base: Any, command: str) -> None:
     folder = args.rows / "ablations"
-    found = ablations.tables_of(work.rows_of(folder), settings_of(base).recipe, args.draws)
-    about = {"command": command, "commit": tables.commit(), "machine": runs.machine()}
+    found = ablations.tables_of(work.rows_of(folder), base, args.draws)
+    about = {"command": command, "commit": tables.commit(), "machine": runs.machine(), "absent": ablations.absent(base)}
     out = args.out or folder / "ablations"
     with whole_file(out.with_suffix(".json")) as file:
         file.write_text(json.dumps({"about": about, "ablations": found}, indent=1) + "\n")
@@ -210,29 +232,19 @@ def _settings(args: argparse.Namespace, base: Any, plan: work.Plan) -> dict[str,
         "concepts": str(args.custom101) if args.custom101 else "toybox",
         "sampling": settings_of(base).sampling,
         "pictures a prompt": plan.seeds,
+        "pictures ranked": plan.ranked,
         "prompts": "few" if args.quick else "all",
         "recipes": {method: asdict(plan.recipes[method]) for method in plan.methods},
     }
 
 
-def within(seconds: float, base: Any, concept: Concept, plan: work.Plan, path: Path) -> work.Plan:
-    """The plan with as many steps as fit into so many seconds, by what five steps of each method take beyond one.
-
-    They are measured once and kept in `path`, so that a run that is taken up again does the same.
-    """
-    if path.exists():
-        steps = json.loads(path.read_text(encoding="utf-8"))
-    else:
-        steps, bench = {}, Bench(base)
-        for method in plan.methods:
-            once, more = (
-                train(bench, method, concept, 0, replace(plan.recipes[method], steps=count)).seconds for count in (1, 5)
-            )
-            steps[method] = max(1, int(seconds / max((more - once) / 4, 1e-6)))
-            bench.clear()
-        with whole_file(path) as file:
-            file.write_text(json.dumps(steps) + "\n")
-    return replace(plan, recipes={name: replace(plan.recipes[name], steps=count) for name, count in steps.items()})
+def within(seconds: float | str, base: Any, concept: Concept, plan: work.Plan, path: Path) -> work.Plan:
+    """The plan with as many steps as fit into so many seconds, or into those that the residuals' own steps take."""
+    asked = {*plan.methods, *([RESIDUALS] if seconds == RESIDUALS else [])}
+    of_one = step_seconds(Bench(base), concept, {name: plan.recipes[name] for name in METHODS if name in asked}, path)
+    limit = of_one[RESIDUALS] * plan.recipes[RESIDUALS].steps if seconds == RESIDUALS else float(seconds)
+    recipes = {name: as_long(plan.recipes[name], limit, of_one[name]) for name in plan.methods}
+    return replace(plan, recipes=recipes)
 
 
 def _fewer(subject: subjects.Subject) -> subjects.Subject:

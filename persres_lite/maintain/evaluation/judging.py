@@ -41,11 +41,11 @@ class ToyboxJudge:
         return (self.judge.identity(_on_gray(images, masks)) @ references.T).mean(1)
 
     def ruler(self, subject: Subject) -> dict[str, list[Scores]]:
-        """Rows of what stands for the ceiling and for the floor, by their names."""
+        """Rows of what stands for the ceiling and for the floor, by their names; cut out as what a method draws is."""
         found = {}
         for name, concept in {"held-out references": subject.held_out, "others of the class": subject.others}.items():
             if concept is not None:
-                values = self.alone(subject, concept.images, concept.masks)
+                values = self.alone(subject, concept.images, (self.judge.where(concept.images) > 0.5).float())
                 found[name] = [{"kind": "none", "identity": _short(value)} for value in values.tolist()]
         return found
 
@@ -69,8 +69,9 @@ class ToyboxJudge:
                 "text gap": _short(gaps[index]),
             }
             row |= _readings(subject, asked[index], seen)
-            if "side" in asked[index].asked and masks[index].any():
-                row["side"] = SIDES[_across(masks[index]) > 0] == asked[index].asked["side"]
+            if "side" in asked[index].asked:  # a toy that is not seen is on no side
+                side = SIDES[_across(masks[index]) > 0] if masks[index].any() else None
+                row["side"] = side == asked[index].asked["side"]
             rows.append(row)
         return _with_diversity(rows, prompts, self.judge.identity(images))
 

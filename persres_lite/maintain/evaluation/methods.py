@@ -7,11 +7,14 @@ it was, bit for bit.
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from persres_lite.concepts import Concept
 from persres_lite.evaluation import draw
 from persres_lite.maintain.bench_runs import reset_peak, resident_peak
 from persres_lite.residuals import Residuals
+from persres_lite.support.files import whole_file
 from persres_lite.support.rare_token import rare_token_attached, rare_token_embeddings
 from persres_lite.training import TrainingSet, _prepare, _training_scheduler, diffusion_loss
 
@@ -186,6 +190,33 @@ def train(bench: Bench, method: str, concept: Concept, seed: int, recipe: Recipe
     trained.seconds = time.perf_counter() - begun
     trained.peak = max(0.0, (torch.cuda.max_memory_allocated() if cuda else resident_peak()) - before)
     return trained
+
+
+def step_seconds(bench: Bench, concept: Concept, recipes: dict[str, Recipe], path: Path) -> dict[str, float]:
+    """What a step of each method takes, by five steps beyond one.
+
+    Of two tries the faster one counts, since other work on the machine only adds to it. All is measured once and kept
+    in `path`, so that a run that is taken up again does the same; methods may be added later.
+    """
+    found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for method, recipe in recipes.items():
+        if method in found:
+            continue
+        fastest = {1: math.inf, 6: math.inf}
+        for steps in (*fastest, *fastest):
+            seconds = train(bench, method, concept, 0, replace(recipe, steps=steps)).seconds
+            fastest[steps] = min(fastest[steps], seconds)
+            bench.clear()  # a LoRA of the same name could not be added again
+        found[method] = max((fastest[6] - fastest[1]) / 5, 1e-6)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            file.write_text(json.dumps(found) + "\n")
+    return found
+
+
+def as_long(recipe: Recipe, seconds: float, of_one: float) -> Recipe:
+    """The recipe with as many steps as fit into so many seconds, at least one."""
+    return replace(recipe, steps=max(1, int(seconds / of_one + 1e-6)))
 
 
 def _learner(method: str) -> Callable[..., Trained]:

@@ -141,10 +141,10 @@ def tables_of(rows: list[Row], draws: int = 2000) -> dict[str, Any]:
             if mean is not None and name in found["methods"]:
                 found["methods"][name][f"drift, {kind}"] = mean
     found["ruler"] = {name: row["identity"]["mean"] for name, row in found["methods"].items() if "ruler" in name}
-    floor, ceiling = (found["ruler"].get(f"ruler, {way}") for way in ("others of the class", "held-out references"))
-    if floor is not None and ceiling is not None:
-        for row in found["methods"].values():
-            row["on the ruler"] = on_ruler(row["identity"]["mean"], floor, ceiling)
+    ends = [full.get(f"ruler, {way}", []) for way in ("others of the class", "held-out references")]
+    for name, row in found["methods"].items() if all(ends) else ():
+        floor, ceiling = (_identity(end, among=full[name]) for end in ends)  # a run may have been cut short
+        row["on the ruler"] = on_ruler(row["identity"]["mean"], floor, ceiling)
     for row in rows:
         if row["method"] not in ("frozen", "ruler") and row["way"] in ("everywhere", "LAG"):
             found["curves"].setdefault(label(row), {}).setdefault(str(row["scale"]), []).append(row)
@@ -272,8 +272,28 @@ def _mean(groups: Groups, draws: int) -> dict[str, Any] | None:
     return _whole(lambda: bootstrap(groups, draws=draws))
 
 
+def _identity(rows: list[Row], among: list[Row]) -> float:
+    """The mean of the rows of those concepts that the others are of."""
+    concepts = {row["concept"] for row in among}
+    found = _mean(values([row for row in rows if row["concept"] in concepts], "identity"), draws=1)
+    return found["mean"] if found else np.nan
+
+
 def _at_equal_leakage(group: list[Row], curve_rows: list[Row], zero: list[Row], draws: int, *chosen: Any) -> Interval:
-    return bootstrap(against_curve(group, curve_rows, zero, *chosen), gain_at_equal_leakage, draws=draws)
+    groups = against_curve(group, curve_rows, zero, *chosen)
+    return bootstrap(_reached(groups), gain_at_equal_leakage, draws=draws)
+
+
+def _reached(groups: Groups) -> Groups:
+    """Without the trainings that the curve does not reach: the mean leaves them out, so no draw may bring them back."""
+
+    def gain(pictures: list[Any]) -> float:
+        numbers = np.array(pictures, dtype=float)
+        known = numbers[np.isfinite(numbers).all(1)]
+        return gain_at_equal_leakage(known.mean(0)) if len(known) else np.nan
+
+    kept = {c: {t: each for t, each in found.items() if not np.isnan(gain(each))} for c, found in groups.items()}
+    return {concept: found for concept, found in kept.items() if found}
 
 
 def _paired(first: Groups, second: Groups, draws: int) -> Interval:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm.auto import tqdm
 
@@ -37,6 +38,9 @@ Key = tuple[str, int | None, str, str, float]
 
 DRIFT = "drift"
 """The way of rows about prompts without the concept's words, with what was learned in force everywhere."""
+
+CUT = "by the judge"
+"""How the ruler's toys are cut out: as those that a method draws."""
 
 CLOCKS = ("seconds", "peak")
 """What differs from run to run; everything else in a row is the same on every machine of a kind."""
@@ -100,8 +104,19 @@ def rows_of(folder: Path) -> list[Row]:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            rows[key_of(row)] = row
+            if row["method"] != "ruler" or row.get("cut") == CUT:  # once it was cut by its true masks, and stood higher
+                rows[key_of(row)] = row
     return [rows[key] for key in sorted(rows, key=str)]
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[IO[str]]:
+    """A file of rows, open for more of them; a last line that was cut off when a run was killed is ended first."""
+    cut_off = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+    with open(path, "a", encoding="utf-8") as file:
+        if cut_off:
+            file.write("\n")
+        yield file
 
 
 def keep_to(folder: Path, settings: dict[str, Any]) -> None:
@@ -165,15 +180,11 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     done = {key_of(row) for row in rows_of(folder)}
     units = units_of(pairs, plan)[process::processes]
-    path = folder / f"rows-{process}.jsonl"
-    cut_off = path.exists() and not path.read_bytes().endswith(b"\n")
     frozen = {} if kept is None else kept
     with (
-        open(path, "a", encoding="utf-8") as file,
+        appending(folder / f"rows-{process}.jsonl") as file,
         tqdm(units, desc="evaluating", unit="unit", disable=process > 0) as bar,
     ):
-        if cut_off:  # a run was killed in the middle of a line
-            file.write("\n")
         for unit in bar:
             for old in set(frozen) - {each.concept.name for each in unit.pair} if kept is None else ():
                 del frozen[old]
@@ -209,16 +220,19 @@ def rows_of_unit(
     for index, subject in enumerate(unit.pair):
         name, partner = subject.concept.name, unit.pair[1 - index] if len(unit.pair) == 2 else None
         prompts = pictures_of(subject, range(plan.seeds))
+        rulers = [key for key in wanted[index] if key[2] == "ruler"]
+        for way, rows in judge.ruler(subject).items() if rulers else ():
+            if (name, None, "ruler", way, 1.0) in rulers:
+                yield {"concept": name, "training": None, "method": "ruler", "way": way, "scale": 1.0} | {
+                    "biased": subject.biased,
+                    "cut": CUT,
+                    "pictures": rows,
+                }
+        if len(rulers) == len(wanted[index]):
+            continue
         if name not in frozen:
             frozen[name] = draw_frozen(bench.base, subject, partner, range(plan.seeds))
             frozen[name].where = judge.masks(frozen[name].images, [prompt for prompt, _ in prompts])
-        if unit.method is None:
-            for way, rows in judge.ruler(subject).items():
-                if (name, None, "ruler", way, 1.0) in wanted[index]:
-                    yield {"concept": name, "training": None, "method": "ruler", "way": way, "scale": 1.0} | {
-                        "biased": subject.biased,
-                        "pictures": rows,
-                    }
         ways = _ways(bench.base, unit, index, trained, frozen[name], plan)
         for key in wanted[index]:
             row: Row = dict(zip(("concept", "training", "method", "way", "scale"), key, strict=True))
@@ -238,6 +252,7 @@ def rows_of_unit(
             if trained:
                 one = trained[index]
                 row |= {"parameters": one.parameters, "seconds": round(one.seconds, 2), "peak": round(one.peak)}
+                row["steps"] = recipe.steps
             yield row
 
 
