@@ -39,8 +39,9 @@ def readme_sentences() -> list[str]:
     full = results("full-size")
 
     return [
-        f"a training step of four pictures needs {full['training_gib']} GiB beside the model ({full['estimated_gib']} are "
-        f"estimated), LAG takes {full['lag_over_original']:.2f} times as long as the original model",
+        f"a training step of four pictures needs {full['training_gib']} GiB beside the model "
+        f"({full['estimated_gib']} are estimated), LAG takes {full['lag_over_original']:.2f} times as long as the "
+        "original model",
         f"the class in {drawn['class']} pictures, the place in {drawn['place']}, the main color in "
         f"{drawn['main color']}, the second color in {drawn['second color']}, both objects of a pair in "
         f"{drawn['both of a pair']}",
