@@ -105,6 +105,16 @@ def test_equations_of_several_lines_keep_their_number():
 
 def test_slides_carry_no_numbers_of_references():
     assert teaching.to_html("as in LoRA [2, 3], `x[0] [1]`", inline=True) == "as in LoRA, <code>x[0] [1]</code>"
+    assert teaching.to_html("masks in [0, 1]", inline=True) == "masks in [0, 1]"
+
+
+def test_a_question_about_a_list_brings_the_list(book):
+    text = "### Which?\n\nThese:\n\n- one\n- two\n\n**Predict before you run.** Order them."
+    book.cells.insert(5, nbformat.v4.new_markdown_cell(text))
+    asked = next(slide for slide in teaching.results(book) if teaching.PREDICT in slide.text)
+    assert asked.title == "Which?" and asked.text.startswith("These:\n\n- one")
+    book.cells.insert(6, nbformat.v4.new_markdown_cell("Other words come before the figure."))
+    assert not any(teaching.PREDICT in slide.text for slide in teaching.results(book))
 
 
 def test_a_high_figure_has_its_caption_beside_it(book):

@@ -34,7 +34,7 @@ EXERCISES = {"04": 5, "05": 10}
 QUESTIONS = 2
 """Of a lesson's questions to predict that a figure answers, so many get a slide."""
 
-FIGURES = {"00": 6, "02": 7, "04": 7, "05": 9}
+FIGURES = {"00": 6, "02": 7, "04": 7, "05": 10}
 """Figures a lesson may have; of more, some in between are left out, but none that a cell or a question asks for."""
 
 
@@ -165,7 +165,7 @@ def results(notebook: NotebookNode) -> Iterator[Slide]:
             before = FOLDED.sub("", notebook.cells[place - 1].source).strip()
             if notebook.cells[place - 1].cell_type == "markdown" and PREDICT not in before:
                 yield Slide(
-                    f"Explore: {heading[:1].lower()}{heading[1:]}", _paragraphs(before)[-1], kind="turn", kept=True
+                    f"Try it: {heading[:1].lower()}{heading[1:]}", _paragraphs(before)[-1], kind="turn", kept=True
                 )
 
 
@@ -266,7 +266,7 @@ def to_html(text: str, inline: bool = False) -> str:
 
     text = re.sub(r"```.*?```|`[^`\n]+`", aside, text, flags=re.DOTALL)
     text = MATH.sub(keep, text)
-    text = re.sub(r" \[\d+(?:, ?\d+)*\](?!\()", "", without_links(text))
+    text = re.sub(r" \[[1-9]\d*(?:, ?[1-9]\d*)*\](?!\()", "", without_links(text))
     text = re.sub(r"CODE(\d+)HERE", lambda match: code[int(match[1])], text)
     made = markdown2html(text)
     made = re.sub(r'<a class="anchor-link".*?</a>', "", made)
@@ -283,7 +283,7 @@ def drawn_equation(latex: str, display: bool = False) -> str:
     plain = re.sub(r"\\tag\{[^}]*\}|\\(?:begin|end)\{aligned\}", "", " ".join(latex.split()))
     for old, new in MATHTEXT.items():
         plain = plain.replace(old, new)
-    images = []
+    images: list[str] = []
     for line in re.split(r"\\\\", plain):
         drawn = line.replace("&", "").strip().rstrip(".,").rstrip()
         buffer = io.BytesIO()
@@ -342,18 +342,19 @@ def _equations(cell: NotebookNode, title: str) -> Slide:
 
 
 def _question(text: str) -> str:
-    """A question to predict with its folded answer, and nothing of the sections around it."""
-    return re.split(r"\n#{2,3} ", text[text.index(PREDICT) :])[0].strip()
+    """A question to predict with its folded answer; where a list stands before it, with the section up to it."""
+    begin = text.index(PREDICT)
+    before = re.split(r"(?:\A|\n)#{2,3} .+\n", text[:begin])[-1]
+    asked = re.split(r"\n#{2,3} ", text[begin:])[0].strip()
+    return f"{before.strip()}\n\n{asked}" if re.search(r"^- ", before, re.MULTILINE) else asked
 
 
 def _answered(notebook: NotebookNode, place: int) -> bool:
-    """Whether a figure follows the question in the cell `place`, before the next section or question."""
+    """Whether a figure follows the question in the cell `place`, before any other text."""
     for cell in notebook.cells[place + 1 :]:
-        if cell.cell_type == "markdown" and (
-            re.search(r"^#{2,3} ", cell.source, re.MULTILINE) or PREDICT in cell.source
-        ):
+        if cell.cell_type == "markdown":
             return False
-        if cell.cell_type == "code" and list(_pictures(cell)):
+        if list(_pictures(cell)):
             return cell.metadata.get("persres", {}).get("slide") is not False
     return False
 
