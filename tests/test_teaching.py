@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 
 import nbformat
 import pytest
@@ -48,15 +49,76 @@ def test_the_answer_key_has_statement_solution_note_and_wrong_answers(book):
     assert "<details>" not in key
 
 
+def test_students_and_answers_get_no_link_to_solutions_and_none_that_leads_nowhere(book):
+    book.cells[-1].source += "\n\nSource: [its file](../persres_lite/residuals.py)"
+    exercise = next(cell for cell in book.cells if cell.source.startswith("### Exercise"))
+    exercise.source = exercise.source.replace("Write `", "See [rank](glossary.md#rank). Write `")
+    given = nbformat.writes(teaching.student(book))
+    assert "colab" not in given and "](../../persres_lite/residuals.py)" in given
+    assert "See rank. Write" in teaching.answer_key([book])
+    assert teaching.without_links("`f[i](x)` [`x`](a.md) [b](https://b)") == "`f[i](x)` `x` [b](https://b)"
+    made = notebooks.teaching_files("student")
+    assert {"glossary.md", "prerequisites.md"} < {path.name for path in made}
+
+
 def test_slides_are_one_page_without_a_network(book):
     made = teaching.slides({"04": book})
     assert [slide.kind for slide in made[:2]] == ["lesson", "lesson"]
-    assert "| 0 | 04 · An example | 12 |" in made[0].text
+    assert "| 0 | 04 · An example | 20 |" in made[0].text
     assert any(slide.title.startswith("Your turn: merging") and "Solution" not in slide.text for slide in made)
     page = teaching.page(made)
     assert page.count("<section") == len(made)
     assert 'alt="A &lt;pixel&gt;"' in page and 'class="equation"' in page
     assert not re.search(r"<(?:script|link|img)[^>]+(?:src|href)=.https?:", page)
+
+
+def test_exercises_fit_the_lessons_minutes(book):
+    exercise = next(cell for cell in book.cells if cell.source.startswith("### Exercise"))
+    exercise.source = exercise.source.replace("**Minutes:** 2", "**Minutes:** 15")
+    assert not any("Your turn" in slide.title for slide in teaching.slides({"04": book}))
+
+
+def test_a_question_stands_before_the_figure_that_answers_it_and_the_lesson_speaks_in_the_notes(book):
+    text = nbformat.v4.new_markdown_cell
+    said = "The pixel is red."
+    book.cells[5:6] = [text("**Predict before you run.** What?\n\n<details>…</details>"), book.cells[5], text(said)]
+    free = [deepcopy(book.cells[6]) for _ in range(20)]
+    book.cells[8:8] = free
+    made = teaching.slides({"04": book})
+    asked = next(number for number, slide in enumerate(made) if slide.text.startswith("**Predict"))
+    assert "<details>" in made[asked].text and made[asked + 1].pictures and made[asked + 1].notes == said
+    assert sum(bool(slide.pictures) for slide in made) == teaching.FIGURES["04"]
+    assert f"<aside><p>{said}</p>" in teaching.page(made)
+    assert not any("2 + 2" in slide.text for slide in made)  # its answer is printed, not shown by a figure
+
+
+def test_a_lessons_equations_stand_on_one_slide(book):
+    book.cells[3].source = "## Theory\n\nFirst\n\n$$a = b$$\n\nwords between\n\nthen\n\n$$c = d$$\n\nthe end"
+    (made,) = teaching.equations(book)
+    assert made.text == "First\n\n$$a = b$$\n\nthen\n\n$$c = d$$"
+
+
+def test_equations_of_several_lines_keep_their_number():
+    drawn = teaching.to_html(r"$$\begin{aligned} a &= b, \\ c &= d. \end{aligned} \tag{2}$$")
+    assert drawn.count("<img") == 2 and "(2)</span>" in drawn
+
+
+def test_slides_carry_no_numbers_of_references():
+    assert teaching.to_html("as in LoRA [2, 3], `x[0] [1]`", inline=True) == "as in LoRA, <code>x[0] [1]</code>"
+    assert teaching.to_html("masks in [0, 1]", inline=True) == "masks in [0, 1]"
+
+
+def test_a_question_about_a_list_brings_the_list(book):
+    text = "### Which?\n\nThese:\n\n- one\n- two\n\n**Predict before you run.** Order them."
+    book.cells.insert(5, nbformat.v4.new_markdown_cell(text))
+    asked = next(slide for slide in teaching.results(book) if teaching.PREDICT in slide.text)
+    assert asked.title == "Which?" and asked.text.startswith("These:\n\n- one")
+    book.cells.insert(6, nbformat.v4.new_markdown_cell("Other words come before the figure."))
+    assert not any(teaching.PREDICT in slide.text for slide in teaching.results(book))
+
+
+def test_a_high_figure_has_its_caption_beside_it(book):
+    assert "<figcaption>A &lt;pixel&gt;</figcaption>" in teaching.page(teaching.slides({"04": book}))
 
 
 def test_a_cell_asks_for_its_slide_or_for_none(book):
@@ -73,6 +135,10 @@ def test_what_matplotlib_cannot_draw_stays_readable():
 
 def test_the_series_makes_a_lecture():
     made = teaching.slides({path.name[:2]: notebooks.read(path) for path in notebooks.notebook_paths()})
-    assert 45 <= len(made) <= 75 and sum(teaching.MINUTES.values()) == 90
+    assert 35 <= len(made) <= 55 and sum(teaching.MINUTES.values()) == 90
     for path in notebooks.notebook_paths():
         teaching.student(notebooks.read(path))
+    readme = (notebooks.ROOT / "README.md").read_text(encoding="utf-8").split("**90 minutes**")[1].split("**")[0]
+    assert {
+        number: int(minutes) for number, minutes in re.findall(r"\b(0\d)\b[^()]*\((\d+)\)", readme)
+    } == teaching.MINUTES

@@ -168,10 +168,9 @@ def teaching_files(kind: str, root: Path = ROOT, names: list[str] | None = None)
     """What `student`, `answers` or `slides` writes below ``build``."""
     read_ones = {path: read(path) for path in notebook_paths(root, names)}
     if kind == "student":
-        return {
-            root / "build" / "student" / path.name: nbformat.writes(teaching.student(each)) + "\n"
-            for path, each in read_ones.items()
-        }
+        made = {path.name: nbformat.writes(teaching.student(each)) + "\n" for path, each in read_ones.items()}
+        made |= {page.name: page.read_text(encoding="utf-8") for page in sorted((root / "notebooks").glob("*.md"))}
+        return {root / "build" / "student" / name: text for name, text in made.items()}
     if kind == "answers":
         return {root / "build" / "answers.md": teaching.answer_key(list(read_ones.values()))}
     by_number = {path.name[:2]: each for path, each in read_ones.items()}

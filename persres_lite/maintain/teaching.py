@@ -12,10 +12,11 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nbconvert.filters import markdown2html
 from nbformat import NotebookNode
+from PIL import Image
 
 from persres_lite.maintain import exercises
 
@@ -24,8 +25,17 @@ FOLDED = re.compile(r"\n*<details>.*?</details>", re.DOTALL)
 MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$([^$\n]+?)\$", re.DOTALL)
 PICTURES = ("image/png", "image/jpeg")
 
-MINUTES = {"00": 10, "01": 12, "02": 12, "03": 10, "04": 12, "05": 18, "06": 10, "07": 6}
-"""The plan of the 90 minutes, by lesson."""
+MINUTES = {"00": 10, "02": 25, "04": 20, "05": 35}
+"""The plan of the 90 minutes, by lesson, as the README has it; of the other lessons only what these need."""
+
+EXERCISES = {"04": 5, "05": 10}
+"""Minutes of a lesson for its exercises: in reading order, those that fit."""
+
+QUESTIONS = 2
+"""Of a lesson's questions to predict that a figure answers, so many get a slide."""
+
+FIGURES = {"00": 6, "02": 7, "04": 7, "05": 10}
+"""Figures a lesson may have; of more, some in between are left out, but none that a cell or a question asks for."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +47,17 @@ class Slide:
     pictures: Sequence[tuple[str, str, str]] = field(default=())
     """MIME type, base64 and alternative text of each."""
     kind: str = "text"
+    notes: str = ""
+    """Markdown for the lecturer, shown by the key N."""
+    lesson: str = ""
+    kept: bool = False
+    """Whether it stays however many figures the lesson has."""
 
 
 def student(notebook: NotebookNode) -> NotebookNode:
     """A copy without solutions, outputs and the answers in the exercises' metadata; hints and predictions stay.
+
+    The badge goes, too, for it opens the lesson with its solutions. Links out of the folder fit ``build/student``.
 
     Raises
     ------
@@ -48,6 +65,7 @@ def student(notebook: NotebookNode) -> NotebookNode:
         If a solution is left over: it stands in another form than every exercise's.
     """
     result = deepcopy(notebook)
+    result.cells = [each for each in result.cells if each.metadata.get("persres", {}).get("role") != "badge"]
     for cell in result.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
@@ -59,6 +77,8 @@ def student(notebook: NotebookNode) -> NotebookNode:
             cell.source = SOLUTION.sub("", cell.source)
             if "Solution</summary>" in cell.source:
                 raise ValueError(f"A solution is left in {cell.source.splitlines()[0]!r}: fold it as in the others.")
+        if cell.cell_type == "markdown":
+            cell.source = cell.source.replace("](../", "](../../")
     return result
 
 
@@ -79,7 +99,15 @@ def answers(notebook: NotebookNode) -> str:
             parts += [f"```python\n{code}\n```", refused]
         if exercise.right:
             parts += ["**Also right**", *(f"```python\n{code}\n```" for code in exercise.right)]
-    return "\n\n".join(parts)
+    return without_links("\n\n".join(parts))
+
+
+def without_links(text: str) -> str:
+    """Markdown with its links into the notebooks and the package reduced to their words; code stays as it is."""
+    return CODE_OR_LINK.sub(lambda match: match[0] if match["code"] else match["words"], text)
+
+
+CODE_OR_LINK = re.compile(r"(?P<code>```.*?```|`[^`\n]+`)|(?<!!)\[(?P<words>[^\]]+)\]\((?!https?:)[^)\s]+\)", re.DOTALL)
 
 
 def answer_key(notebooks: Sequence[NotebookNode]) -> str:
@@ -88,27 +116,25 @@ def answer_key(notebooks: Sequence[NotebookNode]) -> str:
 
 
 def aim(notebook: NotebookNode) -> Iterator[Slide]:
-    """The lesson's title, aim and abilities."""
-    text = notebook.cells[1].source
-    found = re.search(r"\*\*Aim:\*\*.+?(?=\*\*Time and memory:\*\*|\Z)", text, re.DOTALL)
-    yield Slide(_title(notebook), found[0].strip() if found else "", kind="lesson")
+    """The lesson's title, aim and abilities, and how long its cells run."""
+    yield Slide(_title(notebook), _opening(notebook)[notebook.cells[1].source.index("\n") :].strip(), kind="lesson")
 
 
-def equation(notebook: NotebookNode) -> Iterator[Slide]:
-    """The first displayed equation, with the paragraph before it."""
-    for cell in notebook.cells[2:]:
-        if cell.cell_type == "markdown" and "$$" in cell.source and not cell.source.startswith("### Exercise"):
-            paragraphs = re.split(r"\n\s*\n", cell.source)
-            place = next(number for number, each in enumerate(paragraphs) if "$$" in each)
-            before = [each for each in paragraphs[max(0, place - 1) : place] if not each.startswith(("#", "|", "-"))]
-            yield Slide("The equation", "\n\n".join([*before, paragraphs[place]]))
-            return
+def equations(notebook: NotebookNode) -> Iterator[Slide]:
+    """The displayed equations of the first cell that has any, each with the paragraph before it."""
+    cell = next((cell for cell in notebook.cells[2:] if _has_equations(cell)), None)
+    if cell is not None:
+        yield _equations(cell, f"{_title(notebook)}: in equations")
 
 
 def results(notebook: NotebookNode) -> Iterator[Slide]:
-    """In reading order: figures, questions to predict, exercises as "your turn", and what a cell's metadata ask for."""
-    heading, asked = _title(notebook), 0
-    for cell in notebook.cells[2:]:
+    """In reading order: the first equations, figures, questions that a figure answers, exercises that fit the lesson's
+    minutes as "your turn", what there is to move by hand, and what a cell's metadata ask for.
+    """
+    number = _title(notebook)[:2]
+    heading, asked, minutes, explained = _title(notebook), 0, EXERCISES.get(number, 0), False
+    asking = False  # whether the next figure answers a question that has a slide
+    for place, cell in enumerate(notebook.cells[2:], start=2):
         wish = cell.metadata.get("persres", {}).get("slide")
         if cell.cell_type == "markdown":
             headings = re.findall(r"^#{2,3} (.+)$", cell.source, re.MULTILINE)
@@ -116,33 +142,53 @@ def results(notebook: NotebookNode) -> Iterator[Slide]:
             if headings and not exercise:
                 heading = headings[-1]
             if wish:
-                yield Slide(wish, FOLDED.sub("", cell.source))
-            elif exercise and wish is not False:
-                statement = FOLDED.sub("", cell.source.split("\n", 1)[1]).strip()
-                yield Slide(f"Your turn: {exercise[2]} ({exercise[1]})", statement, kind="turn")
-            elif "**Predict before you run.**" in cell.source and wish is not False and asked < QUESTIONS:
-                asked += 1
-                question = FOLDED.sub("", cell.source[cell.source.index("**Predict before you run.**") :])
-                yield Slide(heading, question.split("\n#")[0].strip(), kind="turn")
+                yield Slide(wish, FOLDED.sub("", cell.source), kept=True)
+            elif exercise:
+                needs = re.search(r"\*\*Minutes:\*\* (\d+)", cell.source)
+                if wish is not False and needs and int(needs[1]) <= minutes:
+                    minutes -= int(needs[1])
+                    statement = FOLDED.sub("", cell.source.split("\n", 1)[1]).strip()
+                    yield Slide(f"Your turn: {exercise[2]} ({exercise[1]})", statement, kind="turn", kept=True)
+            elif wish is not False and _has_equations(cell) and not explained:
+                explained = True
+                yield _equations(cell, "In equations")
+            elif PREDICT in cell.source and wish is not False and asked < QUESTIONS and _answered(notebook, place):
+                asked, asking = asked + 1, True
+                yield Slide(heading, _question(cell.source), kind="turn", kept=True)
             continue
         shown = list(_pictures(cell))
         if wish or (shown and wish is not False):
-            yield Slide(wish or heading, pictures=shown, text="" if shown else f"```python\n{cell.source}\n```")
+            text = "" if shown else f"```python\n{cell.source}\n```"
+            yield Slide(wish or heading, text, shown, notes=_notes(notebook, place), kept=bool(wish) or asking)
+            asking = False
+        elif number in EXERCISES and wish is not False and re.search(r"\bexplorers\.\w+\(", cell.source):
+            before = FOLDED.sub("", notebook.cells[place - 1].source).strip()
+            if notebook.cells[place - 1].cell_type == "markdown" and PREDICT not in before:
+                yield Slide(
+                    f"Try it: {heading[:1].lower()}{heading[1:]}", _paragraphs(before)[-1], kind="turn", kept=True
+                )
 
 
-QUESTIONS = 1
-"""Of a lesson's questions to predict, so many get a slide; the others stay in the notebook."""
+PREDICT = "**Predict before you run.**"
 
 Rule = Callable[[NotebookNode], Iterator[Slide]]
-RULES: tuple[tuple[str, Rule], ...] = tuple((number, rule) for number in MINUTES for rule in (aim, equation, results))
+RULES: tuple[tuple[str, Rule], ...] = (
+    ("00", aim),
+    ("00", results),
+    ("01", equations),
+    ("02", aim),
+    ("02", results),
+    ("03", equations),
+    ("04", aim),
+    ("04", results),
+    ("05", aim),
+    ("05", results),
+)
 """Which slides a lesson gives, in order: (its number, a function of the notebook)."""
-
-MOST = {"00": 6, "01": 5, "02": 5, "03": 6, "04": 6, "05": 8, "06": 5, "07": 3}
-"""Slides a lesson may have beside its opening and its equation; of more, some in between are left out."""
 
 
 def slides(notebooks: dict[str, NotebookNode]) -> list[Slide]:
-    """The slides of the whole series: a plan, then each lesson's, by `RULES`.
+    """The slides of the 90 minutes: a plan, the lessons' slides by `RULES`, and what to do afterwards.
 
     Parameters
     ----------
@@ -150,16 +196,30 @@ def slides(notebooks: dict[str, NotebookNode]) -> list[Slide]:
         By number: ``{"00": …, "01": …}``; lessons that are missing are left out.
     """
     plan = ["| from minute | lesson | minutes |", "|---|---|---|"]
+    later = ["| lesson | aim |", "|---|---|"]
     start = 0
     for number, notebook in notebooks.items():
-        plan.append(f"| {start} | {_title(notebook)} | {MINUTES.get(number, 0)} |")
-        start += MINUTES.get(number, 0)
-    found = [Slide("Personalized residuals in 90 minutes", "\n".join(plan), kind="lesson")]
+        if number in MINUTES:
+            plan.append(f"| {start} | {_title(notebook)} | {MINUTES[number]} |")
+            start += MINUTES[number]
+        elif found := re.search(r"\*\*Aim:\*\*\s*(.+?)(?=\n\n|\Z)", _opening(notebook), re.DOTALL):
+            later.append(f"| {_title(notebook)} | {found[1].strip()} |")
+    made = [Slide("Personalized residuals in 90 minutes", "\n".join([*plan, "", PAPER, "", KEYS]), kind="lesson")]
     for number, rule in RULES:
         if number in notebooks:
-            made = list(rule(notebooks[number]))
-            found += _thinned(made, MOST[number]) if rule is results else made
-    return found
+            lesson = _title(notebooks[number])
+            found_here = _thinned(list(rule(notebooks[number])), FIGURES.get(number, 0))
+            made += [replace(slide, lesson=lesson) for slide in found_here]
+    if later[2:]:
+        made.append(Slide("Afterwards", "\n".join(later), kind="lesson"))
+    return made
+
+
+PAPER = (
+    "C. Ham, M. Fisher, J. Hays, N. Kolkin, Y. Liu, R. Zhang, T. Hinz: *Personalized Residuals for Concept-Driven "
+    "Text-to-Image Generation*. CVPR 2024."
+)
+KEYS = "Keys: → and ← turn the page, N shows the lecturer's notes; a click opens an answer."
 
 
 def page(made: Sequence[Slide]) -> str:
@@ -168,20 +228,30 @@ def page(made: Sequence[Slide]) -> str:
     """
     sections = []
     for number, slide in enumerate(made, start=1):
-        images = "".join(
-            f'<img class="figure" src="data:{kind};base64,{data}" alt="{html.escape(alt, quote=True)}">'
-            for kind, data, alt in slide.pictures
-        )
+        images = "".join(_figure(*picture) for picture in slide.pictures)
         body = images + (to_html(slide.text) if slide.text else "")
+        notes = f"<aside>{to_html(slide.notes)}</aside>" if slide.notes else ""
+        lesson = f"{html.escape(slide.lesson)} &nbsp; " if slide.lesson else ""
         sections.append(
             f'<section class="{slide.kind}" id="s{number}"><h2>{to_html(slide.title, inline=True)}</h2>'
-            f'<div class="body">{body}</div><footer>{number} / {len(made)}</footer></section>'
+            f'<div class="body">{body}</div>{notes}<footer>{lesson}{number} / {len(made)}</footer></section>'
         )
     return PAGE.replace("{sections}", "\n".join(sections))
 
 
+def _figure(kind: str, data: str, alt: str) -> str:
+    """A picture; beside a high one stands its caption again, which would be too small to read inside it."""
+    width, height = Image.open(io.BytesIO(base64.b64decode(data))).size
+    picture = f'<img src="data:{kind};base64,{data}" alt="{html.escape(alt, quote=True)}">'
+    high = height > 0.75 * width
+    caption = f"<figcaption>{html.escape(alt)}</figcaption>" if high and alt else ""
+    return f"<figure{' class=high' if high else ''}>{picture}{caption}</figure>"
+
+
 def to_html(text: str, inline: bool = False) -> str:
-    """Markdown as HTML, with equations drawn and links into the notebooks reduced to their words."""
+    """Markdown as HTML, with equations drawn, links into the notebooks reduced to their words, and without numbers of
+    references.
+    """
     drawn: list[str] = []
 
     def keep(match: re.Match[str]) -> str:
@@ -195,8 +265,8 @@ def to_html(text: str, inline: bool = False) -> str:
         return f"CODE{len(code) - 1}HERE"
 
     text = re.sub(r"```.*?```|`[^`\n]+`", aside, text, flags=re.DOTALL)
-    text = re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:)[^)]+\)", r"\1", text)
     text = MATH.sub(keep, text)
+    text = re.sub(r" \[[1-9]\d*(?:, ?[1-9]\d*)*\](?!\()", "", without_links(text))
     text = re.sub(r"CODE(\d+)HERE", lambda match: code[int(match[1])], text)
     made = markdown2html(text)
     made = re.sub(r'<a class="anchor-link".*?</a>', "", made)
@@ -209,21 +279,25 @@ def drawn_equation(latex: str, display: bool = False) -> str:
     from matplotlib.font_manager import FontProperties
     from matplotlib.mathtext import math_to_image
 
-    plain = re.sub(r"\\tag\{[^}]*\}", "", " ".join(latex.split())).strip().rstrip(".")
+    number = re.search(r"\\tag\{([^}]*)\}", latex)
+    plain = re.sub(r"\\tag\{[^}]*\}|\\(?:begin|end)\{aligned\}", "", " ".join(latex.split()))
     for old, new in MATHTEXT.items():
         plain = plain.replace(old, new)
-    buffer = io.BytesIO()
-    try:
-        depth = math_to_image(f"${plain}$", buffer, prop=FontProperties(size=10), dpi=300, format="png")
-    except (ValueError, RuntimeError):
-        return f"<code>{html.escape(latex.strip())}</code>"
-    data = base64.b64encode(buffer.getvalue()).decode()
-    height = int.from_bytes(buffer.getvalue()[20:24], "big") / 300 * 72 / 10  # in the font's size
-    style = f"height:{height:.2f}em" + ("" if display else f";vertical-align:-{depth / 10 * 72 / 300:.2f}em")
-    image = (
-        f'<img class="equation" style="{style}" src="data:image/png;base64,{data}" alt="{html.escape(latex.strip())}">'
-    )
-    return f'<span class="display">{image}</span>' if display else image
+    images: list[str] = []
+    for line in re.split(r"\\\\", plain):
+        drawn = line.replace("&", "").strip().rstrip(".,").rstrip()
+        buffer = io.BytesIO()
+        try:
+            depth = math_to_image(f"${drawn}$", buffer, prop=FontProperties(size=10), dpi=300, format="png")
+        except (ValueError, RuntimeError):
+            return f"<code>{html.escape(latex.strip())}</code>"
+        data = base64.b64encode(buffer.getvalue()).decode()
+        height = int.from_bytes(buffer.getvalue()[20:24], "big") / 300 * 72 / 10  # in the font's size
+        style = f"height:{height:.2f}em" + ("" if display else f";vertical-align:-{depth / 10:.2f}em")
+        alt = html.escape(drawn if len(images) else latex.strip())
+        images.append(f'<img class="equation" style="{style}" src="data:image/png;base64,{data}" alt="{alt}">')
+    tag = f' <span class="tag">({html.escape(number[1])})</span>' if number else ""
+    return f'<span class="display">{"<br>".join(images)}{tag}</span>' if display else images[0]
 
 
 MATHTEXT = {
@@ -244,6 +318,57 @@ MATHTEXT = {
 """What matplotlib's own LaTeX does not know, and what it knows in its place."""
 
 
+def _opening(notebook: NotebookNode) -> str:
+    return notebook.cells[1].source
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [each for each in re.split(r"\n\s*\n", text.strip()) if each]
+
+
+def _has_equations(cell: NotebookNode) -> bool:
+    return cell.cell_type == "markdown" and "$$" in cell.source and not cell.source.startswith("### Exercise")
+
+
+def _equations(cell: NotebookNode, title: str) -> Slide:
+    paragraphs = _paragraphs(cell.source)
+    kept = []
+    for number, each in enumerate(paragraphs):
+        if "$$" in each:
+            before = paragraphs[number - 1] if number else ""
+            kept += [] if not before or "$$" in before or before.startswith(("#", "|", "- ")) else [before]
+            kept.append(each)
+    return Slide(title, "\n\n".join(kept), kept=True)
+
+
+def _question(text: str) -> str:
+    """A question to predict with its folded answer; where a list stands before it, with the section up to it."""
+    begin = text.index(PREDICT)
+    before = re.split(r"(?:\A|\n)#{2,3} .+\n", text[:begin])[-1]
+    asked = re.split(r"\n#{2,3} ", text[begin:])[0].strip()
+    return f"{before.strip()}\n\n{asked}" if re.search(r"^- ", before, re.MULTILINE) else asked
+
+
+def _answered(notebook: NotebookNode, place: int) -> bool:
+    """Whether a figure follows the question in the cell `place`, before any other text."""
+    for cell in notebook.cells[place + 1 :]:
+        if cell.cell_type == "markdown":
+            return False
+        if list(_pictures(cell)):
+            return cell.metadata.get("persres", {}).get("slide") is not False
+    return False
+
+
+def _notes(notebook: NotebookNode, place: int) -> str:
+    """What the lesson says about the figure of the cell `place`: the next text of the same section."""
+    for cell in notebook.cells[place + 1 :]:
+        if cell.cell_type == "markdown":
+            return FOLDED.sub("", re.split(rf"(?:\A|\n)#{{2,3}} |{re.escape(PREDICT)}", cell.source)[0]).strip()
+        if list(_pictures(cell)):
+            return ""
+    return ""
+
+
 def _title(notebook: NotebookNode) -> str:
     return notebook.cells[1].source.splitlines()[0].removeprefix("# ")
 
@@ -257,14 +382,11 @@ def _pictures(cell: NotebookNode) -> Iterator[tuple[str, str, str]]:
 
 
 def _thinned(made: list[Slide], most: int) -> list[Slide]:
-    """At most so many, evenly from first to last, figures before questions and exercises."""
-    if len(made) <= most:
-        return made
-    figures = [slide for slide in made if slide.kind == "text"]
-    turns = [slide for slide in made if slide.kind == "turn"]
-    some = _spread(turns, max(2, most - len(figures)))
-    some += _spread(figures, most - len(some))
-    return [slide for slide in made if any(slide is each for each in some)]
+    """At most so many figures, evenly from first to last; all that is to be kept, and all text."""
+    figures = [slide for slide in made if slide.pictures]
+    free = [slide for slide in figures if not slide.kept]
+    some = _spread(free, max(0, most - len(figures) + len(free)))
+    return [slide for slide in made if slide.kept or not slide.pictures or any(slide is each for each in some)]
 
 
 def _spread(values: list[Slide], number: int) -> list[Slide]:
@@ -288,18 +410,28 @@ h2 { margin: 0 0 2.5vh; font-size: 1.5em; line-height: 1.2; color: #0072b2 }
 .lesson h2 { font-size: 1.9em; margin-top: 8vh }
 .turn h2 { color: #b34700 }
 .body { flex: 1; min-height: 0; overflow: auto }
-.body:has(> .figure) { display: flex; flex-direction: column; align-items: center; justify-content: center }
-.figure { min-height: 0; max-width: 100%; width: 100%; height: 100%; object-fit: contain }
-.display { display: block; text-align: center; margin: 4vh 0; font-size: 1.5em }
-.turn .body { font-size: 1.15em }
+.body > :first-child { margin-top: 0 }
+.body:has(> figure) { display: flex; flex-direction: column }
+figure { margin: 0; flex: 1; min-height: 0; display: flex; flex-direction: column; justify-content: center }
+figure.high { flex-direction: row; align-items: center; gap: 3vw }
+figure img { min-height: 0; min-width: 0; max-width: 100%; width: 100%; height: 100%; object-fit: contain }
+figure.high img { width: auto; flex: 0 1 auto }
+figcaption { flex: 1 0 14em }
+.display { display: block; text-align: center; margin: .7em 0; font-size: 1.4em }
+.tag { font-size: .7em; margin-left: 2em }
+summary { cursor: pointer; color: #b34700 }
 .equation { max-width: 100% }
 code, pre { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .9em }
 table { border-collapse: collapse }
 td, th { padding: .25em .9em; border-bottom: 1px solid #ccc; text-align: left }
+aside { display: none; position: absolute; inset: auto 0 0 0; max-height: 60vh; overflow: auto; padding: 1vh 6vw 4vh;
+  background: #fff6d5; border-top: 1px solid #ccc; font-size: .85em }
+.notes aside { display: block }
 footer { position: absolute; right: 2vw; bottom: 1.5vh; color: #777; font-size: .6em }
 @media print {
   @page { size: 297mm 167mm; margin: 0 }
-  body { font-size: 5.2mm }
+  body { font-size: 4.6mm }
+  .notes aside { display: none }
   section { display: flex; height: 166mm; padding: 10mm 14mm; page-break-after: always }
 }
 </style>
@@ -309,6 +441,18 @@ footer { position: absolute; right: 2vw; bottom: 1.5vh; color: #777; font-size: 
 <script>
 const all = [...document.querySelectorAll("section")];
 let at = Math.max(0, all.findIndex(each => "#" + each.id === location.hash));
+function fit(section) {  // the largest letters with which the text needs no scrolling
+  const body = section.querySelector(".body");
+  if (body.querySelector("figure")) return;
+  for (let size = 140; size >= 50; size -= 5) {
+    body.style.fontSize = size + "%";
+    if (body.scrollHeight <= body.clientHeight && body.scrollWidth <= body.clientWidth) return;
+  }
+}
+function fitAll() {
+  all.forEach(each => { each.classList.add("shown"); fit(each); each.classList.remove("shown") });
+  all[at].classList.add("shown");
+}
 function show(number) {
   at = Math.min(all.length - 1, Math.max(0, number));
   all.forEach((each, index) => each.classList.toggle("shown", index === at));
@@ -319,14 +463,18 @@ document.addEventListener("keydown", event => {
   else if (["ArrowLeft", "ArrowUp", "PageUp"].includes(event.key)) show(at - 1);
   else if (event.key === "Home") show(0);
   else if (event.key === "End") show(all.length - 1);
+  else if (event.key === "n" || event.key === "N") document.body.classList.toggle("notes");
   else return;
   event.preventDefault();
 });
 window.addEventListener("hashchange", () => show(all.findIndex(each => "#" + each.id === location.hash)));
 document.addEventListener("click", event => {
-  if (!event.target.closest("a")) show(at + (event.clientX < innerWidth / 4 ? -1 : 1));
+  if (!event.target.closest("a, details, aside")) show(at + (event.clientX < innerWidth / 4 ? -1 : 1));
 });
+document.addEventListener("toggle", event => fit(event.target.closest("section")), true);
+window.addEventListener("resize", fitAll);
 show(at);
+fitAll();
 </script>
 </body>
 </html>
