@@ -65,7 +65,7 @@ XL = {
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is forgotten on Linux only")
 @pytest.mark.parametrize(
-    "batch, checkpointing, config", [(4, False, SD), (6, True, SD), (3, True, LARGE), (4, True, WIDE), (6, True, XL)]
+    "batch, checkpointing, config", [(4, False, SD), (6, True, SD), (3, True, LARGE), (4, True, WIDE), (12, True, XL)]
 )
 def test_the_estimate_is_near_what_a_training_step_takes(batch, checkpointing, config):
     """What is freed goes back to the system at once, so that the peak is what is alive.

@@ -65,7 +65,7 @@ def preflight(base: str, pictures: int = PICTURES, trainings: float = TRAININGS)
     size, gpu, home = picture_size(base), torch.cuda.is_available(), base in JUDGES or Path(base).is_dir()
     found = {"GPU": torch.cuda.get_device_name() if gpu else "none that torch can use"}
     found["memory"] = on_gpu(base) or ("little: the base is small" if size < LARGE else "not known for this base")
-    judges = 0 if base in JUDGES else sum(4 * PARAMETERS[judge] for judge in PAPER_JUDGES) / 1e9
+    judges = 0 if base in JUDGES else sum(4 * PARAMETERS.get(judge, 0) for judge in PAPER_JUDGES) / 1e9
     model = KNOWN[base][2] * (2 if gpu else 4) / 1e9 if base in KNOWN else 0
     free = shutil.disk_usage(Path.home() if Path.home().exists() else Path.cwd()).free / 1e9
     enough = "" if free > 1.2 * (model + judges) else ": too little for the download"
