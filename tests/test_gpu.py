@@ -156,7 +156,8 @@ def test_minutes_on_a_t4_are_counted(tmp_path):
         "import torch\nfrom persres_lite import load_base\nbase = load_base(BASE)\n"
         "base('a cat', num_inference_steps=3, guidance_scale=7.5)\n"
         "text = torch.zeros(4, 77, base.unet.config.cross_attention_dim)\n"
-        "base.unet(torch.zeros(4, 4, 8, 8), 5, text)"
+        "base.unet(torch.zeros(2, 4, 8, 8), 5, text[:2])\n"  # by hand: nothing in it learns
+        "base.unet(torch.zeros(4, 4, 8, 8), 5, text.requires_grad_())"
     )
     opening = [v4.new_markdown_cell("x", id="a"), v4.new_markdown_cell("y", id="b")]
     first = (
@@ -164,5 +165,5 @@ def test_minutes_on_a_t4_are_counted(tmp_path):
     )
     nbformat.write(book(*opening, cell(first, "c0"), cell(source, "c1")), tmp_path / "05_one.ipynb")
     found = gpu.estimate([tmp_path / "05_one.ipynb"], tmp_path)
-    assert found == {"05_one": {"sampling": 6, "training": 4, "minutes": 0.0}}
-    assert "| 05_one | 6 | 4 | 0.0 |" in gpu.estimate_table(found)
+    assert found == {"05_one": {"sampling": 8, "training": 4, "minutes": 0.0}}
+    assert "| 05_one | 8 | 4 | 0.0 |" in gpu.estimate_table(found)
