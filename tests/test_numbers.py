@@ -74,6 +74,17 @@ def sentences() -> dict[str, list[str]]:
     }
 
 
+def test_what_the_readme_and_lesson_06_say_of_equal_seconds():
+    changed = results("ablations")["ablations"]
+    gained = {name: row["residual"]["identity gained"]["mean"] for name, row in changed.items() if "equal" in name}
+    ahead = {name for name, mean in gained.items() if mean > 0}
+    assert {name for name in ahead if "seconds" in name} == {
+        "equal seconds: textual inversion",
+        "equal seconds: proj_out LoRA",
+    }
+    assert sum("steps" in name for name in ahead) > sum("steps" in name for name in gained) / 2
+
+
 def prose(name: str) -> str:
     """A file's Markdown, its line breaks as spaces."""
     return " ".join(links.text_of(ROOT / name).split())
