@@ -37,11 +37,25 @@ def readme_sentences() -> list[str]:
     against = {method: interval(row) for method, row in results("evaluation")["at equal leakage"].items()}
 
     full = results("full-size")
+    ratio = {
+        (model, row["kind"], row["of"], row["to"]): f"{row['median']:.2f}"
+        for model, found in results("bench")["models"].items()
+        for row in found["ratios"]
+    }
+    lag = [ratio[model, "sampling", "lag", "original"] for model in ("toybox", "sd-1.4-shape")]
+    step = [
+        ratio[model, kind, "residuals", "lora"]
+        for model in ("toybox", "sd-1.4-shape")
+        for kind in ("training", "memory")
+    ]
 
     return [
         f"a training step of four pictures needs {full['training_gib']} GiB beside the model "
         f"({full['estimated_gib']} are estimated), LAG takes {full['lag_over_original']:.2f} times as long as the "
         "original model",
+        f"On two cores LAG takes {lag[0]} times as long as the original model on Toybox and {lag[1]} times on a U-Net of "
+        f"SD 1.4's shape; a training step takes {step[0]} of the time of an attention LoRA's and {step[1]} of its memory "
+        f"on Toybox, {step[2]} and {step[3]} on that shape",
         f"the class in {drawn['class']} pictures, the place in {drawn['place']}, the main color in "
         f"{drawn['main color']}, the second color in {drawn['second color']}, both objects of a pair in "
         f"{drawn['both of a pair']}",
