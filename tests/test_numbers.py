@@ -53,9 +53,9 @@ def readme_sentences() -> list[str]:
         f"a training step of four pictures needs {full['training_gib']} GiB beside the model "
         f"({full['estimated_gib']} are estimated), LAG takes {full['lag_over_original']:.2f} times as long as the "
         "original model",
-        f"On two cores LAG takes {lag[0]} times as long as the original model on Toybox and {lag[1]} times on a U-Net of "
-        f"SD 1.4's shape; a training step takes {step[0]} of the time of an attention LoRA's and {step[1]} of its memory "
-        f"on Toybox, {step[2]} and {step[3]} on that shape",
+        f"On two cores LAG takes {lag[0]} times as long as the original model on Toybox and {lag[1]} times on a U-Net "
+        f"of SD 1.4's shape; a training step takes {step[0]} of the time of an attention LoRA's and {step[1]} of its "
+        f"memory on Toybox, {step[2]} and {step[3]} on that shape",
         f"the class in {drawn['class']} pictures, the place in {drawn['place']}, the main color in "
         f"{drawn['main color']}, the second color in {drawn['second color']}, both objects of a pair in "
         f"{drawn['both of a pair']}",
