@@ -30,7 +30,8 @@ LARGE = 256
 
 MINUTES = 12.0
 """For a picture of 512 x 512 pixels in 50 steps on two cores: what `make bench` measures for a step of SD 1.4's U-Net
-at 256 x 256, times the operations of the larger size. More cores are taken to be faster in proportion."""
+at 256 x 256, times the operations of the larger size; two runs of it gave 10 and 14. More cores are taken to be faster
+in proportion."""
 
 PICTURES = 12.5
 """Learning a concept by the paper's recipe takes as long as so many pictures: 600 passes there and back."""

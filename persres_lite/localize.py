@@ -113,7 +113,7 @@ def localized(
         Make each mask of an average of maps instead of one block's at one step (the paper's way): over all blocks (for
         those that have not yet run in this pass, their last map), over all steps so far, or over both.
     refine : int
-        How many times to spread each map along self-attention first.
+        How many times to spread each map along self-attention first, by the mean of its heads.
     heads, layers : 'mean', 'max', 'first', 'last' or callable
         How one map is made of those of a layer's heads, and of those of the layers under one projection, where there
         are several: one in SD 1.x, 2.x and Toybox, 2 or 10 in SDXL. The paper says neither. A function gets maps

@@ -181,7 +181,7 @@ def test_every_line_and_block_is_run_below():
     assert len(LINES) == len(run_below)
     for beginning in run_below:
         assert line(beginning)
-    assert {command.split()[1] for command in INLINE} == {"demo", "lab", "help", "bench", "pretrain"}
+    assert {command.split()[1] for command in INLINE} == {"demo", "lab", "help", "bench", "pretrain", "results"}
 
 
 @needs_make
@@ -230,7 +230,7 @@ def test_conda_to_the_end(clone, env, port):
 
 @needs_make
 @pytest.mark.parametrize(
-    "command", [each for each in dict.fromkeys(INLINE) if each.split()[1] in ("bench", "pretrain")]
+    "command", [each for each in dict.fromkeys(INLINE) if each.split()[1] in ("bench", "pretrain", "results")]
 )
 def test_long_commands_are_understood(clone, env, command):
     """What takes hours is only asked whether it knows its options; its work has tests of its own."""

@@ -13,7 +13,8 @@ Stages, each with a fixed budget of minutes and a checkpoint that it goes on fro
 ``unet``        the denoiser, on latents made once, with the frozen text encoder
 
 The autoencoder and the denoiser learn in one process a core. Where there is a GPU, every stage learns on it, in larger
-batches, and may have fewer minutes (``--unet-minutes 30``); what ships was made without one.
+batches, and may have fewer minutes (``--unet-minutes 30``); what ships was made without one, and no run on one
+is on record.
 
 The text encoder comes before the U-Net and stays frozen because that is what Stable Diffusion does, and because learned
 together with the U-Net it had not learned colors when the other way had. It learns from the identity encoder, not from
@@ -72,7 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="where the finished models go")
     parser.add_argument("--stage", choices=list(MINUTES), action="append", help="only this one (may be repeated)")
     parser.add_argument("--further", action="store_true", help="begin from the shipped weights, not from nothing")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=usual, help=f"by default {usual} here")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="and processes of the longest stages")
     parser.add_argument("--pictures", type=int, default=PICTURES, help=f"of the training set, {PICTURES:,} by default")
     parser.add_argument("--views", type=int, default=VIEWS, help=f"toys that the judge sees twice, {VIEWS:,}")

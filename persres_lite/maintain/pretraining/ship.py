@@ -101,7 +101,7 @@ def write_card(data: Path, folder: Path, stages: list[str], further: bool) -> No
         lines += [line for line in before.splitlines() if line.startswith("| ") and line not in lines]
     for name in stages:
         if (folder / f"{name}.pt").exists():
-            state = torch.load(folder / f"{name}.pt", weights_only=True)
+            state = torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)
             if state["step"]:
                 minutes = f"{state['seconds'] / 60:.0f}"
                 label = f"{name}, further" if further else name

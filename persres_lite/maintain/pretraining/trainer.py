@@ -40,8 +40,8 @@ def faster_precision(device: torch.device = CPU) -> torch.autocast:
 
     Elsewhere bfloat16 is slower than single precision, not faster.
     """
-    if device.type != "cpu":
-        return torch.autocast(device.type, torch.bfloat16)
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_bf16_supported())
     able: dict = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch have no such function
     fast = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
     return torch.autocast("cpu", torch.bfloat16, enabled=fast)
