@@ -185,11 +185,11 @@ def make(*arguments: str, folder: Path = ROOT, **env: str) -> subprocess.Complet
 def test_make_lists_its_commands():
     listed = make("help").stdout
     assert make().stdout == listed
-    for command in ("demo", "test", "lab", "notebooks", "gpu", "bench", "pretrain", "colab", "help"):
+    for command in ("demo", "test", "lab", "notebooks", "gpu", "bench", "pretrain", "results", "colab", "help"):
         assert re.search(rf"^make {command} +\S", listed, re.MULTILINE), command
 
 
-@pytest.mark.parametrize("command", ["demo", "test", "lab", "notebooks", "gpu", "bench", "pretrain"])
+@pytest.mark.parametrize("command", ["demo", "test", "lab", "notebooks", "gpu", "bench", "pretrain", "results"])
 def test_every_command_sets_up_what_it_needs(command, tmp_path):
     for name in ("Makefile", "pyproject.toml", "tests/constraints.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
