@@ -629,6 +629,9 @@ def test_other_methods_stand_beside_the_recipe(few, equal):
     found = ablations.tables_of(work.rows_of(folder), bench.base, draws=5)
     assert len(found) == 4 and all(found[label]["steps"] == 3 and "LAG" not in found[label] for label in recipes)
     assert "identity gained" in found[f"{equal}: textual inversion"]["residual"]
+    other = {label: bases.replace(recipe, steps=4) for label, recipe in recipes.items()}
+    with pytest.raises(ValueError, match="with 3 steps, and now they would have 4.*--rows"):
+        ablations.run(bench, Ranking(), pairs, folder, recipes=other)
 
 
 def test_steps_and_seconds_are_equal_to_those_of_the_residuals(few, monkeypatch, tmp_path):

@@ -233,9 +233,22 @@ def run(
         Kinds of ablations; all by default.
     recipes : dict of str to Recipe, optional
         By label, of other methods: from `equal`.
+
+    Raises
+    ------
+    ValueError
+        If rows of another method are there that were trained for other steps.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    done = {key_of(row) for row in rows_of(folder)}
+    before = rows_of(folder)
+    for row in before:
+        recipe = (recipes or {}).get(row["method"])
+        if recipe and row["steps"] != recipe.steps:
+            raise ValueError(
+                f'{folder} has rows of "{row["method"]}" with {row["steps"]} steps, and now they would have '
+                f"{recipe.steps}, for the seconds of a step were measured anew: name another folder with --rows."
+            )
+    done = {key_of(row) for row in before}
     known = chosen(bench.base, only)
     groups = [[one for one in known if one.sampling or one.what == RECIPE]]  # one training, drawn in many ways
     groups += [[one] for one in known if one not in groups[0]]
