@@ -51,7 +51,7 @@ def attend(
     bias: torch.Tensor | None = None,
     heads: Reduce = REDUCTIONS["mean"],
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) @ columns by the fused kernel, averaged over heads (the paper does not say how).
+    """softmax(q k^T / sqrt(d)) @ columns by the fused kernel, made one map of its heads (the paper does not say how).
 
     Parameters
     ----------

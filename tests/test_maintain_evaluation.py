@@ -612,6 +612,18 @@ def test_a_concept_without_a_class_word_is_only_the_ablations():
         bases.replace(cat, macro_class="")
 
 
+@pytest.mark.parametrize("trained", ["toybox-sd/vae", "toybox-dino", "toybox-clip"])
+def test_rows_know_when_the_decoder_or_a_judge_was_trained_further(tmp_path, monkeypatch, trained):
+    monkeypatch.setattr(work, "settings_of", lambda base: SimpleNamespace(name="toybox"))
+    for name in ("toybox-sd/unet", "toybox-sd/vae", "toybox-dino", "toybox-clip"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "model.safetensors").write_bytes(b"before")
+    before = work.weights_of(None, tmp_path)
+    assert work.weights_of(None, tmp_path) == before
+    (tmp_path / trained / "model.safetensors").write_bytes(b"after")
+    assert work.weights_of(None, tmp_path) != before
+
+
 def test_toyboxs_most_general_word_is_in_its_captions():
     base = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(ROOT / "data" / "toybox-sd" / "tokenizer"))
     word, label = ablations._general(base)

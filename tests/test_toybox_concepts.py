@@ -92,6 +92,9 @@ def test_rows_are_taken_up_again_and_the_sheet_is_made_of_the_first_training(tmp
     sheet = made.concepts_sheet(tmp_path, data)
     assert sheet.width >= 11 * 128 and sheet.height >= 20 * 128
     assert made.concepts(data, tmp_path, 0, 0) == rows
+    monkeypatch.setattr(made, "weights_of", lambda base, data: "trained further")
+    with pytest.raises(ValueError, match="made with another choice of weights"):
+        made.concepts(data, tmp_path, 1, 0)
 
 
 def test_the_searchs_rule():

@@ -42,9 +42,9 @@ from persres_lite.localize import Lag
 from persres_lite.maintain import runs
 from persres_lite.maintain.evaluation.tables import against_curve, commit, values
 from persres_lite.maintain.evaluation.ways import disc
-from persres_lite.maintain.evaluation.work import keep_to, key_of, rows_of
+from persres_lite.maintain.evaluation.work import keep_to, key_of, rows_of, weights_of
 from persres_lite.masks import average, median, read_mask, resize
-from persres_lite.residuals import Residuals, fingerprint
+from persres_lite.residuals import Residuals
 from persres_lite.scores import Interval, bootstrap, gain_at_equal_leakage
 from persres_lite.support.files import whole_file
 from persres_lite.toybox import concepts as shipped
@@ -258,7 +258,7 @@ def run(args: argparse.Namespace) -> None:
     judge = Judge(args.data)
     settings = settings_of(base)
     recipe = settings.recipe | ({"steps": args.steps} if args.steps else {})
-    about = {"weights": fingerprint(base.unet), "recipe": recipe, "sampling": settings.sampling}
+    about = {"weights": weights_of(base, args.data), "recipe": recipe, "sampling": settings.sampling}
     args.rows.mkdir(parents=True, exist_ok=True)
     keep_to(args.rows, {"made with": about})
     scorers: dict[str, Scorer] = {}

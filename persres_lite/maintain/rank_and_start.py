@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 from persres_lite import compare, load_base, load_concept, personalize
 from persres_lite.bases import settings_of
 from persres_lite.evaluation import background_distance, cut_out
+from persres_lite.maintain.evaluation.work import weights_of
 from persres_lite.maintain.toybox_concepts import SEEDS, unseen_places
-from persres_lite.residuals import fingerprint
 from persres_lite.support.files import whole_file
 from persres_lite.toybox.judge import Judge
 
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"))
     args = parser.parse_args()
     base, judge = load_base("toybox"), Judge(args.data)
-    about: dict[str, Any] = {"recipe": settings_of(base).recipe, "fingerprint": fingerprint(base.unet)}
+    about: dict[str, Any] = {"recipe": settings_of(base).recipe, "weights": weights_of(base, args.data)}
     rows = known(args.data / "results" / f"{NAME}.json", about)
     done = {(row["concept"], row["start"], row["rank"], isinstance(row["rank"], int), row["seed"]) for row in rows}
     for name, init, rank, seed in tqdm(list(plan(about["recipe"])), desc="trainings"):

@@ -208,11 +208,12 @@ def concepts(data: Path, folder: Path, trainings: int, ranked: int) -> list[Row]
     rows = rows_in(file)
     wanted = [(training, name) for training in range(trainings) for name in shipped.all_shipped()]
     missing = [key for key in wanted if key not in {(row["training"], row["concept"]) for row in rows}]
-    if not missing:
-        return rows
-    base, judge = load_base("toybox"), Judge(data)
+    base = load_base("toybox")
     settings = settings_of(base)
     keep_to(folder, {"weights": weights_of(base, data), "recipe": settings.recipe, "sampling": settings.sampling})
+    if not missing:
+        return rows
+    judge = Judge(data)
     for training, name in tqdm(missing, desc="trainings"):
         toy, biased = shipped.all_shipped()[name]
         concept = load_concept(data / "concepts" / name)

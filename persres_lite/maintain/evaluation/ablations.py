@@ -298,8 +298,12 @@ def rows_of_group(
     prompts = pictures_of(subject, range(seeds))
     drawn = {(one.label, way): one for one in group for way in _ways(one)}
     drawn = {each: one for each, one in drawn.items() if _key(subject, training, *each) in wanted}
-    make = _rival if first.layers or first.method else _residuals
-    original, pictures, costs = make(bench, subject, training, drawn, prompts, seeds, recipes or {})
+    if first.layers or first.method:
+        recipe = (recipes or {})[first.label] if first.method else _own_recipe(bench.base)
+        original, images, costs = _rival(bench, subject, training, first, recipe, prompts)
+        pictures: Drawn = {(first.label, "residual"): images}
+    else:
+        original, pictures, costs = _residuals(bench.base, subject, training, drawn, seeds)
     frozen = Frozen(original, torch.empty(0), judge.masks(original, [prompt for prompt, _ in prompts]))
     for (label, way), images in pictures.items():
         scores = judge.score(subject, prompts, images, frozen)
@@ -314,16 +318,10 @@ Drawn = dict[tuple[str, str], list]
 
 
 def _residuals(
-    bench: Bench,
-    subject: Subject,
-    training: int,
-    drawn: dict[tuple[str, str], Ablation],
-    prompts: list,
-    seeds: int,
-    recipes: dict[str, Recipe],
+    base: Any, subject: Subject, training: int, drawn: dict[tuple[str, str], Ablation], seeds: int
 ) -> tuple[list, Drawn, dict[str, Any]]:
     """The residuals: the original's pictures, those of every way, and what the training cost."""
-    base, first = bench.base, next(iter(drawn.values()))
+    first = next(iter(drawn.values()))
     begun = time.perf_counter()
     residuals = personalize(base, subject.concept, seed=training, progress=False, **first.training)
     costs: dict[str, Any] = {"parameters": residuals.num_parameters()}
@@ -343,21 +341,12 @@ def _residuals(
 
 
 def _rival(
-    bench: Bench,
-    subject: Subject,
-    training: int,
-    drawn: dict[tuple[str, str], Ablation],
-    prompts: list,
-    seeds: int,
-    recipes: dict[str, Recipe],
-) -> tuple[list, Drawn, dict[str, Any]]:
-    """As `_residuals`, of what stands in their place."""
-    ((key, one),) = drawn.items()
+    bench: Bench, subject: Subject, training: int, one: Ablation, recipe: Recipe, prompts: list
+) -> tuple[list, list, dict[str, Any]]:
+    """What stands in place of the residuals: the original's pictures, its own, and what its training cost."""
     if one.layers:
-        recipe = _own_recipe(bench.base)
         trained = train_layers(bench, one.layers, subject.concept, training, recipe)
     else:
-        recipe = recipes[one.label]
         trained = train(bench, one.method or "", subject.concept, training, recipe)
     costs: dict[str, Any] = {"parameters": trained.parameters, "steps": recipe.steps}
     if one.method:
@@ -365,7 +354,7 @@ def _rival(
     original, images = (
         draw_all(bench.base, prompts, words_of(subject, None), everywhere(trained, None, scale)) for scale in (0.0, 1.0)
     )
-    return original, {key: images}, costs
+    return original, images, costs
 
 
 def _ways(ablation: Ablation) -> tuple[str, ...]:

@@ -145,12 +145,15 @@ def keep_to(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def weights_of(base: Any, data: Path) -> str:
-    """A sign of a base's weights; for Toybox of all of its files, since they may be trained further."""
+    """A sign of what rows are drawn and scored with; for Toybox of every weight of base and judges, since each may be
+    trained further without the others.
+    """
     if settings_of(base).name != "toybox":
         return fingerprint(base.unet)
     sign = hashlib.sha256()
-    for path in sorted((data / "toybox-sd").rglob("*.safetensors")):
-        sign.update(path.read_bytes())
+    for name in ("toybox-sd", "toybox-clip", "toybox-dino"):
+        for path in sorted((data / name).rglob("*.safetensors")):
+            sign.update(path.read_bytes())
     return sign.hexdigest()[:16]
 
 
