@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PINS := tests/constraints.txt
 NOTEBOOKS ?= notebooks
-EVALUATION ?= --concepts 8 --trainings 1 --seeds 1
+EVALUATION ?= --concepts 12 --trainings 1 --seeds 1 --steps 100
 
 # Notebook 00, with the whole checkout below it so that links to data/ lead somewhere; no news and no looking for updates.
 LAB := --LabApp.default_url=/lab/tree/notebooks/00_the_result_first.ipynb --LabApp.news_url=None \

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from persres_lite import bases, evaluation, personalize
-from persres_lite.maintain import evaluate
+from persres_lite.maintain import evaluate, runs
 from persres_lite.maintain.evaluation import ablations, judging, methods, subjects, tables, ways, work
 from persres_lite.maintain.evaluation.methods import METHODS, Bench, Recipe, Trained, fit, train
 from persres_lite.residuals import Residuals
@@ -332,6 +332,14 @@ def test_shares_of_several_processes_make_up_the_rows_of_one(tried):
     assert plain(one) == plain(two) and len(list((folder / "two").glob("rows-*.jsonl"))) == 2
 
 
+def test_no_method_falls_to_one_process_alone():
+    units = [work.Unit(pair, method, 0) for pair in [*toybox(), *toybox()] for method in METHODS]
+    shares = [work.share_of(units, len(METHODS), process, 2) for process in range(2)]
+    assert len(shares[0]) == len(shares[1]) and all(unit in shares[0] + shares[1] for unit in units)
+    for share in shares:
+        assert {unit.method for unit in share} == set(METHODS)
+
+
 def test_rows_of_two_kinds_do_not_mix(tmp_path):
     first = {"base": "toybox", "recipes": {"residuals": {"steps": 100}}}
     work.keep_to(tmp_path, first)
@@ -383,8 +391,16 @@ def test_tables_by_hand(tmp_path):
     assert found["curves"]["residuals"]["0.5"]["moved"]["mean"] == pytest.approx(0.1)
     tables.write(made_by_hand(), plan(), tmp_path / "made", "python -m this", draws=5)
     text, numbers = (tmp_path / "made.md").read_text(), json.loads((tmp_path / "made.json").read_text())
-    assert "`python -m this`" in text and tables.commit() in text and "| residuals + LAG | +0.090" in text
+    assert "`python -m this`" in text and runs.commit() in text and "| residuals + LAG | +0.090" in text
     assert "2 concepts, 4 trainings, 8 pictures" in text and numbers["about"]["command"] == "python -m this"
+
+
+def test_a_table_says_of_which_commits_its_rows_are():
+    now = runs.commit()
+    whole = tables.head_of(tables.about_of("this", [{"commit": now}, {"commit": now}]))
+    assert len(whole) == 1 and now in whole[0]
+    mixed = tables.head_of(tables.about_of("this", [{"commit": now}, {"commit": "abc"}, {}]))
+    assert "abc" in mixed[1] and "earlier ones" in mixed[1]
 
 
 def test_tables_of_a_run_that_was_cut_short():
@@ -433,7 +449,7 @@ def test_gains_by_where_the_toy_stands():
     found = tables.tables_of(rows, draws=5)["by scene"]["residuals + LAG"]
     gains = {scene.split(" (")[0]: interval["mean"] for scene, interval in found.items()}
     assert gains == pytest.approx({"off center": 0.1, "large and central": 0.08})
-    text = tables.markdown(tables.tables_of(rows, draws=5), {"command": "", "commit": "", "machine": ""}, plan())
+    text = tables.markdown(tables.tables_of(rows, draws=5), tables.about_of("", rows), plan())
     assert "where the toy stands" in text and "+0.100 [+0.100, +0.100] (4)" in text
 
 
@@ -547,7 +563,7 @@ def test_each_ablation_is_a_row_and_done_ones_are_not_done_again(few):
     assert "identity gained" not in recipe and gain["identity gained"]["pictures"] == 4
     begun = [row for row in rows if row["method"] != "the recipe" or row["concept"] == rows[0]["concept"]]
     assert ablations.tables_of(begun, bench.base, draws=5)["mask: Otsu"]["LAG"]["identity gained"]["concepts"] == 1
-    text = ablations.markdown(found, {"command": "this", "commit": "", "machine": "", "absent": ["No rows for X."]})
+    text = ablations.markdown(found, tables.about_of("this", rows) | {"absent": ["No rows for X."]})
     assert (
         "| macro class: wrong |" in text and "2 concepts, 2 trainings, 4 pictures" in text and "No rows for X." in text
     )

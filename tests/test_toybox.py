@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from persres_lite.bases import load_base
+from persres_lite.maintain import toybox_scores
 from persres_lite.support.paths import data_dir
 from persres_lite.toybox import concepts, world
 from persres_lite.toybox.judge import PROBES, labels_of
@@ -214,3 +216,13 @@ def test_every_kind_shows_every_pattern(kind, pattern):
     assert changed.sum() > 0.06 * (marked.masks[0] > 127).sum()
     begins = np.count_nonzero(changed[1:] & ~changed[:-1], axis=0)  # of bands, by column of pixels
     assert begins.max() >= 2
+
+
+def test_the_loss_says_whether_a_unet_knows_its_pictures_and_its_words(monkeypatch):
+    base = load_base("toybox")
+    known = toybox_scores.score_loss(base, 24, 12)
+    assert set(known) == {"training pictures", "fresh renders"}
+    assert all(0 < value < 0.3 for value in known.values())
+    monkeypatch.setattr(toybox_scores, "caption", lambda scene, rng: "a photo of a red car at night")
+    misled = toybox_scores.score_loss(base, 24, 12)
+    assert all(misled[name] > known[name] for name in known)

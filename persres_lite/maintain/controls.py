@@ -40,7 +40,7 @@ from persres_lite.concepts import Concept
 from persres_lite.evaluation import background_distance, cut_out, draw
 from persres_lite.localize import Lag
 from persres_lite.maintain import runs
-from persres_lite.maintain.evaluation.tables import against_curve, commit, values
+from persres_lite.maintain.evaluation.tables import against_curve, values
 from persres_lite.maintain.evaluation.ways import disc
 from persres_lite.maintain.evaluation.work import keep_to, key_of, rows_of, weights_of
 from persres_lite.masks import average, median, read_mask, resize
@@ -372,7 +372,7 @@ def write(rows: list[Row], out: Path, draws: int = 2000) -> None:
         if row["training"] is not None:
             trainings.setdefault(row["concept"], set()).add(row["training"])
     command = "python -m persres_lite.maintain.controls"
-    about: dict[str, Any] = {"command": command, "commit": commit(), "machine": runs.machine()}
+    about: dict[str, Any] = {"command": command, "commit": runs.commit(), "machine": runs.machine()}
     about["trainings"] = {name: len(numbers) for name, numbers in trainings.items()}
     found = tables_of(rows, draws)
     with whole_file(out.with_suffix(".json")) as file:

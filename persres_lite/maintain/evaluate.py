@@ -193,8 +193,9 @@ def _carry_out(args: argparse.Namespace, base: Any, state: PartialState) -> None
 
 def _write_ablations(args: argparse.Namespace, base: Any, command: str) -> None:
     folder = args.rows / "ablations"
-    found = ablations.tables_of(work.rows_of(folder), base, args.draws)
-    about = {"command": command, "commit": tables.commit(), "machine": runs.machine(), "absent": ablations.absent(base)}
+    rows = work.rows_of(folder)
+    found = ablations.tables_of(rows, base, args.draws)
+    about = tables.about_of(command, rows) | {"absent": ablations.absent(base)}
     out = args.out or folder / "ablations"
     with whole_file(out.with_suffix(".json")) as file:
         file.write_text(json.dumps({"about": about, "ablations": found}, indent=1) + "\n")
@@ -285,9 +286,7 @@ def _search(args: argparse.Namespace, base: Any, plan: work.Plan, state: Partial
     if state.is_main_process:
         recipes = {method: best(rows)["recipe"] for method, rows in found.items()}
         with whole_file(args.out or args.data / "results" / RECIPES) as file:
-            file.write_text(
-                json.dumps({"recipes": recipes, "tried": found, "commit": tables.commit()}, indent=1) + "\n"
-            )
+            file.write_text(json.dumps({"recipes": recipes, "tried": found, "commit": runs.commit()}, indent=1) + "\n")
 
 
 def best(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:

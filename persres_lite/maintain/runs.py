@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
+ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ("image/png", "image/jpeg")
 MAX_BYTES = 1_000_000
 """GitHub shows larger notebooks slowly or not at all."""
@@ -215,6 +217,12 @@ def between(text: str, name: str, new: str) -> str:
         raise ValueError(f"there must be one line {begin} and one line {end}")
     before, rest = text.split(begin)
     return f"{before}{begin}\n{new}\n{end}{rest.split(end)[1]}"
+
+
+def commit() -> str:
+    """The commit that is checked out, marked where files differ from it."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
 
 
 def machine() -> str:

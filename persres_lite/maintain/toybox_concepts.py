@@ -45,7 +45,7 @@ from persres_lite.bases import settings_of
 from persres_lite.concepts import Concept
 from persres_lite.evaluation import Comparison, background_distance, cut_out, draw
 from persres_lite.maintain import runs
-from persres_lite.maintain.evaluation.tables import commit, table
+from persres_lite.maintain.evaluation.tables import table
 from persres_lite.maintain.evaluation.work import keep_to, weights_of
 from persres_lite.masks import read_mask
 from persres_lite.residuals import Residuals
@@ -361,7 +361,7 @@ def _parts(mean: Row) -> list[str]:
 def _save(what: str, rows: dict[str, Row], folder: Path, command: str, last: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     name = what if what == "concepts" else f"toybox-{what}"
-    made = f"Made by `{command}` at commit {commit()}, on {runs.machine()}."
+    made = f"Made by `{command}` at commit {runs.commit()}, on {runs.machine()}."
     lines = [made, "", *_table(rows), "", *last]
     (folder / f"{name}.md").write_text("\n".join(lines))
     (folder / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")

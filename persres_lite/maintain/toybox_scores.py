@@ -45,11 +45,13 @@ from persres_lite.toybox.world import (
     PLACES,
     STYLES,
     Scene,
+    caption,
     random_toy,
     random_view,
     scene_by_index,
     with_article,
 )
+from persres_lite.training import diffusion_loss
 
 OPTIONS = {"num_inference_steps": 25, "guidance_scale": 4.0, "height": SIZE, "width": SIZE}
 
@@ -260,6 +262,29 @@ def score_patterns(base, judge: Judge, count: int = 1000) -> dict[str, float]:
     return scores
 
 
+@torch.no_grad()
+def score_loss(base, count: int = 384, batch: int = 48) -> dict[str, float]:
+    """The diffusion loss on pictures that the U-Net has learned from, and on fresh renders.
+
+    Were the second higher, the U-Net would have learned its pictures by heart and needed more of them.
+    """
+    losses = {}
+    for name, which in (("training pictures", "train"), ("fresh renders", "judged")):
+        pictures = to_float(draw_scenes(0, count, which)[..., :3])
+        rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+        texts = [caption(scene_by_index(i, which), rng) for i in range(count)]
+        found = []
+        for start in range(0, count, batch):
+            z = base.vae.encode(pictures[start : start + batch]).latents
+            noise = torch.randn(z.shape, generator=generator)
+            spread = torch.arange(len(z)) + torch.rand(len(z), generator=generator)
+            text = base.encode_prompt(texts[start : start + batch], "cpu", 1, False)[0]
+            condition, t = {"encoder_hidden_states": text}, (spread * 1000 / len(z)).long()
+            found.append(diffusion_loss(base.unet, base.scheduler, z, condition, noise, t).item())
+        losses[name] = float(np.mean(found))
+    return losses
+
+
 def judged_scenes() -> list[Scene]:
     """Eighty views of eighty toys: every class in every place once, every other one in a style."""
     rng = random.Random("renderer-judge")
@@ -376,13 +401,18 @@ def main() -> None:
     table += [
         f"| {name} | {value:.3f} | {JUDGE_GOALS.get(name, '')} |" for name, value in {**judged, **patterns}.items()
     ]
+    loss = score_loss(base)
+    table += [
+        "",
+        f"Diffusion loss: {', '.join(f'{value:.3f} on {name}' for name, value in loss.items())} (384 of each).",
+    ]
     table += ["", f"Four pictures of 25 guided steps: {seconds_of(base):.1f} s."]
     (results / "toybox.md").write_text(
         "\n".join(["Made by `python -m persres_lite.maintain.toybox_scores`.", "", *table, ""])
     )
     card = args.data / "toybox-sd" / "README.md"
     card.write_text(between(card.read_text(), "scores", "\n".join(table)))
-    kept = {"pictures": scores, "judge": judged | patterns, "attention": attention, "prompts": rows}
+    kept = {"pictures": scores, "judge": judged | patterns, "attention": attention, "loss": loss, "prompts": rows}
     (results / "toybox.json").write_text(json.dumps(kept, indent=1) + "\n")
     print("\n".join(table))
 

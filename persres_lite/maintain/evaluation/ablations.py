@@ -30,9 +30,10 @@ from persres_lite.maintain.evaluation.methods import (
     train_layers,
 )
 from persres_lite.maintain.evaluation.subjects import Pair, Subject
-from persres_lite.maintain.evaluation.tables import MEANS, SHARES, Groups, table, values
+from persres_lite.maintain.evaluation.tables import MEANS, SHARES, Groups, head_of, table, values
 from persres_lite.maintain.evaluation.ways import Frozen, draw_all, everywhere, pictures_of, words_of
 from persres_lite.maintain.evaluation.work import Key, Row, appending, key_of, rows_of
+from persres_lite.maintain.runs import commit
 from persres_lite.prompts import END_OF_WORD
 from persres_lite.residuals import find_proj_outs
 from persres_lite.scores import Interval, bootstrap, paired
@@ -259,13 +260,14 @@ def run(
         for subject in pair
         for group in groups
     ][process::processes]
+    made = commit()
     with appending(folder / f"rows-{process}.jsonl") as file:
         for subject, training, group in tqdm(units, desc="ablations", unit="training", disable=process > 0):
             keys = [_key(subject, training, one.label, way) for one in group for way in _ways(one)]
             wanted = [key for key in keys if key not in done]
             rows = rows_of_group(bench, judge, fewer(subject), training, group, seeds, ranked, wanted, recipes)
             for row in rows if wanted else ():
-                file.write(json.dumps(row, sort_keys=True) + "\n")
+                file.write(json.dumps(row | {"commit": made}, sort_keys=True) + "\n")
             file.flush()
             bench.clear()
 
@@ -415,7 +417,7 @@ def markdown(found: dict[str, dict[str, Any]], about: dict[str, Any]) -> str:
         any_way = row.get("LAG") or row["residual"]
         n = any_way["identity"]
         lines.append([*cells, f"{n['concepts']} concepts, {n['trainings']} trainings, {n['pictures']} pictures"])
-    head = [f"Made by `{about['command']}` at commit {about['commit']}, on {about['machine']}.", ""]
+    head = [*head_of(about), ""]
     head += ["Each row changes one thing of the recipe; everything else, and every noise, stays the same."]
     head += [
         "What is gained is the difference to the recipe, picture by picture; an interval that includes zero leaves"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
@@ -19,7 +18,6 @@ from persres_lite.maintain.evaluation.work import DRIFT, Plan, Row
 from persres_lite.scores import Interval, bootstrap, gain_at_equal_leakage, on_ruler, paired
 from persres_lite.support.files import whole_file
 
-ROOT = Path(__file__).resolve().parents[3]
 SHARES = (
     "place",
     "side",
@@ -179,10 +177,25 @@ def tables_of(rows: list[Row], draws: int = 2000) -> dict[str, Any]:
     return found
 
 
-def markdown(found: dict[str, Any], about: dict[str, str], plan: Plan) -> str:
+def about_of(command: str, rows: Iterable[Row]) -> dict[str, Any]:
+    """What stands above a table: the command, the commit that is checked out, the machine, and the commits at which
+    rows were made; those of long ago do not say theirs.
+    """
+    made = sorted({row.get("commit", "earlier ones") for row in rows})
+    return {"command": command, "commit": runs.commit(), "machine": runs.machine(), "rows of": made}
+
+
+def head_of(about: dict[str, Any]) -> list[str]:
+    """`about_of` in words."""
+    lines = [f"Made by `{about['command']}` at commit {about['commit']}, on {about['machine']}."]
+    if about["rows of"] != [about["commit"]]:
+        lines += [f"Its rows, all with these weights and settings, are of commit {', '.join(about['rows of'])}."]
+    return lines
+
+
+def markdown(found: dict[str, Any], about: dict[str, Any], plan: Plan) -> str:
     """The tables in words and bars."""
-    lines = [f"Made by `{about['command']}` at commit {about['commit']}, on {about['machine']}.", ""]
-    lines += ["## Protocol", "", *_protocol(plan), ""]
+    lines = [*head_of(about), "", "## Protocol", "", *_protocol(plan), ""]
     lines += ["## Methods at full strength", ""]
     lines += ["Mean over concepts of means over trainings of means over pictures, and in brackets its 95 % interval."]
     lines += [
@@ -229,7 +242,7 @@ def markdown(found: dict[str, Any], about: dict[str, str], plan: Plan) -> str:
 def write(rows: list[Row], plan: Plan, path: Path, command: str, draws: int = 2000) -> dict[str, Any]:
     """Write `path`.md and `path`.json; returns the tables."""
     found = tables_of(rows, draws)
-    about = {"command": command, "commit": commit(), "machine": runs.machine()}
+    about = about_of(command, rows)
     recipes = {name: asdict(recipe) for name, recipe in plan.recipes.items() if name in plan.methods}
     protocol = {"trainings": plan.trainings, "seeds": plan.seeds, "scales": plan.scales, "recipes": recipes}
     with whole_file(path.with_suffix(".json")) as file:
@@ -237,12 +250,6 @@ def write(rows: list[Row], plan: Plan, path: Path, command: str, draws: int = 20
     with whole_file(path.with_suffix(".md")) as file:
         file.write_text(markdown(found, about, plan))
     return found
-
-
-def commit() -> str:
-    """The commit that is checked out, marked where files differ from it."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 def _grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:

@@ -30,6 +30,7 @@ from persres_lite.maintain.evaluation.ways import (
     pictures_of,
     words_of,
 )
+from persres_lite.maintain.runs import commit
 from persres_lite.residuals import fingerprint
 from persres_lite.support.files import whole_file
 
@@ -93,6 +94,13 @@ def units_of(pairs: Sequence[Pair], plan: Plan) -> list[Unit]:
     for training in range(plan.trainings):
         found += [Unit(pair, method, training) for pair in pairs for method in plan.methods]
     return found
+
+
+def share_of(units: Sequence[Unit], methods: int, process: int, processes: int) -> list[Unit]:
+    """The units of one process: taken in turn, and from one pair's methods to the next the turn moves on by one, so
+    that the method with the most ways to draw does not always fall to the same process.
+    """
+    return [unit for index, unit in enumerate(units) if (index + index // methods) % processes == process]
 
 
 def rows_of(folder: Path) -> list[Row]:
@@ -182,8 +190,8 @@ def run(
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = {key_of(row) for row in rows_of(folder)}
-    units = units_of(pairs, plan)[process::processes]
-    frozen = {} if kept is None else kept
+    units = share_of(units_of(pairs, plan), len(plan.methods), process, processes)
+    frozen, made = {} if kept is None else kept, commit()
     with (
         appending(folder / f"rows-{process}.jsonl") as file,
         tqdm(units, desc="evaluating", unit="unit", disable=process > 0) as bar,
@@ -193,7 +201,7 @@ def run(
                 del frozen[old]
             bar.set_postfix_str(f"{unit.pair[0].concept.name}, {unit.method or 'frozen'}")
             for row in rows_of_unit(bench, judge, unit, plan, done, frozen):
-                file.write(json.dumps(row, sort_keys=True) + "\n")
+                file.write(json.dumps(row | {"commit": made}, sort_keys=True) + "\n")
                 file.flush()
             bench.clear()
 
