@@ -400,7 +400,7 @@ def test_a_table_says_of_which_commits_its_rows_are():
     whole = tables.head_of(tables.about_of("this", [{"commit": now}, {"commit": now}]))
     assert len(whole) == 1 and now in whole[0]
     mixed = tables.head_of(tables.about_of("this", [{"commit": now}, {"commit": "abc"}, {}]))
-    assert "abc" in mixed[1] and "earlier ones" in mixed[1]
+    assert "abc" in mixed[1] and "an earlier one" in mixed[1]
 
 
 def test_tables_of_a_run_that_was_cut_short():

@@ -181,7 +181,7 @@ def about_of(command: str, rows: Iterable[Row]) -> dict[str, Any]:
     """What stands above a table: the command, the commit that is checked out, the machine, and the commits at which
     rows were made; those of long ago do not say theirs.
     """
-    made = sorted({row.get("commit", "earlier ones") for row in rows})
+    made = sorted({row.get("commit", "an earlier one") for row in rows})
     return {"command": command, "commit": runs.commit(), "machine": runs.machine(), "rows of": made}
 
 
@@ -189,7 +189,7 @@ def head_of(about: dict[str, Any]) -> list[str]:
     """`about_of` in words."""
     lines = [f"Made by `{about['command']}` at commit {about['commit']}, on {about['machine']}."]
     if about["rows of"] != [about["commit"]]:
-        lines += [f"Its rows, all with these weights and settings, are of commit {', '.join(about['rows of'])}."]
+        lines += [f"Commits of its rows, all with these weights and settings: {', '.join(about['rows of'])}."]
     return lines
 
 
