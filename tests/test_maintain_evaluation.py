@@ -395,6 +395,22 @@ def test_tables_by_hand(tmp_path):
     assert "2 concepts, 4 trainings, 8 pictures" in text and numbers["about"]["command"] == "python -m this"
 
 
+def test_what_a_mask_gains_beyond_a_disc_is_counted_in_the_same_pictures():
+    """A disc of the same leakage and 0.05 less identity; in one concept it was not drawn."""
+    rows = made_by_hand()
+    for each in [each for each in rows if each["way"] == "LAG" and each["scale"] == 1.0]:
+        worse = [picture | {"identity": picture["identity"] - 0.05} for picture in each["pictures"]]
+        rows.append(each | {"way": "LAG, disc, half", "pictures": worse})
+    found = tables.tables_of(rows, draws=5)
+    more = found["against a disc"]["residuals + LAG"]["disc, half"]
+    assert more["mean"] == more["low"] == more["high"] == pytest.approx(0.05) and more["concepts"] == 2
+    assert set(found["against a disc"]) == {"residuals + LAG"}
+    text = tables.markdown(found, tables.about_of("", rows), plan())
+    assert "| residuals + LAG | +0.050 [+0.050, +0.050] (2) |  |" in text
+    fewer = [each for each in rows if (each["concept"], each["way"]) != ("car", "LAG, disc, half")]
+    assert tables.tables_of(fewer, draws=5)["against a disc"]["residuals + LAG"]["disc, half"]["concepts"] == 1
+
+
 def test_a_table_says_of_which_commits_its_rows_are():
     now = runs.commit()
     whole = tables.head_of(tables.about_of("this", [{"commit": now}, {"commit": now}]))

@@ -45,6 +45,7 @@ MEANS = (
     "yaw from references",
 )
 DRIFTS = ("drift, class word", "drift, unrelated")
+DISCS = ("disc, half", "disc, quarter")
 FAR, SMALL = 0.25, 0.15
 SCENES: dict[str, Callable[[dict[str, Any]], bool]] = {
     f"off center (middle more than {FAR:g} of half a picture to a side)": lambda p: _alone(p) and p["off before"] > FAR,
@@ -80,7 +81,11 @@ def _alone(picture: dict[str, Any]) -> bool:
 
 
 def against_curve(
-    method: list[Row], curve: list[Row], zero: list[Row], chosen: Callable[[dict[str, Any]], bool] = lambda _: True
+    method: list[Row],
+    curve: list[Row],
+    zero: list[Row],
+    chosen: Callable[[dict[str, Any]], bool] = lambda _: True,
+    beside: list[Row] | None = None,
 ) -> Groups:
     """For `gain_at_equal_leakage`: of each picture the method's leakage and identity, and those of the scale curve.
 
@@ -94,7 +99,10 @@ def against_curve(
         The frozen model with the concept's words, which is the curve at scale 0.
     chosen : callable
         Of a picture: whether it counts.
+    beside : list of row, optional
+        Another way, whose leakage and identity then stand second, for `gained_more`.
     """
+    others = {(row["concept"], row["training"]): row for row in beside or ()}
     start = {row["concept"]: row for row in zero}
     scales = sorted({row["scale"] for row in curve})
     at = {(row["concept"], row["training"], row["scale"]): row for row in curve}
@@ -106,7 +114,10 @@ def against_curve(
             keys = [(concept, each, scale) for scale in scales]
             if concept not in start or not all(key in at for key in keys):
                 continue  # the run was cut short: it is not counted in n either
-            points = [row, start[concept], *(at[key] for key in keys)]
+            if beside is not None and (concept, training) not in others:
+                continue
+            second = [] if beside is None else [others[concept, training]]
+            points = [row, *second, start[concept], *(at[key] for key in keys)]
             columns = [
                 [np.nan if picture[score] is None else picture[score] for picture in point["pictures"]]
                 for point in points
@@ -118,6 +129,18 @@ def against_curve(
     return groups
 
 
+def gained_more(means: np.ndarray) -> float:
+    """A statistic for `bootstrap`: `gain_at_equal_leakage` of one way minus that of another.
+
+    Parameters
+    ----------
+    means : array (4 + 2 k,)
+        Leakage and identity of the one, of the other, and of the k points of the curve in turn.
+    """
+    first, second, curve = means[:2], means[2:4], means[4:]
+    return gain_at_equal_leakage(np.r_[first, curve]) - gain_at_equal_leakage(np.r_[second, curve])
+
+
 def tables_of(rows: list[Row], draws: int = 2000) -> dict[str, Any]:
     """Everything that the Markdown shows, as plain numbers.
 
@@ -126,7 +149,8 @@ def tables_of(rows: list[Row], draws: int = 2000) -> dict[str, Any]:
     dict
         "methods": scores at full strength by method; "curves": identity and leakage over the scale; "at equal leakage":
         what each gains over the residual turned down as far, and "by scene" the same for ways of localizing, by where
-        the toy stands; "LAG minus residual": by type of prompt; "ruler".
+        the toy stands; "against a disc": how much more than a disc in the mask's place; "LAG minus residual": by type
+        of prompt; "ruler".
     """
     drifted, rows = [row for row in rows if row["way"] == DRIFT], [row for row in rows if row["way"] != DRIFT]
     full = _grouped(row for row in rows if row["scale"] in (0.0, 1.0))
@@ -158,6 +182,12 @@ def tables_of(rows: list[Row], draws: int = 2000) -> dict[str, Any]:
             made = _whole(partial(_at_equal_leakage, group, curve_rows, zero, draws))
             if made is not None:
                 found["at equal leakage"][name] = made
+            for disc in DISCS if name.startswith(f"{RESIDUALS} +") else ():
+                other = f"{RESIDUALS} + LAG, {disc}"
+                if other in full and other != name:
+                    made = _whole(partial(_more_than, group, full[other], curve_rows, zero, draws))
+                    if made is not None:
+                        found.setdefault("against a disc", {}).setdefault(name, {})[disc] = made
             for scene, chosen in SCENES.items() if name.startswith(f"{RESIDUALS} +") else ():
                 made = _whole(partial(_at_equal_leakage, group, curve_rows, zero, draws, chosen))
                 if made is not None:
@@ -213,6 +243,15 @@ def markdown(found: dict[str, Any], about: dict[str, Any], plan: Plan) -> str:
         for name, row in found["at equal leakage"].items()
     ]
     lines += table(["", "identity gained", "ahead in", "n"], gains)
+    if "against a disc" in found:
+        lines += ["", "## More than a disc", ""]
+        lines += ["The gain of the table above minus that of a disc in the mask's place, in the same pictures: what"]
+        lines += ["looking is worth, beside a disc that takes half of the picture or a quarter.", ""]
+        more = [
+            [name, *(f"{_shown(row[disc])} ({row[disc]['concepts']})" if disc in row else "" for disc in DISCS)]
+            for name, row in found["against a disc"].items()
+        ]
+        lines += table(["gained more than (n concepts)", *DISCS], more)
     if "by scene" in found:
         lines += ["", "## At equal leakage, by where the toy stands in the frozen model's picture", ""]
         scenes = [scene for scene in SCENES if any(scene in row for row in found["by scene"].values())]
@@ -288,16 +327,21 @@ def _identity(rows: list[Row], among: list[Row]) -> float:
 
 def _at_equal_leakage(group: list[Row], curve_rows: list[Row], zero: list[Row], draws: int, *chosen: Any) -> Interval:
     groups = against_curve(group, curve_rows, zero, *chosen)
-    return bootstrap(_reached(groups), gain_at_equal_leakage, draws=draws)
+    return bootstrap(_reached(groups, gain_at_equal_leakage), gain_at_equal_leakage, draws=draws)
 
 
-def _reached(groups: Groups) -> Groups:
+def _more_than(group: list[Row], other: list[Row], curve_rows: list[Row], zero: list[Row], draws: int) -> Interval:
+    groups = against_curve(group, curve_rows, zero, beside=other)
+    return bootstrap(_reached(groups, gained_more), gained_more, draws=draws)
+
+
+def _reached(groups: Groups, statistic: Callable[[np.ndarray], float]) -> Groups:
     """Without the trainings that the curve does not reach: the mean leaves them out, so no draw may bring them back."""
 
     def gain(pictures: list[Any]) -> float:
         numbers = np.array(pictures, dtype=float)
         known = numbers[np.isfinite(numbers).all(1)]
-        return gain_at_equal_leakage(known.mean(0)) if len(known) else np.nan
+        return statistic(known.mean(0)) if len(known) else np.nan
 
     kept = {c: {t: each for t, each in found.items() if not np.isnan(gain(each))} for c, found in groups.items()}
     return {concept: found for concept, found in kept.items() if found}
