@@ -11,6 +11,7 @@ import pytest
 from persres_lite.maintain import links
 
 ROOT = Path(__file__).resolve().parents[1]
+EARLY = "first steps of a frozen run"
 
 
 def results(name: str) -> dict:
@@ -35,6 +36,11 @@ def readme_sentences() -> list[str]:
     controls = results("controls")["scenes"]["all"]
     gain = {way: interval(row["gain"]) for way, row in controls.items() if row.get("gain")}
     against = {method: interval(row) for method, row in results("evaluation")["at equal leakage"].items()}
+    beyond = {
+        way: interval(row["disc, half"])
+        for way, row in results("evaluation")["against a disc"].items()
+        if "disc, half" in row
+    }
 
     t4 = sum(row["minutes"] for row in results("t4-estimate").values())
     full = results("full-size")
@@ -74,8 +80,11 @@ def readme_sentences() -> list[str]:
         f"quarter {gain['LAG, both, best quarter']} (95 % intervals)",
         f"Half a disc in the middle, which looks at nothing, gains {gain['disc, half']}",
         f"residuals with LAG gain {against['residuals + LAG']} over the weaker residual, half a disc in its mask's "
-        f"place {against['residuals + LAG, disc, half']}, DreamBooth {against['DreamBooth']}, textual inversion "
-        f"{against['textual inversion']}, an attention LoRA of rank 4 {against['attention LoRA, rank 4']}",
+        f"place {against['residuals + LAG, disc, half']}, the true mask {against['residuals + LAG, true mask']}, a "
+        f"mask made in the first steps of a frozen run {against[f'residuals + LAG, {EARLY}']}, DreamBooth "
+        f"{against['DreamBooth']}, textual inversion {against['textual inversion']}, an attention LoRA of rank 4 "
+        f"{against['attention LoRA, rank 4']}",
+        f"above zero, {beyond['residuals + LAG, true mask']} and {beyond[f'residuals + LAG, {EARLY}']}",
     ]
 
 
@@ -104,6 +113,26 @@ def test_what_the_readme_and_lesson_06_say_of_equal_seconds():
     assert said in prose("README.md")
     said = "with as many steps most rivals have a higher mean than the residuals; with as many seconds only two have"
     assert said in prose("notebooks/06_does_it_work.ipynb")
+
+
+def test_what_the_readme_and_lesson_06_say_of_masks_and_methods():
+    measured = results("evaluation")
+    attention = {
+        way.removeprefix("residuals + LAG, ")
+        for way, row in measured["against a disc"].items()
+        if all(found["low"] > 0 for found in row.values())
+    }
+    assert attention == {"true mask", EARLY}  # "more than both discs"
+    assert all(row["low"] < 0 for row in measured["against a disc"]["residuals + LAG"].values())
+    counts = [measured["at equal leakage"][way]["concepts"] for way in ("textual inversion", "attention LoRA, rank 4")]
+    assert counts == [8, 9] and "in the eight and the nine concepts" in prose("README.md")
+    identity = {way: row["identity"]["mean"] for way, row in measured["methods"].items() if "LAG" not in way}
+    rivals = [way for way in identity if not way.startswith(("residuals", "frozen", "ruler"))]
+    nearer = [way for way in rivals if identity[way] > identity["residuals"]]
+    assert len(nearer) > len(rivals) / 2  # "most other methods", "most rivals"
+    for way in ("DreamBooth", "attention LoRA, rank 4", "residuals"):
+        assert identity[f"{way}, prior"] < identity[way]
+    assert {recipe["steps"] for recipe in measured["protocol"]["recipes"].values()} == {100}
 
 
 def prose(name: str) -> str:
