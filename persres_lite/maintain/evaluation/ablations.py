@@ -418,7 +418,10 @@ def markdown(found: dict[str, dict[str, Any]], about: dict[str, Any]) -> str:
         n = any_way["identity"]
         lines.append([*cells, f"{n['concepts']} concepts, {n['trainings']} trainings, {n['pictures']} pictures"])
     head = [*head_of(about), ""]
-    head += ["Each row changes one thing of the recipe; everything else, and every noise, stays the same."]
+    head += [
+        "Each row changes one thing of the recipe, the rows of equal steps or seconds the whole method; every noise",
+        "stays the same.",
+    ]
     head += [
         "What is gained is the difference to the recipe, picture by picture; an interval that includes zero leaves"
     ]

@@ -231,7 +231,10 @@ def markdown(found: dict[str, Any], about: dict[str, Any], plan: Plan) -> str:
     lines += [
         "On the ruler 0 is another toy of the class, 1 the held-out references. Drift is how far pictures of prompts"
     ]
-    lines += ["without the concept's words move; LAG leaves them alone.", ""]
+    lines += [
+        "without the concept's words move; LAG leaves them alone. On a CPU the peak is what the process grew by: 0"
+    ]
+    lines += ["where an earlier training had taken as much.", ""]
     columns = [name for name in (*MEANS, *DRIFTS) if any(name in row for row in found["methods"].values())]
     shares = [name for name in SHARES if any(name in row for row in found["methods"].values())]
     head = ["", *columns, "on the ruler", *shares, "parameters", "seconds", "peak, MB", "n"]
