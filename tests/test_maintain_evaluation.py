@@ -407,6 +407,9 @@ def test_what_a_mask_gains_beyond_a_disc_is_counted_in_the_same_pictures():
     assert set(found["against a disc"]) == {"residuals + LAG"}
     text = tables.markdown(found, tables.about_of("", rows), plan())
     assert "| residuals + LAG | +0.050 [+0.050, +0.050] (2) |  |" in text
+    two = [picture | {"kind": "two concepts"} for picture in rows[0]["pictures"][:1]]
+    with_two = [each | {"pictures": [*each["pictures"], *two]} for each in rows]
+    assert tables.tables_of(with_two, draws=5)["against a disc"]["residuals + LAG"]["disc, half"] == more
     fewer = [each for each in rows if (each["concept"], each["way"]) != ("car", "LAG, disc, half")]
     assert tables.tables_of(fewer, draws=5)["against a disc"]["residuals + LAG"]["disc, half"]["concepts"] == 1
 

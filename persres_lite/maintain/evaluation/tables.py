@@ -149,8 +149,8 @@ def tables_of(rows: list[Row], draws: int = 2000) -> dict[str, Any]:
     dict
         "methods": scores at full strength by method; "curves": identity and leakage over the scale; "at equal leakage":
         what each gains over the residual turned down as far, and "by scene" the same for ways of localizing, by where
-        the toy stands; "against a disc": how much more than a disc in the mask's place; "LAG minus residual": by type
-        of prompt; "ruler".
+        the toy stands; "against a disc": how much more than a disc in the mask's place, in pictures of one concept;
+        "LAG minus residual": by type of prompt; "ruler".
     """
     drifted, rows = [row for row in rows if row["way"] == DRIFT], [row for row in rows if row["way"] != DRIFT]
     full = _grouped(row for row in rows if row["scale"] in (0.0, 1.0))
@@ -249,7 +249,11 @@ def markdown(found: dict[str, Any], about: dict[str, Any], plan: Plan) -> str:
     if "against a disc" in found:
         lines += ["", "## More than a disc", ""]
         lines += ["The gain of the table above minus that of a disc in the mask's place, in the same pictures: what"]
-        lines += ["looking is worth, beside a disc that takes half of the picture or a quarter.", ""]
+        lines += [
+            "looking is worth, beside a disc that takes half of the picture or a quarter. Without the pictures of two"
+        ]
+        lines += ["concepts, in which all masks that are made before the picture, discs too, are cut at the middle, to"]
+        lines += ["the side where the prompt puts each; the other tables count them.", ""]
         more = [
             [name, *(f"{_shown(row[disc])} ({row[disc]['concepts']})" if disc in row else "" for disc in DISCS)]
             for name, row in found["against a disc"].items()
@@ -334,7 +338,7 @@ def _at_equal_leakage(group: list[Row], curve_rows: list[Row], zero: list[Row], 
 
 
 def _more_than(group: list[Row], other: list[Row], curve_rows: list[Row], zero: list[Row], draws: int) -> Interval:
-    groups = against_curve(group, curve_rows, zero, beside=other)
+    groups = against_curve(group, curve_rows, zero, lambda picture: picture["kind"] != "two concepts", other)
     return bootstrap(_reached(groups, gained_more), gained_more, draws=draws)
 
 
