@@ -4,7 +4,8 @@
 
 ``run`` (the default)
     Trains and draws what no row is there for yet, and writes a row as soon as it is known: it can be stopped at any
-    point, and the same command goes on. Then the tables, as ``tables``.
+    point, and the same command goes on. Then the tables, as ``tables``. With ``--steps`` all methods take as many, as
+    in the committed table, and only the rate is that of ``search``.
 ``tables``
     Makes ``OUT.md`` and ``OUT.json`` of the rows that are there.
 ``search``
