@@ -30,7 +30,7 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 demo: $(READY)  ## personalize Toybox on a shipped concept, write one picture, print the scores (1 minute)
-	$(BIN)/python -m persres_lite.maintain.demo $(ARGS)
+	$(BIN)/python -m data.make.demo $(ARGS)
 
 test: $(READY)  ## style, types, every test, and every notebook against its saved outputs
 	@failed=; run() { echo "$$*"; "$$@" || failed="$$failed [$$*]"; }; \
@@ -45,31 +45,31 @@ lab: $(READY)  ## the notebooks in JupyterLab, 00 first
 	$(BIN)/jupyter lab $(LAB) $(ROOT) $(ARGS)
 
 notebooks: $(READY)  ## run every notebook in place and save its outputs
-	$(BIN)/python -m persres_lite.maintain.notebooks run $(ARGS)
+	$(BIN)/python -m notebooks.tools.notebooks run $(ARGS)
 
 gpu: $(READY)  ## every notebook on Stable Diffusion 1.4 (or PERSRES_BASE=sd-2.1) on this machine's GPU, into build
-	$(BIN)/python -m persres_lite.maintain.gpu run $(ARGS)
+	$(BIN)/python -m notebooks.tools.gpu run $(ARGS)
 
 bench: $(READY)  ## time and memory of sampling and training, against the alternatives
-	$(BIN)/python -m persres_lite.maintain.bench $(ARGS)
+	$(BIN)/python -m data.make.bench $(ARGS)
 
 pretrain: $(READY)  ## make Toybox from nothing and score it (seven hours; stops and resumes at any point)
-	$(BIN)/python -m persres_lite.maintain.pretraining $(ARGS)
-	$(BIN)/python -m persres_lite.maintain.toybox_scores
+	$(BIN)/python -m data.make.pretraining $(ARGS)
+	$(BIN)/python -m data.make.toybox_scores
 
 results: $(READY)  ## every table of data/results anew, from the shipped weights, but that of `make bench` (hours)
-	$(BIN)/python -m persres_lite.maintain.toybox_scores
-	$(BIN)/python -m persres_lite.maintain.toybox_scores --judge
-	$(BIN)/python -m persres_lite.maintain.toybox_concepts search
-	$(BIN)/python -m persres_lite.maintain.toybox_concepts concepts --trainings 3
-	$(BIN)/python -m persres_lite.maintain.controls
-	$(BIN)/python -m persres_lite.maintain.rank_and_start
-	$(BIN)/python -m persres_lite.maintain.evaluate search --concepts 2 --seeds 1
-	$(BIN)/python -m persres_lite.maintain.evaluate run $(EVALUATION) --scales 0.5 0.75 1 --out data/results/evaluation
-	$(BIN)/python -m persres_lite.maintain.evaluate ablations --concepts 2 --trainings 1 --seeds 1 --out data/results/ablations
-	$(BIN)/python -m persres_lite.maintain.full_size sd-1.4
-	$(BIN)/python -m persres_lite.maintain.full_size sdxl
-	$(BIN)/python -m persres_lite.maintain.gpu estimate
+	$(BIN)/python -m data.make.toybox_scores
+	$(BIN)/python -m data.make.toybox_scores --judge
+	$(BIN)/python -m data.make.toybox_concepts search
+	$(BIN)/python -m data.make.toybox_concepts concepts --trainings 3
+	$(BIN)/python -m data.make.controls
+	$(BIN)/python -m data.make.rank_and_start
+	$(BIN)/python -m data.make.evaluate search --concepts 2 --seeds 1
+	$(BIN)/python -m data.make.evaluate run $(EVALUATION) --scales 0.5 0.75 1 --out data/results/evaluation
+	$(BIN)/python -m data.make.evaluate ablations --concepts 2 --trainings 1 --seeds 1 --out data/results/ablations
+	$(BIN)/python -m data.make.full_size sd-1.4
+	$(BIN)/python -m data.make.full_size sdxl
+	$(BIN)/python -m notebooks.tools.gpu estimate
 
 # setuptools by itself, because newer torches ask for a newer one; only reading pyproject.toml depends on it.
 colab:  ## run the first cell and two notebooks on the versions that Colab has, in an environment of their own
@@ -78,7 +78,7 @@ colab:  ## run the first cell and two notebooks on the versions that Colab has, 
 	grep -Ev '^(torch|setuptools)==' $(VERSIONS) >$(COLAB)/versions.txt
 	$(COLAB)/bin/python -m pip install --quiet -r $(COLAB)/versions.txt torch==$(TORCH) nbclient pytest
 	$(COLAB)/bin/python -m pip install --quiet --no-deps $$(grep '^setuptools==' $(VERSIONS))
-	$(COLAB)/bin/python -m persres_lite.maintain.colab $(ARGS)
+	$(COLAB)/bin/python -m notebooks.tools.colab $(ARGS)
 
 setup: $(READY)  ## only the virtual environment
 

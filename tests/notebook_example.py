@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nbformat import NotebookNode, v4
 
-from persres_lite.maintain import notebooks
+from notebooks.tools import notebooks
 
 ADDRESS = "https://github.com/persres-lite/persres-lite"
 NAME = "04_example.ipynb"

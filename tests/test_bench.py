@@ -8,8 +8,8 @@ import subprocess
 import pytest
 import torch
 
-from persres_lite.maintain import bench, bench_runs
-from persres_lite.maintain.bench_runs import Subject, random_unet, take_turns
+from data.make import bench, bench_runs
+from data.make.bench_runs import Subject, random_unet, take_turns
 from persres_lite.residuals import Residuals
 from tests.tiny import tiny_pipeline
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from persres_lite.maintain import controls
+from data.make import controls
 from persres_lite.toybox import concepts as shipped
 from persres_lite.toybox.world import LONGEST
 

@@ -27,7 +27,7 @@ import torch
 from diffusers import DDPMScheduler
 from persres_lite import Residuals
 from persres_lite.cost import GIB, memory
-from persres_lite.maintain.bench_runs import random_unet, reset_peak, resident_peak
+from data.make.bench_runs import random_unet, reset_peak, resident_peak
 from persres_lite.support.checkpoint import State
 from persres_lite.training import TrainingSet, _ready, _step
 

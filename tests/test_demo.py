@@ -7,9 +7,9 @@ import re
 import pytest
 from PIL import Image
 
+from data.make import demo
 from persres_lite import Residuals, load_base, load_concept
 from persres_lite.bases import BASES
-from persres_lite.maintain import demo
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from notebooks.tools import notebooks
 from persres_lite import cost
 from persres_lite.cli import commands, main
 from persres_lite.course import start as notebook
-from persres_lite.maintain import notebooks
 from tests.notebook_example import example
 from tests.tiny import tiny_pipeline
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from persres_lite.maintain import full_size
+from data.make import full_size
 
 
 def test_a_trial_at_reduced_width(tmp_path, capsys):

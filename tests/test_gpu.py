@@ -11,7 +11,8 @@ import pytest
 import yaml
 from nbformat import v4
 
-from persres_lite.maintain import gpu, notebooks, runs
+from data.make import runs
+from notebooks.tools import gpu, notebooks
 from tests.tiny import tiny_pipeline
 
 BF16 = """

@@ -21,7 +21,8 @@ SMALL = {"support", "masks", "prompts"}
 FIRST = SMALL | {"bases", "concepts", "residuals"}
 METHOD = FIRST | {"scores", "cost", "training", "attention", "lora", "localize", "evaluation"}
 #: By part (a module, or a whole subpackage): which others it may import, anywhere, also inside functions.
-MAY_IMPORT = {
+MAY_IMPORT: dict[str, set[str]] = {
+    "method": set(),
     "support": set(),
     "masks": set(),
     "prompts": set(),
@@ -39,7 +40,6 @@ MAY_IMPORT = {
     "course": METHOD | {"toybox"},
     "cli": METHOD,
     "__main__": {"cli"},
-    "maintain": METHOD | {"toybox", "course", "cli"},
 }
 
 

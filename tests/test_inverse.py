@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from persres_lite.maintain import toybox_scores as scores
+from data.make import toybox_scores as scores
+from data.make.inverse import read
 from persres_lite.support.paths import data_dir
 from persres_lite.toybox import concepts, world
-from persres_lite.toybox.inverse import read
 from persres_lite.toybox.render import draw
 
 

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
+from data.make import evaluate, runs
+from data.make.evaluation import ablations, judging, methods, subjects, tables, ways, work
+from data.make.evaluation.methods import METHODS, Bench, Recipe, Trained, fit, train
 from persres_lite import bases, evaluation, personalize
-from persres_lite.maintain import evaluate, runs
-from persres_lite.maintain.evaluation import ablations, judging, methods, subjects, tables, ways, work
-from persres_lite.maintain.evaluation.methods import METHODS, Bench, Recipe, Trained, fit, train
 from persres_lite.residuals import Residuals
 from persres_lite.toybox import concepts as shipped
 from persres_lite.toybox import render
@@ -824,7 +824,7 @@ def test_quick_orderings(quick):
 def test_two_processes_write_what_one_writes(tmp_path):
     """As `accelerate launch` and torchrun start them: each computes in its own thread, and knows its number."""
     given = ["--quick", "--steps", "1", "--methods", "textual inversion", "--draws", "5", "--base", "toybox", "--rows"]
-    single = [sys.executable, "-m", "persres_lite.maintain.evaluate", *given, str(tmp_path / "one")]
+    single = [sys.executable, "-m", "data.make.evaluate", *given, str(tmp_path / "one")]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for command in (single, [*launch, *single[2:-1], str(tmp_path / "two")]):

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from persres_lite.maintain import notebooks
+from notebooks.tools import notebooks
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = [

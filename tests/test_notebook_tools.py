@@ -5,7 +5,8 @@ from __future__ import annotations
 import nbformat
 import pytest
 
-from persres_lite.maintain import exercises, links, notebooks, runs
+from data.make import runs
+from notebooks.tools import exercises, links, notebooks
 from tests.notebook_example import ADDRESS, NAME, WRONG, example
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from nbformat import v4
 
-from persres_lite.maintain import exercises, links, notebooks, runs
+from data.make import runs
+from notebooks.tools import exercises, links, notebooks
 from tests.tiny import tiny_pipeline
 
 SERIES = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from persres_lite.maintain import links
+from notebooks.tools import links
 
 ROOT = Path(__file__).resolve().parents[1]
 EARLY = "first steps of a frozen run"

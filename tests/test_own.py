@@ -12,10 +12,11 @@ import transformers
 from nbformat import v4
 from PIL import Image, ImageFilter
 
+from data.make import runs
+from notebooks.tools import notebooks
 from persres_lite import load_base, load_concept
 from persres_lite.course import explorers, own
 from persres_lite.evaluation import PARAMETERS, load_judges
-from persres_lite.maintain import notebooks, runs
 from tests.tiny import tiny_pipeline
 
 COUNT = """

@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import persres_lite
-from persres_lite.maintain import links, notebooks
+from notebooks.tools import links, notebooks
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -362,7 +362,7 @@ def test_links_and_names_of_files_in_the_guides(name):
 
 def test_the_guide_names_every_command_of_the_notebooks_tools():
     text = (ROOT / ".github/CONTRIBUTING.md").read_text()
-    for command in re.findall(r"^python -m persres_lite.maintain.notebooks (\w+)", notebooks.__doc__, re.MULTILINE):
+    for command in re.findall(r"^python -m notebooks.tools.notebooks (\w+)", notebooks.__doc__, re.MULTILINE):
         assert re.search(rf"\*\*`{command}\b", text), command
 
 
@@ -386,8 +386,8 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 def test_the_wheel_holds_the_product_and_nothing_else(wheel):
     inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
     package = {path.relative_to(ROOT).as_posix() for path in tracked() if path.is_relative_to(ROOT / "persres_lite")}
-    assert inside == {name for name in package if not name.startswith("persres_lite/maintain/")}
-    assert any(name.startswith("persres_lite/maintain/") for name in package)
+    assert inside == {name for name in package if not name.startswith("data/make/")}
+    assert any(name.startswith("data/make/") for name in package)
 
 
 def test_the_wheel_has_the_packages_version(wheel):

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPModel
 
-from persres_lite.maintain.pretraining import __main__ as main
-from persres_lite.maintain.pretraining import dataset, judge, ship, trainer
-from persres_lite.maintain.pretraining.muon import Muon, optimizers_of
-from persres_lite.maintain.pretraining.text import clip_parts, lengthen_unused, make_tokenizer
+from data.make.pretraining import __main__ as main
+from data.make.pretraining import dataset, judge, ship, trainer
+from data.make.pretraining.muon import Muon, optimizers_of
+from data.make.pretraining.text import clip_parts, lengthen_unused, make_tokenizer
 from persres_lite.support.paths import data_dir
 from persres_lite.toybox.judge import Judge
 from persres_lite.toybox.world import NAMES, RARE_TOKENS, vocabulary

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from persres_lite.maintain import rank_and_start
+from data.make import rank_and_start
 
 RECIPE = {"steps": 100, "batch_size": 4, "lr": 3e-3, "rank": 0.25}
 ABOUT = {"recipe": RECIPE, "fingerprint": "0f"}

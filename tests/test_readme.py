@@ -24,9 +24,9 @@ import nbformat
 import pytest
 from PIL import Image
 
+from notebooks.tools import notebooks
 from persres_lite import load_concept
 from persres_lite.bases import BASES
-from persres_lite.maintain import notebooks
 
 ROOT = notebooks.ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -174,9 +174,9 @@ def test_every_line_and_block_is_run_below():
         ".venv/bin/persres-lite personalize photos/ --class dog ",
         ".venv/bin/persres-lite compare rex.safetensors ",
         "PERSRES_BASE=sd-1.4 make lab",
-        ".venv/bin/python -m persres_lite.maintain.notebooks student",
-        ".venv/bin/python -m persres_lite.maintain.notebooks answers",
-        ".venv/bin/python -m persres_lite.maintain.notebooks slides",
+        ".venv/bin/python -m notebooks.tools.notebooks student",
+        ".venv/bin/python -m notebooks.tools.notebooks answers",
+        ".venv/bin/python -m notebooks.tools.notebooks slides",
     )
     assert len(LINES) == len(run_below)
     for beginning in run_below:
@@ -207,7 +207,7 @@ def test_ones_own_photographs(clone, env, name):
 @needs_make
 def test_what_a_lecturer_makes(clone, env):
     for word, made in {"student": "student", "answers": "answers.md", "slides": "slides.html"}.items():
-        run(line(f".venv/bin/python -m persres_lite.maintain.notebooks {word}"), clone, env)
+        run(line(f".venv/bin/python -m notebooks.tools.notebooks {word}"), clone, env)
         assert (clone / "build" / made).exists()
 
 

@@ -8,7 +8,7 @@ from copy import deepcopy
 import nbformat
 import pytest
 
-from persres_lite.maintain import notebooks, teaching
+from notebooks.tools import notebooks, teaching
 from tests.notebook_example import WRONG, example
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from data.make import toybox_scores
+from data.make.pretraining.models import MAX_LENGTH, make_tokenizer
 from persres_lite.bases import load_base
-from persres_lite.maintain import toybox_scores
 from persres_lite.support.paths import data_dir
 from persres_lite.toybox import concepts, world
 from persres_lite.toybox.judge import PROBES, labels_of
-from persres_lite.toybox.models import MAX_LENGTH, make_tokenizer
 from persres_lite.toybox.render import draw
 
 

@@ -8,7 +8,7 @@ from collections import namedtuple
 import pytest
 from PIL import Image
 
-from persres_lite.maintain import toybox_concepts as made
+from data.make import toybox_concepts as made
 from persres_lite.toybox import concepts as shipped
 from persres_lite.toybox.render import draw
 from persres_lite.toybox.world import Scene

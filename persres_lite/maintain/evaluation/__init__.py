@@ -1,1 +1,0 @@
-"""What `python -m persres_lite.maintain.evaluate` is made of."""

@@ -1,1 +1,0 @@
-"""The stages that train Toybox; `__main__` runs them in their order."""
