@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 
 def blocks_of(unet):
-    """The transformer blocks of a U-Net, as they run: 16 in Stable Diffusion 1.x. Each ends in its projection `proj_out`."""
+    """The transformer blocks of a U-Net, as they run: 16 in Stable Diffusion 1.x. Each ends in its layer `proj_out`."""
     parts = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
     modules = [module for part in parts for module in part.modules()]
     return [module for module in modules if hasattr(module, "transformer_blocks") and hasattr(module, "proj_out")]
