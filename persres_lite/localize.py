@@ -27,14 +27,7 @@ from torch import nn
 from persres_lite.attention import Reduce, mean, watch_attention
 from persres_lite.masks import Rule, average, find_rule, read_mask, resize
 from persres_lite.prompts import Call, watch_prompts
-from persres_lite.residuals import (
-    Residuals,
-    add_low_rank,
-    advising_smaller,
-    find_proj_outs,
-    refuse_compiling,
-    unet_of,
-)
+from persres_lite.residuals import Residuals, add_low_rank, advising_smaller, find_proj_outs, refuse_compiling, unet_of
 
 Masks = dict[tuple[int, str], torch.Tensor]
 

@@ -112,7 +112,8 @@ class Call:
 
     def __init__(self, base: Any, prompts: list[str], second: list[str], encoded: Any) -> None:
         self.base, self.prompts, self.second, self.encoded = base, prompts, second, encoded
-        self.step, self.rows, self.others = -1, slice(0, 0), None
+        self.step, self.rows = -1, slice(0, 0)
+        self.others: slice | None = None
         self._text: Any = None  # of the latest U-Net call
 
     def columns(self, words: Sequence[str | Sequence[str]], needed: bool = True) -> torch.Tensor:
@@ -216,11 +217,11 @@ def watch_prompts(
     def hear(given: dict[str, Any], encoded: torch.Tensor) -> None:
         if given.get("prompt") is None and needed and not announced:
             raise ValueError("The pipeline was called with `prompt_embeds`, which hide the words: pass `prompts=` too.")
-        first = announced or given.get("prompt") or ""
-        texts = [first, first if announced else given.get("prompt_2") or first]
-        lists = [[text] if isinstance(text, str) else text for text in texts]
-        rows = [[text for text in each for _ in range(len(encoded) // len(each))] for each in lists]
-        start(*rows, _encode(base, rows[0], encoded) if announced else encoded)
+        prompt = announced or given.get("prompt") or ""
+        both = prompt, prompt if announced else given.get("prompt_2") or prompt
+        each = [[text] if isinstance(text, str) else text for text in both]
+        first, second = [[one for one in texts for _ in range(len(encoded) // len(texts))] for texts in each]
+        start(first, second, _encode(base, first, encoded) if announced else encoded)
         waiting[:] = calls
 
     def count(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -259,7 +260,8 @@ class _Heard:
 
     def __init__(self, base: Any) -> None:
         self.own = {name: each for name, each in vars(base).items() if name == "encode_prompt"}  # somebody's
-        self.__wrapped__, self.listeners = base.encode_prompt, []
+        self.__wrapped__ = base.encode_prompt
+        self.listeners: list[Callable] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(self.__wrapped__).bind(*args, **kwargs).arguments
