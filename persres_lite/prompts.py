@@ -220,7 +220,7 @@ def watch_prompts(
         prompt = announced or given.get("prompt") or ""
         both = prompt, prompt if announced else given.get("prompt_2") or prompt
         each = [[text] if isinstance(text, str) else text for text in both]
-        first, second = [[one for one in texts for _ in range(len(encoded) // len(texts))] for texts in each]
+        first, second = [[one for one in texts for _ in range(max(1, len(encoded) // len(texts)))] for texts in each]
         start(first, second, _encode(base, first, encoded) if announced else encoded)
         waiting[:] = calls
 
@@ -231,8 +231,9 @@ def watch_prompts(
         text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
         calls[0].next(text[0] if isinstance(text, tuple) else text)  # with IP-Adapter, (text, pictures)
 
-    if announced or not needed:
-        start(announced, announced, _encode(base, announced) if announced else None)
+    encoded = _encode(base, announced) if announced else None
+    if encoded is not None or not needed:
+        start(announced, announced, encoded)
     counting = base.unet.register_forward_pre_hook(count, with_kwargs=True)
     try:
         with _listening(base, hear):

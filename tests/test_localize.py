@@ -473,8 +473,8 @@ def test_prompt_embeds(sd1):
         expected = sample(sd1, PROMPT)
     embeds, negative = sd1.encode_prompt(PROMPT, "cpu", 1, True)
     for encoder in (sd1.text_encoder, None):  # gone, as people do who have little memory
+        sd1.text_encoder = encoder
         with localized(sd1, residuals, "sks cat", prompts=PROMPT):
-            sd1.text_encoder = encoder
             assert torch.equal(sample(sd1, None, prompt_embeds=embeds, negative_prompt_embeds=negative), expected)
 
 
