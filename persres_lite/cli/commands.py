@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import logging
 import os
 import re
 import tempfile
@@ -19,10 +20,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.utils import logging as hub_logging
 from PIL import Image, ImageEnhance
-from transformers.utils import logging as transformers_logging
 
 from persres_lite import Residuals, load_base, load_concept
 from persres_lite import compare as side_by_side
@@ -48,20 +46,17 @@ Pairs = list[tuple[Residuals, str]]  # each with the words whose attention makes
 
 ROOM = 1 << 23  # bytes: more than a file of residuals or a sheet of pictures usually has
 
-for _library in (diffusers_logging, hub_logging, transformers_logging):
-    _library.set_verbosity_error()  # what is left is for nobody here: that torchvision is missing, which is not used
+for _library in ("diffusers", "transformers", "huggingface_hub"):
+    logging.getLogger(_library).setLevel(logging.ERROR)  # of the rest nothing can be acted on by who types commands
 
 
 def personalize(chosen: Namespace) -> None:
     """Learn a concept and write its residuals."""
-    _needs_suffix(chosen.out, ".safetensors")
-    _are_two_files(chosen, "out", "checkpoint")
-    for path in filter(None, (chosen.out, chosen.checkpoint)):
-        check_place(path, ROOM)
-    name = _base_name(chosen)
-    concept = load_concept(
-        chosen.concept if chosen.concept[1:] else chosen.concept[0], chosen.macro_class, chosen.token
-    )
+    _check_out(chosen, ".safetensors", chosen.checkpoint)
+    if chosen.checkpoint:
+        check_place(chosen.checkpoint, ROOM)
+    name, sources = _base_name(chosen), chosen.concept
+    concept = load_concept(sources if len(sources) > 1 else sources[0], chosen.macro_class, chosen.token)
     base = _base(chosen, name)
     begun = time.perf_counter()
     try:
@@ -116,8 +111,7 @@ def sample(chosen: Namespace) -> None:
 
 def compare(chosen: Namespace) -> None:
     """Draw each prompt three times from the same noise: original, residual everywhere, LAG; and LAG's mean mask."""
-    _needs_suffix(chosen.out, ".png")
-    check_place(chosen.out, ROOM)
+    _check_out(chosen, ".png")
     base, pairs, prompts = _read(chosen)
     comparison = side_by_side(
         base,
@@ -141,22 +135,18 @@ def show(chosen: Namespace) -> None:
         return print(_described(path))
     concept = load_concept(chosen.what, chosen.macro_class, chosen.token)
     images, masks = square_crops(concept.images, 128, concept.masks)
-    rows = [
-        [image, Image.composite(image, ImageEnhance.Brightness(image).enhance(0.25), mask)]
-        for image, mask in zip(images, masks, strict=True)
-    ]
-    picture = sheet(rows or [images], ["as seen", "its object"] if masks else ["as seen"], gap=8, shown=128)
+    rows = [[image] for image in images]
+    for row, mask in zip(rows, masks, strict=False):  # no masks, or one for each
+        row.append(Image.composite(row[0], ImageEnhance.Brightness(row[0]).enhance(0.25), mask))
+    picture = sheet(rows, ["as seen", "its object"], gap=8, shown=128)
     place = _write_beside(picture, chosen.out or Path(f"{_slug(concept.name)}.png"))
-    marked = " with masks" if masks else ""
-    print(f'{concept.name}: {len(images)} pictures{marked}; "{concept}" in prompts, {concept.macro_class!r} its class.')
-    print(place)
+    told = f'{len(images)} pictures{" with masks" if masks else ""} of "{concept}"'
+    print(f"{concept.name}: {told}, whose class is {concept.macro_class!r}. Drawn in {place}.")
 
 
 def export(chosen: Namespace) -> None:
     """Write residuals as a LoRA for other tools, and say how to use it."""
-    _needs_suffix(chosen.out, ".safetensors")
-    _are_two_files(chosen, "out", "residuals")
-    check_place(chosen.out, ROOM)
+    _check_out(chosen, ".safetensors", chosen.residuals)
     base = _base(chosen, _base_of(chosen, chosen.residuals))
     print(export_lora(_load(chosen, chosen.residuals, base), chosen.out, chosen.format))
 
@@ -360,13 +350,10 @@ def _keep(write: Callable[[Path], Any], path: Path) -> None:
         raise Failed(str(error)) from error
 
 
-def _are_two_files(chosen: Namespace, one: str, other: str) -> None:
-    first, second = getattr(chosen, one), getattr(chosen, other)
-    if second is not None and os.path.realpath(first) == os.path.realpath(second):
-        raise ValueError(f"--{one} {first} is the file of the {other}, too: name another one.")
-
-
-def _needs_suffix(path: Path, suffix: str) -> None:
-    """Told before the work, not after it."""
-    if path.suffix.lower() != suffix or path.is_dir():
-        raise ValueError(f"--out {path} must be a file that ends in {suffix}.")
+def _check_out(chosen: Namespace, suffix: str, other: Path | None = None) -> None:
+    """Told before the work, not after it: whether `--out` can be written."""
+    if chosen.out.suffix.lower() != suffix or chosen.out.is_dir():
+        raise ValueError(f"--out {chosen.out} must be a file that ends in {suffix}.")
+    if other and os.path.realpath(chosen.out) == os.path.realpath(other):
+        raise ValueError(f"--out {chosen.out} is another file of this command, too: name another one.")
+    check_place(chosen.out, ROOM)
