@@ -147,7 +147,7 @@ def show(chosen: Namespace) -> None:
 def export(chosen: Namespace) -> None:
     """Write residuals as a LoRA for other tools, and say how to use it."""
     _check_out(chosen, ".safetensors", chosen.residuals)
-    base = _base(chosen, _base_of(chosen, chosen.residuals))
+    base = _base(chosen, _base_name(chosen, chosen.residuals))
     print(export_lora(_load(chosen, chosen.residuals, base), chosen.out, chosen.format))
 
 
@@ -177,7 +177,7 @@ def _read(chosen: Namespace) -> tuple[Any, Pairs, list[str]]:
     for text in texts:
         if re.match(r"[-\u2010-\u2015\u2212]", text):
             raise ValueError(f"{text!r} begins with a dash: is it an option? Those have two hyphens and a known name.")
-    base = _base(chosen, _base_of(chosen, paths[0]))
+    base = _base(chosen, _base_name(chosen, paths[0]))
     if chosen.scheduler:
         base.scheduler = getattr(diffusers, SCHEDULERS[chosen.scheduler]).from_config(base.scheduler.config)
     loaded = [_load(chosen, path, base) for path in paths]
@@ -185,7 +185,7 @@ def _read(chosen: Namespace) -> tuple[Any, Pairs, list[str]]:
     prompts = [_spelled(text, paths, spoken) for text in texts]
     pairs = list(zip(loaded, looked, strict=True))
     if chosen.command == "compare" or chosen.mode == "lag":
-        _check_lag(chosen, base, paths, pairs, prompts)
+        _check_lag(chosen, base, pairs, prompts)
     for prompt in prompts:
         extra = len(base.tokenizer(prompt, verbose=False).input_ids) - base.tokenizer.model_max_length
         if extra > 0:
@@ -193,24 +193,17 @@ def _read(chosen: Namespace) -> tuple[Any, Pairs, list[str]]:
     return base, pairs, prompts
 
 
-def _check_lag(chosen: Namespace, base: Any, paths: list[Path], pairs: Pairs, prompts: list[str]) -> None:
-    for path, (_, words) in zip(paths, pairs, strict=True):
-        find_words(base, prompts, _known(path, words))
-        for prompt in prompts:
-            if (count := prompt.count(words)) > 1:
-                tell(f'"{words}" stands {count} times in "{prompt}", and LAG opens where any of them looks.')
-    with _ways(chosen, base, pairs)["LAG"]():
-        pass  # a rule or a window that is none is refused now
-
-
 def _words_of(chosen: Namespace, paths: list[Path], loaded: list[Residuals]) -> tuple[list[str], list[str]]:
     """For each file the words that its braces stand for, and those whose attention makes its mask."""
-    given = chosen.words or [""] * len(paths)
+    given, spoken, looked = chosen.words or [""] * len(paths), [], []
     if len(given) != len(paths):
         raise ValueError(f"{len(paths)} files, and --words is given {len(given)} times: once for each file, or never.")
-    own = [(each.metadata.get("token", ""), each.metadata.get("macro_class", "")) for each in loaded]
-    spoken = [" ".join(pair) if all(pair) else words for pair, words in zip(own, given, strict=True)]
-    looked = [words or said for words, said in zip(given, spoken, strict=True)]
+    for path, residuals, words in zip(paths, loaded, given, strict=True):
+        own = " ".join(residuals.metadata.get(part, "") for part in ("token", "macro_class")).strip()
+        if not own and not words:
+            raise ValueError(f'{path} does not say its concept\'s words: give them, as in --words "sks cat".')
+        spoken.append(own or words)
+        looked.append(words or own)
     if len(set(looked)) < len(looked):
         raise ValueError(f'Two files have the same words, "{looked[0]}": personalize one with another --token.')
     return spoken, looked
@@ -218,37 +211,39 @@ def _words_of(chosen: Namespace, paths: list[Path], loaded: list[Residuals]) -> 
 
 def _spelled(text: str, paths: list[Path], spoken: list[str]) -> str:
     """A prompt with the words of each file in the place of its braces: {}, or {name}, or {a}, {b}, ... in order."""
-    said = list(zip(paths, spoken, strict=True))
-    named = dict(zip(ascii_lowercase, said, strict=False)) | {path.stem: (path, words) for path, words in said}
-    named |= {"": said[0]} if len(said) == 1 else {}
-
-    def words(found: re.Match) -> str:
-        if found[1] not in named:
-            known = ", ".join(f"{{{name}}}" for name in sorted(named))
-            raise ValueError(f"Nothing is known by {found[0]} in {text!r}: use {known}.")
-        return _known(*named[found[1]])
-
-    return re.sub(r"\{([^{}]*)\}", words, text)
+    named = dict(zip(ascii_lowercase, spoken, strict=False))
+    named |= {path.stem: words for path, words in zip(paths, spoken, strict=True)}
+    named |= {"": spoken[0]} if len(spoken) == 1 else {}
+    for name in re.findall(r"\{([^{}]*)\}", text):
+        if name not in named:
+            known = ", ".join(f"{{{each}}}" for each in sorted(named))
+            raise ValueError(f"Nothing is known by {{{name}}} in {text!r}: use {known}.")
+        text = text.replace(f"{{{name}}}", named[name])
+    return text
 
 
-def _known(path: Path, words: str) -> str:
-    if not words:
-        raise ValueError(f'{path} does not say its concept\'s words: give them, as in --words "sks cat".')
-    return words
+def _check_lag(chosen: Namespace, base: Any, pairs: Pairs, prompts: list[str]) -> None:
+    for _, words in pairs:
+        find_words(base, prompts, words)
+        for prompt in prompts:
+            if (count := prompt.count(words)) > 1:
+                tell(f'"{words}" stands {count} times in "{prompt}", and LAG opens where any of them looks.')
+    with _ways(chosen, base, pairs)["LAG"]():
+        pass  # a rule or a window that is none is refused now
 
 
-def _base_of(chosen: Namespace, path: Path) -> str:
-    """The base to load for a file: the one asked for, or the one that the file names, if it is a known one."""
-    _, metadata = read_tensors(path)
-    named = metadata.get("base") if metadata.get("format") == FORMAT else metadata.get(PREFIX + "base")
-    asked = chosen.base or os.environ.get("PERSRES_BASE")
-    if named and named not in BASES and not asked:  # a file does not choose what is fetched and run
-        raise ValueError(f"{path} names a base of its own, {named!r}: if you know and want it, give it with --base.")
-    return _base_name(chosen, named if named in BASES else None)
-
-
-def _base_name(chosen: Namespace, named: str | None = None) -> str:
-    name = chosen.base or named or os.environ.get("PERSRES_BASE") or "toybox"
+def _base_name(chosen: Namespace, path: Path | None = None) -> str:
+    """The base to load: the one asked for, or the one that a file names, if it is a known one."""
+    name = chosen.base or os.environ.get("PERSRES_BASE")
+    if path:
+        _, metadata = read_tensors(path)
+        named = metadata.get("base" if metadata.get("format") == FORMAT else PREFIX + "base")
+        if named and named not in BASES and not name:  # a file does not choose what is fetched and run
+            raise ValueError(
+                f"{path} names a base of its own, {named!r}: if you know and want it, give it with --base."
+            )
+        name = chosen.base or (named if named in BASES else name)
+    name = name or "toybox"
     if name in BASES and BASES[name].folder:
         data_dir()  # a wheel alone has no Toybox, and says so
     return name
