@@ -42,9 +42,6 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
 }
 
-#: What `--loss` offers.
-LOSSES = ("paper", "masked")
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code, see `errors`.
@@ -150,7 +147,10 @@ def personalize(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=_number(float, 1e-12, 1e30), help="learning rate; the paper's is 1e-3")
     add("--rank", type=_rank, help="a fraction of the width, or a whole number; the paper's is 0.05")
     add("--init", default="lora", help="lora (starts at the original model) or random (both factors)")
-    add("--loss", choices=LOSSES, default="paper", help="masked: only the object counts; needs masks")
+    looks = (
+        "masked: at the object alone (needs masks); outside: beyond it at what the frozen model draws (default: paper)"
+    )
+    add("--loss", choices=("paper", "masked", "outside"), default="paper", help=looks)
     add("--train-token", action="store_true", help="V*'s embedding learns too")
     add("--checkpoint", type=_path, metavar="FILE", help="where an interrupted run goes on")
     add("--save-every", type=count, metavar="N", help="keep the residuals every N steps, as FILE-00050.safetensors")

@@ -63,9 +63,8 @@ def personalize(chosen: Namespace) -> None:
         residuals = learn(
             base,
             concept,
-            **{part: getattr(chosen, part) for part in ("steps", "batch_size", "lr", "rank", "seed", "init")},
+            **{part: getattr(chosen, part) for part in ("steps", "batch_size", "lr", "rank", "seed", "init", "loss")},
             train_token=chosen.train_token,
-            masked_loss=chosen.loss == "masked",
             checkpoint=chosen.checkpoint,
             on_step=_along_the_way(chosen, base, concept),
             progress=not chosen.quiet,
