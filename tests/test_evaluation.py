@@ -5,6 +5,7 @@ same noise drawn in several ways.
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from transformers import (
 
 from persres_lite import Residuals, evaluation, localized
 from persres_lite.concepts import load_concept
-from persres_lite.evaluation import background_distance, compare, cut_out, iou, load_judges, pointing_game, usual_ways
+from persres_lite.evaluation import background_distance, compare, cut_out, draw, iou, load_judges, pointing_game
 from tests.helpers import random_residuals
 from tests.tiny import tiny_pipeline, tiny_tokenizer
 
@@ -110,17 +111,17 @@ def test_an_encoder_that_cannot_be_had_costs_its_scores_and_nothing_else(folders
         for path in (folders / "dino").glob("*.json"):
             (tmp_path / path.name).write_text(path.read_text())
         (tmp_path / "pytorch_model.bin").write_bytes(b"who opens it runs it")
-    drawn_ones = drawn(tiny, random_residuals(tiny)).pictures["LAG"]
+    images, refs = drawn(tiny, random_residuals(tiny)).pictures["LAG"], pictures(2)
+    prompts = ["a cat", "a dog"] * 2
     with pytest.warns(UserWarning, match=r"left out.*model\.safetensors"):
         judges = load_judges("sd-1.4", clip=folders / "clip", dino=where)
-    assert judges.identity(drawn_ones, pictures(2)).isnan().tolist() == [True] * 4
-    assert judges.text_alignment(drawn_ones, "a cat").isfinite().all()
+    assert judges.identity(images, refs).isnan().tolist() == [True] * 4
+    assert judges.text_alignment(images, prompts).isfinite().all()
     with pytest.warns(UserWarning, match="left out"):
         judges = load_judges("sd-1.4", dino=folders / "dino", clip=where)
-    for score in (judges.text_alignment, judges.text_gap):
-        assert score(drawn_ones, ["a cat", "a dog"] * 2).isnan().tolist() == [True] * 4
-    assert judges.image_alignment(drawn_ones, pictures(2)).isnan().all()
-    assert judges.identity(drawn_ones, pictures(2)).isfinite().all()
+    for score, other in ((judges.text_alignment, prompts), (judges.text_gap, prompts), (judges.image_alignment, refs)):
+        assert score(images, other).isnan().tolist() == [True] * 4
+    assert judges.identity(images, refs).isfinite().all()
 
 
 def test_encoders_are_asked_for_by_commit_and_as_safetensors(monkeypatch):
@@ -219,6 +220,7 @@ def test_all_ways_start_from_the_same_noise(tiny):
     assert others == [first, first] and len({picture.tobytes() for picture in first}) == 4
     assert made.prompts[1:3] == ["a photo of a sks cat on the beach", "a photo of a sks cat at night"]
     assert made.seeds == [3, 4, 3, 4] and list(made.masks) == ["LAG"] and len(made.masks["LAG"]) == 4
+    assert made.sheet().width > 4 * 128 and made.sheet().height > 4 * 128
 
 
 def test_ways_differ_where_the_residual_is_not_zero(tiny):
@@ -243,18 +245,12 @@ def test_a_usual_way_can_be_left_out(tiny):
 def test_several_concepts_at_once(tiny):
     """Of each the residuals, and of LAG each one's own mask."""
     pairs = [(random_residuals(tiny, seed=seed), words) for seed, words in ((1, "sks cat"), (2, "beach"))]
-    given = {"prompts": ["a sks cat on the beach"], "seeds": [0], "num_inference_steps": 2, "progress": False}
-    made = compare(tiny, pairs, "sks cat", **given)
-    with usual_ways(tiny, pairs)["LAG"]() as lag, torch.no_grad():
-        noise = torch.Generator().manual_seed(0)
-        options = {"num_inference_steps": 2, "height": 64, "width": 64, "guidance_scale": 7.5}
-        assert evaluation.draw(tiny, given["prompts"], generator=[noise], **options) == made.pictures["LAG"]
+    prompts, options = ["a sks cat on the beach"], {"num_inference_steps": 2, "height": 32, "width": 32}
+    made = compare(tiny, pairs, "", prompts=prompts, seeds=[0], progress=False, guidance_scale=5.0, **options)
+    contexts = {"residual": [each.attached(tiny) for each, _ in pairs], "LAG": [localized(tiny, pairs)]}
+    for way, opened in contexts.items():
+        with ExitStack() as stack:
+            lag = [stack.enter_context(context) for context in opened][0]
+            noise = torch.Generator().manual_seed(0)
+            assert draw(tiny, prompts, generator=[noise], guidance_scale=5.0, **options) == made.pictures[way]
     assert len(lag.parts) == 2
-    with pairs[0][0].attached(tiny), pairs[1][0].attached(tiny):
-        noise = torch.Generator().manual_seed(0)
-        assert evaluation.draw(tiny, given["prompts"], generator=[noise], **options) == made.pictures["residual"]
-
-
-def test_a_comparison_draws_itself(tiny):
-    sheet = drawn(tiny, random_residuals(tiny)).sheet()
-    assert sheet.width > 4 * 128 and sheet.height > 4 * 128

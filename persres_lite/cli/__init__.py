@@ -146,7 +146,7 @@ def personalize(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=_number(int, 1, 1024), help="pictures a step; the paper's is 4")
     add("--lr", type=_number(float, 1e-12, 1e30), help="learning rate; the paper's is 1e-3")
     add("--rank", type=_rank, help="a fraction of the width, or a whole number; the paper's is 0.05")
-    add("--init", default="lora", help="lora (starts at the original model) or random (both factors)")
+    add("--init", choices=("lora", "random"), default="lora", help="lora starts at the original model (default)")
     looks = (
         "masked: at the object alone (needs masks); outside: beyond it at what the frozen model draws (default: paper)"
     )
@@ -201,7 +201,8 @@ def export(parser: argparse.ArgumentParser) -> None:
     """
     _residuals(parser)
     parser.add_argument("--out", type=_path, required=True, help="FILE.safetensors")
-    parser.add_argument("--format", default="diffusers", help="diffusers (the default), or kohya (A1111, ComfyUI)")
+    add, kinds = parser.add_argument, ("diffusers", "kohya")
+    add("--format", choices=kinds, default="diffusers", help="kohya is for A1111 and ComfyUI (default: diffusers)")
     _machine(parser)
 
 

@@ -156,9 +156,9 @@ def _described(path: Path) -> str:
     known = {key.removeprefix(PREFIX): value for key, value in metadata.items()}
     size = f"{len(tensors)} tensors of {sum(tensor.numel() for tensor in tensors.values()):,} numbers"
     if "structure" in known:
-        kind = "residuals" if known.get("format") == FORMAT else "a LoRA of residuals"
+        kind = "residuals" if metadata.get("format") == FORMAT else "a LoRA of residuals"
         words = f"{known.get('token', '?')} {known.get('macro_class', '?')}"
-        steps = len(json.loads(known.get("losses", "[]"))) or "unknown"
+        steps = len(json.loads(known.get("losses", "[]"))) or "an unknown number of"
         where = f"{known.get('base', 'a base without a name')} ({known['structure']})"
         return f'{path}: {kind} of "{words}" on {where}; rank {known.get("rank")}, {steps} steps; {size}.'
     if any("checkpoint" in key for key in known):
