@@ -287,14 +287,12 @@ def test_home_is_understood_where_the_shell_leaves_it(world, loaded, tmp_path, m
     assert {"y.safetensors", "z.safetensors"} < {path.name for path in tmp_path.iterdir()}
 
 
-def test_words_that_stand_several_times_are_told(world, loaded, tmp_path, capsys):
-    assert main(draw(world, "sample", "{}, a photo of a {}, {}", "--out", tmp_path)) == 0
-    assert '"sks cat" stands 3 times' in told(capsys)
-
-
-def test_what_is_cut_off_a_prompt_is_said(world, loaded, tmp_path, capsys):
-    assert main(draw(world, "sample", "a {}" + " red" * 80, "--out", tmp_path)) == 0
-    assert "8 tokens" in told(capsys)  # 80 + 3 and two marks, of 77
+@pytest.mark.parametrize(
+    ("prompt", "said"),  # of 77 tokens 80 + 3 and two marks
+    [("{}, a photo of a {}, {}", '"sks cat" stands 3 times'), ("a {}" + " red" * 80, "8 tokens")],
+)
+def test_what_a_prompt_will_not_do_is_a_plain_remark(world, loaded, tmp_path, capsys, prompt, said):
+    assert main(draw(world, "sample", prompt, "--out", tmp_path)) == 0 and said in told(capsys)
 
 
 def test_a_base_that_a_file_names_is_not_fetched_unasked(world, tmp_path, capsys, monkeypatch):
@@ -487,16 +485,3 @@ assert main({learn(world, "--out", tmp_path / "a.safetensors")!r}) == main({draw
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
     done = subprocess.run([sys.executable, "-c", run], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
-
-
-def test_a_remark_of_ours_is_a_plain_line(world, loaded, tmp_path, capsys):
-    (tmp_path / "cat").mkdir()
-    for i in range(3):
-        Image.new("RGB", (40, 40), (200, 60 * i, 60)).save(tmp_path / "cat" / f"{i}.png")
-    (tmp_path / "cat" / "notes.txt").write_text("mine")
-    arguments = learn(world, "--out", tmp_path / "out.safetensors")
-    arguments[1] = str(tmp_path / "cat")
-    assert main(arguments) == 0
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.startswith("persres-lite: ") for line in lines] == [True, True]
-    assert "notes.txt" in lines[0] and "64 x 64" in lines[1]

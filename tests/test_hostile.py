@@ -36,24 +36,18 @@ def loaded(monkeypatch):
     monkeypatch.setattr(commands, "load_base", lambda *_: tiny_pipeline("sd1"))
 
 
-def container(header: object, data: bytes = b"") -> bytes:
-    """A safetensors file with any header."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
-def one(shape=(1,), at=(0, 4)) -> dict:
-    return {"a": {"dtype": "F32", "shape": list(shape), "data_offsets": list(at)}}
+def container(shape: tuple, end: int) -> bytes:
+    """A safetensors file with one tensor, which is not as large as its header says."""
+    text = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(4)
 
 
 TRAPS = {
     "pickle": lambda mark: pickle.dumps(Trap(mark)),
-    "script": lambda mark: f"#!/bin/sh\ntouch {mark}\n".encode(),
     "empty": lambda mark: b"",
     "header of 2^64 bytes": lambda mark: struct.pack("<Q", 2**64 - 1) + b"{}",
-    "header in a header": lambda mark: container(b'{"a":' * 200_000 + b"1" + b"}" * 200_000),
-    "tensor beyond the file": lambda mark: container(one((10**6,), (0, 4 * 10**6)), bytes(4)),
-    "shape that overflows": lambda mark: container(one((2**40, 2**40)), bytes(4)),
+    "tensor beyond the file": lambda mark: container((10**6,), 4 * 10**6),
+    "shape that overflows": lambda mark: container((2**40, 2**40), 4),
     "name that moves the cursor": lambda mark: save({"\x1b[2J\x1b]0;owned\x07\n\nTraceback": torch.zeros(1)}),
     "name of a million letters": lambda mark: save({"a" * 1_000_000: torch.zeros(1)}),
     "ours, of a version to come": lambda mark: save({}, {"format": "personalized-residuals", "version": "9" * 5000}),

@@ -283,7 +283,7 @@ def _sampling(chosen: Namespace) -> dict[str, Any]:
     """The options of the pipeline call that were given."""
     given = {"num_inference_steps": chosen.steps, "guidance_scale": chosen.guidance}
     given |= {"height": chosen.height, "width": chosen.width}
-    given |= {"negative_prompt": chosen.negative_prompt and [chosen.negative_prompt]}  # of one picture
+    given |= {"negative_prompt": [chosen.negative_prompt] if chosen.negative_prompt else None}  # of one picture
     return {name: value for name, value in given.items() if value is not None}
 
 
