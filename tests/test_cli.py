@@ -217,8 +217,8 @@ BAD = [
     ([*DRAW, "a {}", "a dog on the beach"], "does not contain"),  # before the first picture
     ([*DRAW, "a {}", "--mask", "circle"], "circle"),
     ([*DRAW, "a {}", "--mask-option", "scale=0.5"], "has no option 'scale'"),
-    ([*DRAW, "a {}", "--mask", "quantile", "--mask-option", "q=5"], "from 0 to 1"),
-    ([*DRAW, "a {}", "--window", "0.7", "0.2"], "window"),
+    ([*DRAW, "a {}", "--mask", "quantile", "--mask-option", "q=5"], "quantile"),
+    ([*DRAW, "a {}", "--window", "0.7", "0.2"], "--window"),
     ([*DRAW, "a {}", "--height", "100"], "divisible by 8"),
     ([*DRAW, "a {}", "--device", "cuda:99"], "choose --device cpu"),
     (["compare", *DRAW[1:], "a {}", "--out", "compare.jpg"], ".png"),

@@ -222,13 +222,19 @@ def _spelled(text: str, paths: list[Path], spoken: list[str]) -> str:
 
 
 def _check_lag(chosen: Namespace, base: Any, pairs: Pairs, prompts: list[str]) -> None:
+    """What LAG could be refused for, before the first picture."""
     for _, words in pairs:
         find_words(base, prompts, words)
         for prompt in prompts:
             if (count := prompt.count(words)) > 1:
                 tell(f'"{words}" stands {count} times in "{prompt}", and LAG opens where any of them looks.')
-    with _ways(chosen, base, pairs)["LAG"]():
-        pass  # a rule or a window that is none is refused now
+    if not chosen.window[0] < chosen.window[1]:
+        raise ValueError("--window must begin before it ends, as in --window 0 0.5 for the first half.")
+    rule = find_rule(chosen.mask, **dict(chosen.mask_option))
+    try:
+        rule(torch.arange(16.0).view(1, 4, 4))
+    except Exception as error:  # of torch, which a value out of its range comes to
+        raise ValueError(f"The mask rule {chosen.mask!r} does not go with its --mask-option ({error}).") from error
 
 
 def _base_name(chosen: Namespace, path: Path | None = None) -> str:
