@@ -193,7 +193,7 @@ def damaged_tensors(draw: random.Random, whole: bytes) -> bytes:
         elif kind == 4:
             kinds = (torch.float16, torch.int8, torch.bool, torch.complex64, torch.float64, torch.float8_e5m2)
             tensors[name] = tensors[name].to(draw.choice(kinds))
-        elif kind == 5:
+        elif kind == 5 and tensors[name].element_size() > 1:  # torch multiplies no float8
             tensors[name] = tensors[name] * draw.choice((float("nan"), float("inf"), 1e30, 0.0, -1.0))
         elif kind == 6 and metadata:
             metadata.pop(draw.choice(list(metadata)))
