@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+#: By concept, then by training: one value a picture, or one row of values.
 Groups = Mapping[Any, Mapping[Any, Sequence[Any] | np.ndarray]]
-"""By concept, then by training: one value a picture, or one row of values."""
 
 
 @dataclass(frozen=True)
@@ -59,25 +59,19 @@ def paired(first: Groups, second: Groups) -> dict[Any, dict[Any, np.ndarray]]:
     ValueError
         If a concept, a training or a picture of the first is missing in the second.
     """
-    result: dict[Any, dict[Any, np.ndarray]] = {}
+    result: dict[Any, dict[Any, np.ndarray]] = {concept: {} for concept in first}
     for concept, trainings in first.items():
         for training, values in trainings.items():
             others = second.get(concept, {})
             other = others.get(training, others.get(None))
             if other is None or len(other) != len(values):
                 raise ValueError(f"{concept}, training {training}: the two methods do not have the same pictures.")
-            difference = np.asarray(values, dtype=float) - np.asarray(other, dtype=float)
-            result.setdefault(concept, {})[training] = difference
+            result[concept][training] = np.asarray(values, dtype=float) - np.asarray(other, dtype=float)
     return result
 
 
 def bootstrap(
-    groups: Groups,
-    statistic: Callable[[np.ndarray], float] | None = None,
-    *,
-    draws: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
+    groups: Groups, statistic: Any = None, *, draws: int = 2000, level: float = 0.95, seed: int = 0
 ) -> Interval:
     """The mean over concepts of means over trainings of means over pictures, and its percentile interval.
 
@@ -101,49 +95,33 @@ def bootstrap(
     Raises
     ------
     ValueError
-        If there are no values at all, or rows of several columns and no statistic.
+        If there are no values at all.
     """
     concepts = [[np.asarray(values, dtype=float) for values in trainings.values()] for trainings in groups.values()]
-    pictures = [values for trainings in concepts for values in trainings]
-    if not any(np.isfinite(values).any() for values in pictures if values.size):
+    if not any(np.isfinite(values).any() for trainings in concepts for values in trainings):
         raise ValueError("There is not one value to take a mean of.")
-    if statistic is None and any(values.ndim != 1 for values in pictures):
-        raise ValueError("Rows of several columns need a statistic that makes one number of them.")
-    made = statistic or float
-
-    def of_training(values: np.ndarray) -> float:
-        known = np.isfinite(values).reshape(len(values), -1).all(1)
-        return made(values[known].mean(0)) if known.any() else math.nan
-
-    def of_concept(trainings: list[np.ndarray]) -> float:
-        return _mean([of_training(values) for values in trainings])
-
     generator = np.random.default_rng(seed)
 
-    def again(items: Sequence[Any]) -> list[Any]:
-        return [items[index] for index in generator.integers(0, len(items), len(items))]
+    def again(items: Any) -> Any:
+        drawn = generator.integers(0, len(items), len(items))
+        return items[drawn] if isinstance(items, np.ndarray) else [items[index] for index in drawn]
 
-    def drawn() -> float:
-        return _mean(
-            [
-                _mean([of_training(v[generator.integers(0, len(v), len(v))]) for v in again(trainings)])
-                for trainings in again(concepts)
-            ]
-        )
+    def of_training(values: np.ndarray) -> float:
+        known = values[np.isfinite(values).reshape(len(values), -1).all(1)]
+        return float((statistic or float)(known.mean(0))) if len(known) else math.nan
 
-    found = [of_concept(trainings) for trainings in concepts]
-    means = np.array([drawn() for _ in range(draws)])
+    def of_concept(trainings: Any, pick: Callable[[Any], Any] = lambda items: items) -> float:
+        return _mean([of_training(pick(values)) for values in pick(trainings)])
+
+    # By hand: scipy's bootstrap draws one level, and here a picture belongs to a training, a training to a concept.
+    means = [_mean([of_concept(trainings, again) for trainings in again(concepts)]) for _ in range(draws)]
     low, high = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2])
-    counted = [(trainings, mean) for trainings, mean in zip(concepts, found, strict=True) if not math.isnan(mean)]
-    return Interval(
-        mean=_mean(found),
-        low=float(low),
-        high=float(high),
-        concepts=len(counted),
-        trainings=sum(len(trainings) for trainings, _ in counted),
-        pictures=sum(len(values) for trainings, _ in counted for values in trainings),
-        better_in=sum(mean > 0 for _, mean in counted),
-    )
+    found = [of_concept(trainings) for trainings in concepts]
+    counted = [trainings for trainings, mean in zip(concepts, found, strict=True) if not math.isnan(mean)]
+    trainings = [training for concept in counted for training in concept]
+    better = sum(mean > 0 for mean in found)
+    numbers = len(counted), len(trainings), sum(map(len, trainings)), better
+    return Interval(_mean(found), float(low), float(high), *numbers)
 
 
 def at_equal_leakage(leakage: float, curve: Sequence[tuple[float, float]]) -> float:
@@ -164,10 +142,8 @@ def at_equal_leakage(leakage: float, curve: Sequence[tuple[float, float]]) -> fl
     float
         NaN if the curve does not reach that leakage: then there is nothing to compare with.
     """
-    points = np.array(sorted(curve), dtype=float)
-    if not points[0, 0] <= leakage <= points[-1, 0]:
-        return math.nan
-    return float(np.interp(leakage, points[:, 0], points[:, 1]))
+    points, scores = np.array(sorted(curve), dtype=float).T
+    return float(np.interp(leakage, points, scores, left=math.nan, right=math.nan))
 
 
 def gain_at_equal_leakage(means: np.ndarray) -> float:
@@ -208,8 +184,7 @@ def diversity(features: Any) -> float:
     if len(vectors) < 2:
         raise ValueError("Diversity needs at least two pictures of a prompt.")
     vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    cosines = vectors @ vectors.T
-    return float(1 - cosines[~np.eye(len(vectors), dtype=bool)].mean())
+    return float(1 - (vectors @ vectors.T)[~np.eye(len(vectors), dtype=bool)].mean())
 
 
 def _mean(values: Sequence[float]) -> float:

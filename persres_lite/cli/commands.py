@@ -1,31 +1,34 @@
-"""The four commands behind `persres-lite`: each works, then writes its files whole or not at all."""
+"""The commands behind `persres-lite`: each works, then writes its files whole or not at all."""
 
 from __future__ import annotations
 
 import io
 import itertools
+import json
+import logging
 import os
 import re
-import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
+import diffusers
 import torch
-from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.utils import logging as hub_logging
-from PIL import Image
-from transformers.utils import logging as transformers_logging
+from PIL import Image, ImageEnhance
 
 from persres_lite import Residuals, load_base, load_concept
 from persres_lite import compare as side_by_side
 from persres_lite import personalize as learn
 from persres_lite.bases import BASES, settings_of
-from persres_lite.cli import Failed
+from persres_lite.cli import SCHEDULERS
+from persres_lite.cli.errors import Failed, say
+from persres_lite.concepts import Concept
 from persres_lite.cost import on_gpu, without_gpu
 from persres_lite.evaluation import draw, usual_ways
 from persres_lite.lora import PREFIX, export_lora, import_lora
@@ -33,121 +36,242 @@ from persres_lite.masks import find_rule
 from persres_lite.prompts import find_words
 from persres_lite.residuals import FORMAT
 from persres_lite.support.files import check_place, read_tensors, whole_file
+from persres_lite.support.images import square_crops
 from persres_lite.support.notices import tell
+from persres_lite.support.paths import data_dir
+from persres_lite.support.sheet import sheet
 from persres_lite.training import Diverged
+
+Pairs = list[tuple[Residuals, str]]  # each with the words whose attention makes its mask
+
+ROOM = 1 << 23  # bytes: more than a file of residuals or a sheet of pictures usually has
+
+for _library in ("diffusers", "transformers", "huggingface_hub"):
+    logging.getLogger(_library).setLevel(logging.ERROR)  # of the rest nothing can be acted on by who types commands
 
 
 def personalize(chosen: Namespace) -> None:
     """Learn a concept and write its residuals."""
-    _needs_suffix(chosen.out, ".safetensors")
-    _are_two_files(chosen, "out", "checkpoint")
-    places = [path for path in (chosen.out, chosen.checkpoint) if path is not None]
-    for path in places:
-        check_place(path)
-    concept = load_concept(_one_or_many(chosen.concept), chosen.macro_class, chosen.token)
-    base = _base(chosen)
-    recipe = settings_of(base).recipe
-    rank = recipe["rank"] if chosen.rank is None else chosen.rank
-    room = 4 * Residuals(base.unet, rank=rank).num_parameters()
-    for path in places:  # a checkpoint holds three numbers for one, and the new one is written beside the old one
-        check_place(path, room if chosen.checkpoint is None else 7 * room)
-    start = time.perf_counter()
+    _check_out(chosen, ".safetensors", chosen.checkpoint)
+    if chosen.checkpoint:
+        check_place(chosen.checkpoint, ROOM)
+    name, sources = _base_name(chosen), chosen.concept
+    concept = load_concept(sources if len(sources) > 1 else sources[0], chosen.macro_class, chosen.token)
+    base = _base(chosen, name)
+    begun = time.perf_counter()
     try:
         residuals = learn(
             base,
             concept,
-            steps=chosen.steps,
-            batch_size=chosen.batch_size,
-            lr=chosen.lr,
-            rank=chosen.rank,
-            seed=chosen.seed,
-            init=chosen.init,
-            checkpoint=chosen.checkpoint,
-            sample_every=chosen.sample_every,
+            **{part: getattr(chosen, part) for part in ("steps", "batch_size", "lr", "rank", "seed", "init", "loss")},
             train_token=chosen.train_token,
-            masked_loss=chosen.masked_loss,
-            gradient_checkpointing=chosen.gradient_checkpointing,
-            at_once=chosen.at_once,
-            mixed_precision=chosen.mixed_precision,
+            checkpoint=chosen.checkpoint,
+            on_step=_along_the_way(chosen, base, concept),
             progress=not chosen.quiet,
         )
     except Diverged as error:
         raise Failed(_diverged(str(error), chosen)) from error
-    path = _keep(residuals.save, chosen.out)
-    for step, picture in residuals.samples.items():
-        _write_beside(picture, path.with_name(f"{path.stem}-{step:04d}.png"))
+    _keep(residuals.save, chosen.out)
     print(
-        f"{path}: {residuals.num_parameters():,} parameters for {str(concept)!r}, learned from "
-        f"{len(concept.images)} pictures in {len(residuals.losses)} steps and {time.perf_counter() - start:.0f} s."
+        f"{chosen.out}: {residuals.num_parameters():,} parameters for {str(concept)!r}, learned from "
+        f"{len(concept.images)} pictures in {len(residuals.losses)} steps and {time.perf_counter() - begun:.0f} s."
     )
-    _moved(path, chosen.out)
+
+
+def _along_the_way(chosen: Namespace, base: Any, concept: Concept) -> Callable[[int, float, Residuals], None]:
+    """What is kept of a training before it ends: `--save-every` and `--sample-every`."""
+
+    def on_step(step: int, loss: float, residuals: Residuals) -> None:
+        path = chosen.out.with_name(f"{chosen.out.stem}-{step:05d}.safetensors")
+        try:
+            if chosen.save_every and step % chosen.save_every == 0:
+                residuals.save(path)
+            if chosen.sample_every and step % chosen.sample_every == 0:
+                noise = torch.Generator().manual_seed(chosen.seed)
+                picture = draw(base, [concept.training_prompt], generator=noise, **settings_of(base).sampling)[0]
+                _write_beside(picture, path.with_suffix(".png"))
+        except OSError as error:  # a disk that has filled up does not end a training
+            tell(f"{error} The training goes on.")
+
+    return on_step
 
 
 def sample(chosen: Namespace) -> None:
     """Draw pictures, each to a file of its own."""
     if chosen.out.is_file():
         raise ValueError(f"{chosen.out} is a file: --out names a folder for the pictures.")
-    check_place(chosen.out / "picture.png")
-    base, residuals = _load(chosen)
-    prompts = _prompts(chosen, base, residuals, [chosen.mode])
-    check_place(chosen.out / "picture.png", 3 * settings_of(base).size ** 2)
+    check_place(chosen.out / "picture.png", ROOM)
+    base, pairs, prompts = _read(chosen)
     for prompt in prompts:
-        for k in range(chosen.images):
-            seed = chosen.seed + k
-            picture = _draw(chosen, base, residuals, prompt, seed)
-            print(_write_beside(picture, chosen.out / f"{_slug(prompt)}-{chosen.mode}-{seed}.png"))
+        for seed in range(chosen.seed, chosen.seed + chosen.images):
+            picture = _draw(chosen, base, pairs, prompt, seed)
+            print(_write_beside(picture, chosen.out / f"{_slug(prompt)}-{chosen.mode}-{seed}.png"), flush=True)
 
 
 def compare(chosen: Namespace) -> None:
     """Draw each prompt three times from the same noise: original, residual everywhere, LAG; and LAG's mean mask."""
-    _needs_suffix(chosen.out, ".png")
-    check_place(chosen.out)
-    base, residuals = _load(chosen)
-    prompts = _prompts(chosen, base, residuals, ("original", "residual", "lag"))
-    check_place(chosen.out, len(prompts) * chosen.images * 4 * 4 * settings_of(base).size ** 2)
-    with _silence(), _one_sentence():
-        comparison = side_by_side(
-            base,
-            residuals,
-            _mask_words(chosen, residuals),
-            prompts=prompts,
-            seeds=range(chosen.seed, chosen.seed + chosen.images),
-            scale=chosen.scale,
-            lag=_rule(chosen),
-            batch_size=1,  # as `sample` draws them
-            progress=not chosen.quiet,
-            **_sampling(chosen),
-        )
-    sheet = comparison.sheet()
-    path = _keep(lambda path: _write_picture(sheet, path), chosen.out)
-    print(f"{path}: {len(comparison.prompts)} rows, each from one noise.")
-    _moved(path, chosen.out)
+    _check_out(chosen, ".png")
+    base, pairs, prompts = _read(chosen)
+    comparison = side_by_side(
+        base,
+        pairs,
+        "",
+        prompts=prompts,
+        seeds=range(chosen.seed, chosen.seed + chosen.images),
+        ways=_ways(chosen, base, pairs),
+        batch_size=1,  # as `sample` draws them
+        progress=not chosen.quiet,
+        **_sampling(chosen),
+    )
+    _keep(partial(_write, _png(comparison.sheet())), chosen.out)
+    print(f"{chosen.out}: {len(comparison.prompts)} rows, each from one noise.")
+
+
+def show(chosen: Namespace) -> None:
+    """Say what a file is; of a concept's folder also draw its pictures and what its masks mark."""
+    path = Path(os.path.expanduser(chosen.what))
+    if path.suffix == ".safetensors":
+        return print(_described(path))
+    concept = load_concept(chosen.what, chosen.macro_class, chosen.token)
+    images, masks = square_crops(concept.images, 128, concept.masks)
+    rows = [[image] for image in images]
+    for row, mask in zip(rows, masks, strict=False):  # no masks, or one for each
+        row.append(Image.composite(row[0], ImageEnhance.Brightness(row[0]).enhance(0.25), mask))
+    picture = sheet(rows, ["as seen", "its object"], gap=8, shown=128)
+    place = _write_beside(picture, chosen.out or Path(f"{_slug(concept.name)}.png"))
+    told = f'{len(images)} pictures{" with masks" if masks else ""} of "{concept}"'
+    print(f"{concept.name}: {told}, whose class is {concept.macro_class!r}. Drawn in {place}.")
 
 
 def export(chosen: Namespace) -> None:
     """Write residuals as a LoRA for other tools, and say how to use it."""
-    _needs_suffix(chosen.out, ".safetensors")
-    _are_two_files(chosen, "out", "residuals")
-    check_place(chosen.out)
-    _, residuals = _load(chosen)
-    print(export_lora(residuals, chosen.out, chosen.format))
+    _check_out(chosen, ".safetensors", chosen.residuals)
+    base = _base(chosen, _base_name(chosen, chosen.residuals))
+    print(export_lora(_load(chosen, chosen.residuals, base), chosen.out, chosen.format))
 
 
-def _load(chosen: Namespace) -> tuple[Any, Residuals]:
-    """The base and the residuals of a file: our own, or a LoRA on the output projections."""
-    path = chosen.residuals
-    _, metadata = read_tensors(path)
-    ours = metadata.get("format") == FORMAT
-    named = metadata.get("base") if ours else metadata.get(PREFIX + "base")
-    if named not in BASES:  # a file does not choose what is fetched and run
-        own, named = named, os.environ.get("PERSRES_BASE")
-        if own and not named and not chosen.base:
-            raise ValueError(f"{path} names a base of its own, {own!r}: if you know and want it, give it with --base.")
-    base = _base(chosen, named)
+def _described(path: Path) -> str:
+    """One sentence about a file, from its names and metadata alone."""
+    tensors, metadata = read_tensors(path)
+    known = {key.removeprefix(PREFIX): value for key, value in metadata.items()}
+    size = f"{len(tensors)} tensors of {sum(tensor.numel() for tensor in tensors.values()):,} numbers"
+    if "structure" in known:
+        kind = "residuals" if metadata.get("format") == FORMAT else "a LoRA of residuals"
+        words = f"{known.get('token', '?')} {known.get('macro_class', '?')}"
+        steps = len(json.loads(known.get("losses", "[]"))) or "an unknown number of"
+        where = f"{known.get('base', 'a base without a name')} ({known['structure']})"
+        return f'{path}: {kind} of "{words}" on {where}; rank {known.get("rank")}, {steps} steps; {size}.'
+    if any("checkpoint" in key for key in known):
+        return f"{path}: the state of a training, which personalize --checkpoint {path} goes on with; {size}."
+    return f"{path}: {'a LoRA of another program' if any('lora' in name for name in tensors) else 'no LoRA'}; {size}."
+
+
+def _read(chosen: Namespace) -> tuple[Any, Pairs, list[str]]:
+    """The base, residuals with their mask's words, and prompts: all that could be refused is, before a picture."""
+    more = list(itertools.takewhile(lambda text: text.endswith(".safetensors"), chosen.prompt))
+    paths = [chosen.residuals, *(Path(os.path.expanduser(text)) for text in more)]
+    texts = [" ".join(text.split()) for text in chosen.prompt[len(more) :]]
+    if not texts:
+        raise ValueError('There is no prompt: add one, as in "a photo of a {} on the beach".')
+    for text in texts:
+        if re.match(r"[-\u2010-\u2015\u2212]", text):
+            raise ValueError(f"{text!r} begins with a dash: is it an option? Those have two hyphens and a known name.")
+    base = _base(chosen, _base_name(chosen, paths[0]))
+    if chosen.scheduler:
+        base.scheduler = getattr(diffusers, SCHEDULERS[chosen.scheduler]).from_config(base.scheduler.config)
+    loaded = [_load(chosen, path, base) for path in paths]
+    spoken, looked = _words_of(chosen, paths, loaded)
+    prompts = [_spelled(text, paths, spoken) for text in texts]
+    pairs = list(zip(loaded, looked, strict=True))
+    if chosen.command == "compare" or chosen.mode == "lag":
+        _check_lag(chosen, base, pairs, prompts)
+    for prompt in prompts:
+        extra = len(base.tokenizer(prompt, verbose=False).input_ids) - base.tokenizer.model_max_length
+        if extra > 0:
+            tell(f'The end of "{prompt}" is not read, {extra} tokens: shorten it.')
+    return base, pairs, prompts
+
+
+def _words_of(chosen: Namespace, paths: list[Path], loaded: list[Residuals]) -> tuple[list[str], list[str]]:
+    """For each file the words that its braces stand for, and those whose attention makes its mask."""
+    given, spoken, looked = chosen.words or [""] * len(paths), [], []
+    if len(given) != len(paths):
+        raise ValueError(f"{len(paths)} files, and --words is given {len(given)} times: once for each file, or never.")
+    for path, residuals, words in zip(paths, loaded, given, strict=True):
+        own = " ".join(residuals.metadata.get(part, "") for part in ("token", "macro_class")).strip()
+        if not own and not words:
+            raise ValueError(f'{path} does not say its concept\'s words: give them, as in --words "sks cat".')
+        spoken.append(own or words)
+        looked.append(words or own)
+    if len(set(looked)) < len(looked):
+        raise ValueError(f'Two files have the same words, "{looked[0]}": personalize one with another --token.')
+    return spoken, looked
+
+
+def _spelled(text: str, paths: list[Path], spoken: list[str]) -> str:
+    """A prompt with the words of each file in the place of its braces: {}, or {name}, or {a}, {b}, ... in order."""
+    named = dict(zip(ascii_lowercase, spoken, strict=False))
+    named |= {path.stem: words for path, words in zip(paths, spoken, strict=True)}
+    named |= {"": spoken[0]} if len(spoken) == 1 else {}
+    for name in re.findall(r"\{([^{}]*)\}", text):
+        if name not in named:
+            known = ", ".join(f"{{{each}}}" for each in sorted(named))
+            raise ValueError(f"Nothing is known by {{{name}}} in {text!r}: use {known}.")
+        text = text.replace(f"{{{name}}}", named[name])
+    return text
+
+
+def _check_lag(chosen: Namespace, base: Any, pairs: Pairs, prompts: list[str]) -> None:
+    """What LAG could be refused for, before the first picture."""
+    for _, words in pairs:
+        find_words(base, prompts, words)
+        for prompt in prompts:
+            if (count := prompt.count(words)) > 1:
+                tell(f'"{words}" stands {count} times in "{prompt}", and LAG opens where any of them looks.')
+    if not chosen.window[0] < chosen.window[1]:
+        raise ValueError("--window must begin before it ends, as in --window 0 0.5 for the first half.")
+    rule = find_rule(chosen.mask, **dict(chosen.mask_option))
     try:
-        if ours:
-            return base, Residuals.load(path, base)
-        return base, import_lora(path, base, only_proj_out=chosen.only_proj_out)
+        rule(torch.arange(16.0).view(1, 4, 4))
+    except Exception as error:  # of torch, which a value out of its range comes to
+        raise ValueError(f"The mask rule {chosen.mask!r} does not go with its --mask-option ({error}).") from error
+
+
+def _base_name(chosen: Namespace, path: Path | None = None) -> str:
+    """The base to load: the one asked for, or the one that a file names, if it is a known one."""
+    name = chosen.base or os.environ.get("PERSRES_BASE")
+    if path:
+        _, metadata = read_tensors(path)
+        named = metadata.get("base" if metadata.get("format") == FORMAT else PREFIX + "base")
+        if named and named not in BASES and not name:  # a file does not choose what is fetched and run
+            raise ValueError(
+                f"{path} names a base of its own, {named!r}: if you know and want it, give it with --base."
+            )
+        name = chosen.base or (named if named in BASES else name)
+    name = name or "toybox"
+    if name in BASES and BASES[name].folder:
+        data_dir()  # a wheel alone has no Toybox, and says so
+    return name
+
+
+def _base(chosen: Namespace, name: str) -> Any:
+    """The frozen model; what a large one costs is said before anything is fetched, and not of a name that is wrong."""
+    usual = chosen.device is None or chosen.device.startswith("cuda")
+    if chosen.command != "export" and (name in BASES or "/" in name or os.path.isdir(name)):
+        if cost := without_gpu(name) or (on_gpu(name) if usual else None):
+            say(cost)
+    base = load_base(name, chosen.device, getattr(torch, chosen.dtype) if chosen.dtype else None)
+    if chosen.quiet:
+        base.set_progress_bar_config(disable=True)
+    return base
+
+
+def _load(chosen: Namespace, path: Path, base: Any) -> Residuals:
+    """The residuals of a file: our own, or a LoRA on the output projections."""
+    try:
+        if read_tensors(path)[1].get("format") == FORMAT:
+            return Residuals.load(path, base)
+        return import_lora(path, base, only_proj_out=chosen.only_proj_out)
     except (OSError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # files of others may be wrong in every way
@@ -156,29 +280,24 @@ def _load(chosen: Namespace) -> tuple[Any, Residuals]:
         raise ValueError(f"{path} cannot be used as residuals or a LoRA ({error or type(error).__name__}).") from error
 
 
-def _base(chosen: Namespace, name: str | None = None) -> Any:
-    """The frozen model: the one asked for, else the one that a file names."""
-    name = chosen.base or name or os.environ.get("PERSRES_BASE") or "toybox"
-    usual = chosen.device is None or chosen.device.startswith("cuda")
-    cost = without_gpu(name) or (on_gpu(name) if usual else None)
-    if chosen.command != "export" and cost:  # said before anything is fetched
-        print(cost, file=sys.stderr, flush=True)
-    with _silence():
-        return load_base(name, chosen.device, _dtype(chosen.dtype))
+def _ways(chosen: Namespace, base: Any, pairs: Pairs) -> dict[str, Any]:
+    rule = find_rule(chosen.mask, **dict(chosen.mask_option))
+    return usual_ways(base, pairs, scale=chosen.scale, mask=rule, window=tuple(chosen.window))
 
 
-@contextmanager
-def _silence() -> Iterator[None]:
-    """The libraries keep to themselves what nobody can act on: that torchvision is missing, which is not used, say."""
-    libraries = (diffusers_logging, hub_logging, transformers_logging)
-    before = [library.get_verbosity() for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for library, verbosity in zip(libraries, before, strict=True):
-            library.set_verbosity(verbosity)
+def _sampling(chosen: Namespace) -> dict[str, Any]:
+    """The options of the pipeline call that were given."""
+    given = {"num_inference_steps": chosen.steps, "guidance_scale": chosen.guidance}
+    given |= {"height": chosen.height, "width": chosen.width}
+    given |= {"negative_prompt": [chosen.negative_prompt] if chosen.negative_prompt else None}  # of one picture
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _draw(chosen: Namespace, base: Any, pairs: Pairs, prompt: str, seed: int) -> Image.Image:
+    """One picture in the mode that was chosen."""
+    options = settings_of(base).sampling | _sampling(chosen) | {"generator": torch.Generator().manual_seed(seed)}
+    with _ways(chosen, base, pairs)["LAG" if chosen.mode == "lag" else chosen.mode]():
+        return draw(base, [prompt], **options)[0]
 
 
 def _diverged(message: str, chosen: Namespace) -> str:
@@ -190,132 +309,51 @@ def _diverged(message: str, chosen: Namespace) -> str:
     return f"{reason}. No residuals were written.{again}"
 
 
-def _own_words(chosen: Namespace, residuals: Residuals) -> str:
-    """What {} stands for: the file's words, or, of a file that names none, those of --words."""
-    words = [residuals.metadata.get(name, "") for name in ("token", "macro_class")]
-    if not all(words) and not chosen.words:
-        raise ValueError(f'{chosen.residuals} does not say its concept\'s words: give them, as in --words "sks cat".')
-    return " ".join(words) if all(words) else chosen.words
-
-
-def _mask_words(chosen: Namespace, residuals: Residuals) -> str:
-    return chosen.words or _own_words(chosen, residuals)
-
-
-def _prompts(chosen: Namespace, base: Any, residuals: Residuals, modes: Sequence[str]) -> list[str]:
-    """The prompts, with all that one of them or an option could be refused for, before the first picture is drawn."""
-    find_rule(chosen.mask, **dict(chosen.mask_option))
-    prompts = [
-        prompt.replace("{}", _own_words(chosen, residuals)) if "{}" in prompt else prompt for prompt in chosen.prompt
-    ]
-    if "lag" in modes:
-        find_words(base, prompts, _mask_words(chosen, residuals))
-        start, end = chosen.window
-        steps = chosen.steps or settings_of(base).sampling["num_inference_steps"]
-        if 0 <= start < end <= 1 and not any(start <= step / steps < end for step in range(steps)):
-            raise ValueError(f"None of {steps} steps begins in the window {start:g} to {end:g}: widen it.")
-    for prompt in prompts:
-        tokens = len(base.tokenizer(prompt, verbose=False).input_ids)
-        if tokens > base.tokenizer.model_max_length:
-            tell(f'The end of "{prompt}" is not read, {tokens - base.tokenizer.model_max_length} tokens: shorten it.')
-    return prompts
-
-
-def _rule(chosen: Namespace) -> dict[str, Any]:
-    """The options of LAG that were given."""
-    return {"mask": find_rule(chosen.mask, **dict(chosen.mask_option)), "window": tuple(chosen.window)}
-
-
-def _sampling(chosen: Namespace) -> dict[str, Any]:
-    """The options of the pipeline call that were given."""
-    given = {"num_inference_steps": chosen.steps, "guidance_scale": chosen.guidance}
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _draw(chosen: Namespace, base: Any, residuals: Residuals, prompt: str, seed: int) -> Image.Image:
-    """One picture in the mode that was chosen."""
-    words = _mask_words(chosen, residuals) if chosen.mode == "lag" else None
-    ways = usual_ways(base, residuals, words, scale=chosen.scale, lag=_rule(chosen))
-    options = settings_of(base).sampling | _sampling(chosen)
-    with _silence(), _one_sentence(), ways["LAG" if chosen.mode == "lag" else chosen.mode]():
-        return draw(base, [prompt], generator=torch.Generator().manual_seed(seed), **options)[0]
-
-
-@contextmanager
-def _one_sentence() -> Iterator[None]:
-    """What Python is told of a picture that is none, in words of the command line."""
-    try:
-        yield
-    except FloatingPointError as error:
-        raise Failed(
-            f"{error} Try --dtype float32 or a --scale below 1; if --mode original fails as well, the base is broken, "
-            "otherwise the residuals are."
-        ) from error
-
-
 def _slug(prompt: str) -> str:
     """A prompt as a part of a file's name: its letters in any script, not more than file systems take."""
     words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")
     return words.encode()[:120].decode(errors="ignore").strip("-") or "picture"
 
 
+def _png(picture: Image.Image) -> bytes:
+    with io.BytesIO() as file:
+        picture.save(file, "PNG")
+        return file.getvalue()
+
+
+def _write(content: bytes, path: Path) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def _write_beside(picture: Image.Image, path: Path) -> Path:
     """Write a picture; where another one has this name already, under the next free one. Returns where it is."""
-    encoded = io.BytesIO()
-    picture.save(encoded, "PNG")
+    content, place = _png(picture), path
     for number in itertools.count(2):
-        if not path.exists() or path.is_file() and path.read_bytes() == encoded.getvalue():
+        if not place.exists() or place.is_file() and place.read_bytes() == content:
             break
-        path = path.with_name(
-            re.sub(rf"(-{number - 1})?\.png$" if number > 2 else r"\.png$", f"-{number}.png", path.name)
-        )
-    with whole_file(path) as temporary:
-        temporary.write_bytes(encoded.getvalue())
-    return path
+        place = path.with_name(f"{path.stem}-{number}.png")
+    _write(content, place)
+    return place
 
 
-def _write_picture(picture: Image.Image, path: Path) -> None:
-    with whole_file(path) as temporary:
-        picture.save(temporary)
-
-
-def _keep(write: Callable[[Path], Any], path: Path) -> Path:
+def _keep(write: Callable[[Path], Any], path: Path) -> None:
     """Write a result; if its place has filled up meanwhile, elsewhere, since hours of work may be in it."""
     try:
         write(path)
-        return path
     except OSError as error:
-        for folder in (Path.cwd(), Path(tempfile.gettempdir())):
-            other = folder / path.name
+        for place in (Path.cwd() / path.name, Path(tempfile.gettempdir()) / path.name):
             with suppress(OSError):
-                if not other.exists():
-                    write(other)
-                    return other
+                if not place.exists():
+                    write(place)
+                    raise Failed(f"{error} So the result is in {place}.") from error
         raise Failed(str(error)) from error
 
 
-def _moved(path: Path, wanted: Path) -> None:
-    if path != wanted:
-        raise Failed(f"{wanted} could not be written, so the result is in {path.resolve()}.")
-
-
-def _are_two_files(chosen: Namespace, one: str, other: str) -> None:
-    first, second = getattr(chosen, one), getattr(chosen, other)
-    if second is not None and os.path.realpath(first) == os.path.realpath(second):
-        raise ValueError(f"--{one} {first} is the file of the {other}, too: name another one.")
-
-
-def _needs_suffix(path: Path, suffix: str) -> None:
-    """Told before the work, not after it."""
-    if path.suffix.lower() != suffix:
-        raise ValueError(f"--out {path} must end in {suffix}.")
-    if path.is_dir():
-        raise ValueError(f"--out {path} is a folder: name a file.")
-
-
-def _one_or_many(sources: list[str]) -> Any:
-    return sources[0] if len(sources) == 1 else sources
-
-
-def _dtype(name: str | None) -> Any:
-    return None if name is None else getattr(torch, name)
+def _check_out(chosen: Namespace, suffix: str, other: Path | None = None) -> None:
+    """Told before the work, not after it: whether `--out` can be written."""
+    if chosen.out.suffix.lower() != suffix or chosen.out.is_dir():
+        raise ValueError(f"--out {chosen.out} must be a file that ends in {suffix}.")
+    if other and os.path.realpath(chosen.out) == os.path.realpath(other):
+        raise ValueError(f"--out {chosen.out} is another file of this command, too: name another one.")
+    check_place(chosen.out, ROOM)

@@ -154,7 +154,7 @@ class PaperJudge:
         rows: list[Scores] = [{name: _short(v[index]) for name, v in scores.items()} for index in range(len(images))]
         for row, image, before in zip(rows, images, frozen.images, strict=True):
             row["moved"] = _short(_moved(image, before, torch.zeros(1, 1)))
-        return _with_diversity(rows, prompts, self.encoders._dino_pictures(images))
+        return _with_diversity(rows, prompts, self.encoders.know(images))
 
     def rank(self, subject: Subject, rows: list[Scores], images: list[Image.Image], count: int) -> None:
         """No renderer knows these objects."""

@@ -1,0 +1,93 @@
+"""What goes wrong, in one place: a sentence for what a user can bring about, a traceback for this program's own fault.
+
+Exit codes: 0 done; 1 the work failed or was interrupted; 2 the input was wrong, and nothing was written.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import suppress
+
+from persres_lite.support.notices import Notice
+
+LONGEST = 2000  # letters of a message: the name of a tensor in someone's file may have millions
+
+WRONG_INPUT = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+class Failed(Exception):
+    """The work failed, for a reason that the message says."""
+
+
+def run(work: Callable[[Namespace], None], chosen: Namespace) -> int:
+    """Do a command's work and return its exit code."""
+    try:
+        with (
+            warnings.catch_warnings()
+        ):  # our own remarks, and none of the libraries', which a user can do nothing about
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", category=Notice)
+            warnings.showwarning = lambda message, *_, **__: say(str(message))
+            work(chosen)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        code, what = 1, _interrupted(chosen)
+    except Exception as error:
+        code, what = 2 if isinstance(error, WRONG_INPUT) else 1, _sentence(error, chosen)
+        if not what:
+            raise
+    say(what)
+    return code
+
+
+def say(what: str) -> None:
+    """Print one line on the error stream, whatever a hostile file has put into a name."""
+    line = "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in what)
+    line = " ".join(line.split())
+    print(f"persres-lite: {line if len(line) <= LONGEST else line[:LONGEST] + ' …'}", file=sys.stderr, flush=True)
+
+
+def _sentence(error: Exception, chosen: Namespace) -> str:
+    """What to tell of an error; nothing for one that no user has brought about."""
+    from persres_lite.support.memory import out_of_memory
+
+    what = str(error)
+    if isinstance(error, BrokenPipeError):
+        # Who was reading has left; what is still to be printed must not fail once more at the exit.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, OSError) and error.errno is not None:  # the system's own words
+        return f"{error.filename or 'reading or writing failed'}: {str(error.strerror).lower()}."
+    if isinstance(error, FloatingPointError):
+        broken = "if --mode original fails as well, the base is broken, otherwise the residuals are"
+        return f"{what} Try --dtype float32 or a --scale below 1; {broken}."
+    if out_of_memory(error):
+        return f"out of memory: {_smaller(chosen, on_cpu='CPU' in what or isinstance(error, MemoryError))}."
+    for name in vars(chosen):  # an argument of Python's is advised: the option stands for it here
+        option = "--" + name.removeprefix("macro_").replace("_", "-")
+        what = re.sub(rf"\b{name}=True\b", option, what)
+        what = re.sub(rf"\b{name}='(\w+)'", rf"{option} \1", what)
+    return what if isinstance(error, ValueError | Failed | OSError | ImportError) else ""
+
+
+def _smaller(chosen: Namespace, on_cpu: bool) -> str:
+    """What needs less memory than the command that ran out of it, apart from what was asked for already."""
+    tries = ["close what else uses it"]
+    if chosen.dtype == "float32" or chosen.dtype is None and on_cpu:  # on a GPU half precision is the default
+        tries.append("try --dtype bfloat16")
+    if chosen.command in ("sample", "compare"):
+        tries += ["a smaller --height and --width"] + ["--device cpu"] * (not on_cpu)
+    return ", or ".join(tries)
+
+
+def _interrupted(chosen: Namespace) -> str:
+    checkpoint = getattr(chosen, "checkpoint", None)
+    if checkpoint and checkpoint.exists():
+        return f"interrupted; the same command goes on from {checkpoint}."
+    return "interrupted." + " With --checkpoint FILE it could have gone on." * (chosen.command == "personalize")
