@@ -30,29 +30,6 @@ from persres_lite.support.files import whole_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
-FIRST_CELL = """\
-BASE = None  # the frozen model: None takes the environment variable PERSRES_BASE, else "toybox"; with a GPU: "sd-1.4"
-
-# In a clone this finds the package. On Colab, or in an empty folder, it fetches the project first.
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-here = Path.cwd()
-homes = [folder for folder in (here, *here.parents, here / "persres-lite") if (folder / "persres_lite").is_dir()]
-if not homes and importlib.util.find_spec("persres_lite") is None:
-    address = os.environ.get("PERSRES_REPOSITORY", "{address}")
-    homes = [here / "persres-lite"]
-    if subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, str(homes[0])]).returncode:
-        raise RuntimeError(f"Could not fetch {{address}}: is there a network, and is git installed?")
-sys.path[:0] = [str(home) for home in homes[:1]]
-
-from persres_lite.course.start import start
-
-HOME, BASE = start(BASE)"""
-
 COLAB = "https://colab.research.google.com/github/"
 BADGE = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({COLAB}{{}}/blob/main/notebooks/{{}})"
 
@@ -76,8 +53,11 @@ def public_address(root: Path = ROOT) -> str:
 
 
 def first_cell(address: str) -> str:
-    """The first code cell, the same in every notebook."""
-    return FIRST_CELL.format(address=address)
+    """The first code cell, the same in every notebook: that of lesson 00, with the address in it."""
+    (cell,) = [
+        cell for cell in read(notebook_paths()[0]).cells if cell.metadata.get("persres", {}).get("role") == "setup"
+    ]
+    return re.sub(r'"https://github\.com/[^"]+"', f'"{address}"', cell.source)
 
 
 def badge(address: str, name: str) -> str:
