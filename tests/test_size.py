@@ -45,7 +45,8 @@ def longest(text: str) -> tuple[int, int]:
 
 
 def test_lines_are_counted():
-    text = '"""What it is.\n\nMore."""\n\n# why\ndef f(a, *, b):\n    """Doc."""\n    x = """two\n    lines"""\n    return x\n'
+    text = '"""What it is.\n\nMore."""\n\n# why\ndef f(a, *, b):\n    """Doc."""\n'
+    text += '    x = """two\n    lines"""\n    return x\n'
     assert sorted(code_lines(text)) == [6, 8, 9, 10]
     assert longest(text) == (4, 2)
 
