@@ -112,7 +112,7 @@ def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     parts = ["# Time and memory", f"Measured with `{results['command']}` on {results['machine']}."]
     for model, found in results["models"].items():
-        rows = []
+        rows: list[list[Any]] = []
         for row in found["ratios"]:
             spread = "one run" if row["kind"] == "memory" else " to ".join(f"{value:.3f}" for value in row["quartiles"])
             goal = "" if row["goal"] is None else f"at most {row['goal']:g}"

@@ -206,9 +206,9 @@ def slides(notebooks: dict[str, NotebookNode]) -> list[Slide]:
     made = [Slide("Personalized residuals in 90 minutes", "\n".join([*plan, "", PAPER, "", KEYS]), kind="lesson")]
     for number, rules in RULES.items():
         if number in notebooks:
-            found = [slide for rule in rules for slide in rule(notebooks[number])]
+            shown = [slide for rule in rules for slide in rule(notebooks[number])]
             lesson = _title(notebooks[number])
-            made += [replace(slide, lesson=lesson) for slide in _thinned(found, FIGURES.get(number, 0))]
+            made += [replace(slide, lesson=lesson) for slide in _thinned(shown, FIGURES.get(number, 0))]
     return [*made, Slide("Afterwards", "\n".join(later), kind="lesson")] if later[2:] else made
 
 
