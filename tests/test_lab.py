@@ -190,6 +190,8 @@ def test_in_a_browser_a_slider_moves_the_picture_and_photographs_arrive(lab, tmp
         until(lambda: not np.array_equal(pixels(), before))
         page.keyboard.press("ArrowLeft")
         until(lambda: np.array_equal(pixels(), before))
-        page.locator("input[type=file]").set_input_files(photographs)
+        with page.expect_file_chooser() as chooser:
+            page.get_by_role("button", name="photographs").click()
+        chooser.value.set_files(photographs)
         page.get_by_text("came: 30000000").first.wait_for()
         browser.close()
