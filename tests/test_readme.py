@@ -61,7 +61,7 @@ def on_toybox(command: str) -> str:
 def env(tmp_path_factory):
     """The environment of a user, in which the public address is a bare clone here."""
     public = tmp_path_factory.mktemp("readme") / "public"
-    subprocess.run(["git", "clone", "--quiet", "--bare", str(ROOT), str(public)], check=True)
+    subprocess.run(["git", "clone", "--quiet", "--bare", "--depth", "1", ROOT.as_uri(), str(public)], check=True)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "PERSRES"))}
     address = {"GIT_CONFIG_KEY_0": f"url.{public.as_uri()}.insteadOf", "GIT_CONFIG_VALUE_0": notebooks.public_address()}
     return {**clean, **address, "GIT_CONFIG_COUNT": "1", "HF_HUB_OFFLINE": "1"}

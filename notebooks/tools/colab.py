@@ -81,7 +81,9 @@ def main(names: list[str] | None = None) -> int:
     problems = []
     with tempfile.TemporaryDirectory() as folder:
         bare = Path(folder) / "persres-lite.git"
-        subprocess.run(["git", "clone", "--quiet", "--bare", str(notebooks.ROOT), str(bare)], check=True)
+        subprocess.run(
+            ["git", "clone", "--quiet", "--bare", "--depth", "1", notebooks.ROOT.as_uri(), str(bare)], check=True
+        )
         problems += without_installing(bare.as_uri())
         for path in notebooks.counted(notebooks.notebook_paths(names=names)):
             problems += [f"{path.name}: {complaint}" for complaint in alone(path, bare.as_uri())]
