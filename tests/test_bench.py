@@ -29,7 +29,8 @@ def test_the_shape_is_stable_diffusions_and_the_peer_is_its_scripts_lora():
 
 
 def test_the_pipeline_around_the_shape_is_finite_and_samples_and_trains(monkeypatch):
-    monkeypatch.setattr(bench_runs, "FULL", 32)
+    narrow = bench_runs.random_pipeline(32, CPU, torch.float32)
+    monkeypatch.setattr(bench_runs, "random_pipeline", lambda *_: narrow)
     subject = bench_runs.sd14_shape(CPU)
     assert (subject.base.vae_scale_factor, subject.base.tokenizer.model_max_length) == (8, 77)
     out = subject.base.unet(torch.randn(1, 4, 16, 16), 10, torch.randn(1, 7, 768)).sample
