@@ -1,10 +1,14 @@
-"""A small notebook with everything that one of the series must have, for the tests of the tools."""
+"""A small notebook with everything that one of the series must have, and the series on random bases."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from nbformat import NotebookNode, v4
 
+from data.make import runs
 from notebooks.tools import notebooks
+from tests.tiny import tiny_pipeline
 
 ADDRESS = "https://github.com/persres-lite/persres-lite"
 NAME = "04_example.ipynb"
@@ -83,3 +87,21 @@ def example(first_cell: str | None = None) -> NotebookNode:
         path = f"import sys\nsys.path.insert(0, {str(notebooks.ROOT)!r})\n"
         next(cell for cell in made.cells if cell.cell_type == "code").source = path + first_cell
     return made
+
+
+FEWER_STEPS = """
+from persres_lite import evaluation
+from persres_lite.bases import BASES
+BASES["{name}"].sampling["num_inference_steps"] = 6  # an unknown folder takes its settings from this entry
+BASES["{name}"].recipe["steps"] = 4
+evaluation.PAPER_JUDGES = tuple(str(HOME / "data" / folder) for folder in evaluation.JUDGES["toybox"])
+"""
+
+
+def run_on(kind: str, book: NotebookNode, folder: Path, first: str = "") -> NotebookNode:
+    """A lesson, run with fewer steps on random weights in the folder layout and block structure of `kind`."""
+    tiny_pipeline(kind).save_pretrained(folder / kind)
+    few = FEWER_STEPS.format(name="sdxl" if kind == "sdxl" else "sd-1.4")
+    book.cells.insert(3, v4.new_code_cell(few + first))
+    env = {"PERSRES_BASE": str(folder / kind), "HF_HUB_OFFLINE": "1"}
+    return runs.execute(book, notebooks.ROOT / "notebooks", env)

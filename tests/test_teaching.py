@@ -14,6 +14,10 @@ from tests.notebook_example import WRONG, example
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
 
+def exercise_of(book):
+    return next(cell for cell in book.cells if cell.source.startswith("### Exercise"))
+
+
 @pytest.fixture
 def book():
     made = example()
@@ -35,7 +39,7 @@ def test_the_students_version_gives_nothing_away(book):
 
 
 def test_a_solution_in_another_form_is_not_handed_out(book):
-    cell = next(cell for cell in book.cells if cell.source.startswith("### Exercise"))
+    cell = exercise_of(book)
     cell.source = cell.source.replace("<details><summary>Solution", "<details open><summary>Solution")
     with pytest.raises(ValueError, match="A solution is left"):
         teaching.student(book)
@@ -51,7 +55,7 @@ def test_the_answer_key_has_statement_solution_note_and_wrong_answers(book):
 
 def test_students_and_answers_get_no_link_to_solutions_and_none_that_leads_nowhere(book):
     book.cells[-1].source += "\n\nSource: [its file](../persres_lite/residuals.py)"
-    exercise = next(cell for cell in book.cells if cell.source.startswith("### Exercise"))
+    exercise = exercise_of(book)
     exercise.source = exercise.source.replace("Write `", "See [rank](glossary.md#rank). Write `")
     given = nbformat.writes(teaching.student(book))
     assert "colab" not in given and "](../../persres_lite/residuals.py)" in given
@@ -69,11 +73,12 @@ def test_slides_are_one_page_without_a_network(book):
     page = teaching.page(made)
     assert page.count("<section") == len(made)
     assert 'alt="A &lt;pixel&gt;"' in page and 'class="equation"' in page
+    assert "<figcaption>A &lt;pixel&gt;</figcaption>" in page, "beside a high figure"
     assert not re.search(r"<(?:script|link|img)[^>]+(?:src|href)=.https?:", page)
 
 
 def test_exercises_fit_the_lessons_minutes(book):
-    exercise = next(cell for cell in book.cells if cell.source.startswith("### Exercise"))
+    exercise = exercise_of(book)
     exercise.source = exercise.source.replace("**Minutes:** 2", "**Minutes:** 15")
     assert not any("Your turn" in slide.title for slide in teaching.slides({"04": book}))
 
@@ -98,14 +103,13 @@ def test_a_lessons_equations_stand_on_one_slide(book):
     assert made.text == "First\n\n$$a = b$$\n\nthen\n\n$$c = d$$"
 
 
-def test_equations_of_several_lines_keep_their_number():
+def test_equations_and_code_are_kept_and_numbers_of_references_are_not():
     drawn = teaching.to_html(r"$$\begin{aligned} a &= b, \\ c &= d. \end{aligned} \tag{2}$$")
     assert drawn.count("<img") == 2 and "(2)</span>" in drawn
-
-
-def test_slides_carry_no_numbers_of_references():
     assert teaching.to_html("as in LoRA [2, 3], `x[0] [1]`", inline=True) == "as in LoRA, <code>x[0] [1]</code>"
     assert teaching.to_html("masks in [0, 1]", inline=True) == "masks in [0, 1]"
+    assert teaching.drawn_equation(r"\nonsense{a}") == r"<code>\nonsense{a}</code>", "what matplotlib cannot draw"
+    assert "<img" in teaching.to_html("so $x_i$") and "<img" not in teaching.to_html("`$x_i$`")
 
 
 def test_a_question_about_a_list_brings_the_list(book):
@@ -117,10 +121,6 @@ def test_a_question_about_a_list_brings_the_list(book):
     assert not any(teaching.PREDICT in slide.text for slide in teaching.results(book))
 
 
-def test_a_high_figure_has_its_caption_beside_it(book):
-    assert "<figcaption>A &lt;pixel&gt;</figcaption>" in teaching.page(teaching.slides({"04": book}))
-
-
 def test_a_cell_asks_for_its_slide_or_for_none(book):
     book.cells[4].metadata["persres"] = {"slide": "How it learns"}
     book.cells[5].metadata["persres"] = {"slide": False}
@@ -128,16 +128,9 @@ def test_a_cell_asks_for_its_slide_or_for_none(book):
     assert "How it learns" in [slide.title for slide in made] and not any(slide.pictures for slide in made)
 
 
-def test_what_matplotlib_cannot_draw_stays_readable():
-    assert teaching.drawn_equation(r"\nonsense{a}") == r"<code>\nonsense{a}</code>"
-    assert "<img" in teaching.to_html("so $x_i$") and "<img" not in teaching.to_html("`$x_i$`")
-
-
 def test_the_series_makes_a_lecture():
     made = teaching.slides({path.name[:2]: notebooks.read(path) for path in notebooks.notebook_paths()})
     assert 35 <= len(made) <= 55 and sum(teaching.MINUTES.values()) == 90
-    for path in notebooks.notebook_paths():
-        teaching.student(notebooks.read(path))
     readme = (notebooks.ROOT / "README.md").read_text(encoding="utf-8").split("**90 minutes**")[1].split("**")[0]
     assert {
         number: int(minutes) for number, minutes in re.findall(r"\b(0\d)\b[^()]*\((\d+)\)", readme)
