@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scores": set(),
     "bases": {"support"},
     "cost": {"bases"},
-    "concepts": {"support"},
+    "concepts": {"support", "masks"},
     "residuals": {"support"},
     "training": FIRST | {"cost"},
     "attention": FIRST,
