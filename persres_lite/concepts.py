@@ -126,9 +126,9 @@ def load_concept(
         source = _find(source)
         if source.suffix.lower() == ".zip":
             with TemporaryDirectory() as place:
-                folder = Path(place) / source.stem
-                shutil.unpack_archive(source, folder, "zip")
-                concept = load_concept(folder, macro_class, token)
+                unpacked = Path(place) / source.stem
+                shutil.unpack_archive(source, unpacked, "zip")  # which writes nothing outside of it
+                concept = load_concept(unpacked, macro_class, token)
             concept.path = None
             return concept
     elif not isinstance(source, Image.Image):

@@ -199,7 +199,7 @@ def test_large_photographs_are_reduced_while_they_are_read(tmp_path):
 import resource, sys
 from persres_lite.support.images import read_images
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-images, _ = read_images({str(tmp_path / "many")!r})
+images = read_images({str(tmp_path / "many")!r})
 used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 print(*images[0].size, used // (1024**2 if sys.platform == "darwin" else 1024))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
