@@ -76,8 +76,8 @@ def test_the_precision_is_asked_for_by_the_word_that_diffusers_knows(folders, mo
     load = diffusers.DiffusionPipeline.from_pretrained
 
     def earlier(source, **options):
-        options["dtype"] = options.pop(word, torch.float32)
-        return load(source, **options)
+        asked = {each: options.pop(each, torch.float32) for each in ("dtype", "torch_dtype")}
+        return load(source, dtype=asked[word], **options)
 
     monkeypatch.setattr(diffusers, "__version__", version)
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", earlier)
