@@ -121,7 +121,7 @@ def test_compare_shows_what_sample_draws(world, tmp_path):
 
 def test_personalize_samples_along_the_way_and_takes_its_options(world, monkeypatch):
     known = training.settings_of(tiny_pipeline("sd1"))
-    quick = replace(known, sampling=known.sampling | {"num_inference_steps": 2})
+    quick = replace(known, steps=2)
     monkeypatch.setattr(training, "settings_of", lambda base: quick)
     more = ("--sample-every", "2", "--rank", "2", "--init", "random", "--train-token", "--gradient-checkpointing")
     arguments = learn(world, *more, out="sub/other.safetensors")
