@@ -1,7 +1,7 @@
 """Personalized residuals for text-to-image models (Ham et al., CVPR 2024, arXiv 2405.12978), small enough to read.
 
-The names below stand in the order of the lessons that teach them. They are imported on first use, so that
-`import persres_lite` itself costs nothing.
+The names below stand in the order of the lessons that teach them; the last two are for files of other tools. They are
+imported on first use, so that `import persres_lite` itself costs nothing.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, Any
 from persres_lite.support.notices import without_torchvision
 
 if TYPE_CHECKING:
-    from persres_lite.attention import record_attention
-    from persres_lite.bases import load_base, settings_of
-    from persres_lite.concepts import Concept, load_concept
-    from persres_lite.evaluation import compare, load_judges
-    from persres_lite.localize import localized
-    from persres_lite.lora import export_lora, import_lora
-    from persres_lite.masks import make_mask
-    from persres_lite.residuals import Residuals
-    from persres_lite.training import personalize
+    from persres_lite.attention import record_attention as record_attention
+    from persres_lite.bases import load_base as load_base
+    from persres_lite.bases import settings_of as settings_of
+    from persres_lite.concepts import Concept as Concept
+    from persres_lite.concepts import load_concept as load_concept
+    from persres_lite.evaluation import compare as compare
+    from persres_lite.evaluation import load_judges as load_judges
+    from persres_lite.localize import localized as localized
+    from persres_lite.lora import export_lora as export_lora
+    from persres_lite.lora import import_lora as import_lora
+    from persres_lite.masks import make_mask as make_mask
+    from persres_lite.residuals import Residuals as Residuals
+    from persres_lite.training import personalize as personalize
 
 __version__ = "0.1.0"
 
@@ -37,26 +41,11 @@ _MODULES = {
     "localized": "localize",
     "compare": "evaluation",  # lesson 06
     "load_judges": "evaluation",
-    "export_lora": "lora",  # lesson 08
+    "export_lora": "lora",  # for and from other tools
     "import_lora": "lora",
 }
 
-__all__ = [
-    "load_base",
-    "settings_of",
-    "Residuals",
-    "Concept",
-    "load_concept",
-    "personalize",
-    "record_attention",
-    "make_mask",
-    "localized",
-    "compare",
-    "load_judges",
-    "export_lora",
-    "import_lora",
-]
-
+__all__ = list(_MODULES)
 
 without_torchvision()
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from PIL import Image
 
-from persres_lite.support.images import Picture, picture_files, read_images, read_mask, some_names
+from persres_lite.masks import read_mask
+from persres_lite.support.images import Picture, formats, kept_size, picture_files, read_images, some_names
 from persres_lite.support.notices import tell
 from persres_lite.support.paths import data_dir
 
@@ -57,9 +62,10 @@ class Concept:
             raise ValueError(f"The concept {self.name} needs a macro class: say what it is, as macro_class='cat'.")
         if not self.token or self.token.split() != [self.token]:
             raise ValueError(f"The token must be one word without spaces, not {self.token!r}: for example 'sks'.")
-        if self.masks is not None and len(self.masks) != len(self.images):
-            counts = f"{len(self.images)} pictures and {len(self.masks)} masks"
-            raise ValueError(f"{self.name} has {counts}: give a mask for each picture.")
+        images, masks = ([each.size for each in pictures or ()] for pictures in (self.images, self.masks))
+        if self.masks is not None and masks != images:
+            wanted = f"{self.name} has pictures of {images} and masks of {masks} pixels"
+            raise ValueError(f"{wanted}: give a mask for each picture, of its size.")
 
     def __str__(self) -> str:
         return f"{self.token} {self.macro_class}"
@@ -84,18 +90,17 @@ def shipped_concepts() -> list[str]:
 
 
 def load_concept(
-    source: Picture | Iterable[Picture],
-    macro_class: str | None = None,
-    token: str | None = None,
+    source: Picture | Iterable[Picture], macro_class: str | None = None, token: str | None = None
 ) -> Concept:
-    """Read a concept from a folder, from files, or from PIL pictures.
+    """Read a concept from a folder, a zip, from files, or from PIL pictures.
 
     Parameters
     ----------
     source : path, picture, or list of them
-        A folder with pictures; the name of a shipped concept (`shipped_concepts`); or a list of files or PIL pictures.
-        A folder may hold a card, ``concept.json``, with at least ``macro_class``, and masks: ``masks/0.png`` for
-        ``0.jpg``, white where the object is.
+        A folder with pictures, or a zip of one; the name of a shipped concept (`shipped_concepts`); or a list of files
+        or PIL pictures. A folder without pictures of its own stands for the one folder inside that has some. It may
+        hold a card, ``concept.json``, with at least ``macro_class``, and masks: ``masks/0.png`` for ``0.jpg``, white
+        where the object is.
     macro_class, token : str, optional
         What it is, and the word that will name it. None takes the card's; without a card the class must be given, and
         the token is `RARE_TOKEN`.
@@ -110,8 +115,7 @@ def load_concept(
         If there is no such folder, file or shipped concept.
     ValueError
         If no macro class is known, the card is not JSON, a picture or mask cannot be read (see
-        `persres_lite.support.images`), there is no picture at all, only some pictures have a mask, or it is not
-        clear which mask belongs to which picture.
+        `persres_lite.support.images`), there is no picture at all or in several folders, or only some have a mask.
 
     Warns
     -----
@@ -120,19 +124,28 @@ def load_concept(
     """
     if isinstance(source, str | Path):
         source = _find(source)
-    images, skipped = read_images(source)
-    folder = source if isinstance(source, Path) and source.is_dir() else None
-    card = _read_card(folder) if folder else {}
-    skipped = [name for name in skipped if name != CARD]
+        if source.suffix.lower() == ".zip":
+            with TemporaryDirectory() as place:
+                unpacked = Path(place) / source.stem
+                shutil.unpack_archive(source, unpacked, "zip")  # which writes nothing outside of it
+                concept = load_concept(unpacked, macro_class, token)
+            concept.path = None
+            return concept
+    elif not isinstance(source, Image.Image):
+        source = [each if isinstance(each, Image.Image) else Path(each).expanduser() for each in source]
+    outer = source if isinstance(source, Path) and source.is_dir() else None  # may hold the card
+    folder = outer and _with_pictures(outer)
+    images = read_images(folder or source)
+    card = _read_card(folder / CARD) or _read_card(outer / CARD) if folder and outer else {}
+    skipped = [path.name for path in picture_files(folder)[1] if path.name != CARD] if folder else []
     if skipped:
-        what = "1 file that is no picture" if len(skipped) == 1 else f"{len(skipped)} files that are no pictures"
-        tell(f"Skipped {what} in {folder}: {some_names(skipped)}.")
+        tell(f"Skipped what is no picture in {folder} ({len(skipped)}): {some_names(skipped)}.")
     return Concept(
-        name=card.get("name", None) or (folder.name if folder else "concept"),
+        name=card.get("name") or (folder.name if folder else "concept"),
         macro_class=macro_class or card.get("macro_class", ""),
         token=token or card.get("token", RARE_TOKEN),
         images=images,
-        masks=_read_masks(folder, images) if folder else None,
+        masks=_read_masks(folder / "masks", images) if folder else None,
         path=folder,
         info={key: value for key, value in card.items() if key not in WORDS},
     )
@@ -140,22 +153,30 @@ def load_concept(
 
 def _find(source: str | Path) -> Path:
     """The folder or file itself, or a shipped concept's folder, whatever the working directory is."""
-    path = Path(source).expanduser()
+    path, shipped = Path(source).expanduser(), ""
     if path.exists():
         return path
-    try:
-        data = data_dir()
-    except FileNotFoundError:
-        data = path  # no project around: only the path itself counts
-    for place in (data / "concepts" / path, data.parent / path):
-        if (place / CARD).is_file():
-            return place
-    shipped = f", or take a shipped concept ({', '.join(shipped_concepts())})" if data != path else ""
+    with suppress(FileNotFoundError):  # no project around: only the path itself counts
+        for place in (data_dir() / "concepts" / path, data_dir().parent / path):
+            if (place / CARD).is_file():
+                return place
+        shipped = f", or take a shipped concept ({', '.join(shipped_concepts())})"
     raise FileNotFoundError(f"There is no folder or picture {source}: check the path{shipped}.")
 
 
-def _read_card(folder: Path) -> dict[str, Any]:
-    path = folder / CARD
+def _with_pictures(folder: Path) -> Path:
+    """The folder, or, if it has no pictures of its own, the one inside that has, as programs pack and download them."""
+    if picture_files(folder)[0]:
+        return folder
+    folders = [path for path in folder.rglob("*") if path.is_dir() and path.name != "masks" and path.name[0] != "."]
+    inside = [path for path in sorted(folders) if picture_files(path)[0]]
+    if len(inside) > 1:
+        names = some_names([str(path.relative_to(folder)) for path in inside])
+        raise ValueError(f"{folder} holds pictures in several folders ({names}): give one of them, or put all in one.")
+    return inside[0] if inside else folder
+
+
+def _read_card(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
@@ -167,25 +188,20 @@ def _read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
-def _read_masks(folder: Path, images: list[Image.Image]) -> list[Image.Image] | None:
-    places = folder / "masks"
-    files = picture_files(places)[0] if places.is_dir() else []
-    if not files:
-        return None
-    names = [image.info["source"] for image in images]
-    _refuse_doubles(places, [path.name for path in files])
-    _refuse_doubles(folder, names)
-    masks = {path.stem: path for path in files}
-    missing = [Path(name).stem for name in names if Path(name).stem not in masks]
-    if missing:
-        raise ValueError(f"{places} has no mask for {some_names(missing)}: make one for every picture, or none.")
-    return [read_mask(masks[Path(name).stem], image.size) for name, image in zip(names, images, strict=True)]
-
-
-def _refuse_doubles(folder: Path, names: list[str]) -> None:
+def _read_masks(places: Path, images: list[Image.Image]) -> list[Image.Image] | None:
     """A picture and its mask belong together by name, the ending aside."""
-    known: dict[str, str] = {}
-    for name in names:
-        other = known.setdefault(Path(name).stem, name)
-        if other != name:
-            raise ValueError(f"{folder} holds {other} and {name}, and masks go by name without ending: rename one.")
+    files = {path.stem: path for path in picture_files(places)[0]} if places.is_dir() else {}
+    names = [Path(image.info["source"]).stem for image in images]
+    missing = list(Counter(names) - Counter(files.keys()))  # also one of two pictures that differ in the ending alone
+    if files and missing:
+        raise ValueError(f"{places} has no mask for {some_names(missing)}: make one for every picture, or none.")
+    return [_read_mask(files[name], image.size) for name, image in zip(names, images, strict=True)] if files else None
+
+
+def _read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
+    with Image.open(path, formats=formats()) as drawn:
+        values = read_mask(drawn)
+    if values.max() < 0.5:
+        raise ValueError(f"The mask {path} marks nothing: paint the object white on black.")
+    mask = Image.fromarray((255 * values).round().byte().numpy())
+    return mask.resize(size) if kept_size(mask.size) == size != mask.size else mask  # reduced as its picture was

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 
 import pytest
@@ -56,45 +57,60 @@ def test_pictures_without_a_card(folder):
 
 
 def test_without_masks_there_are_none(folder):
-    for mask in (folder / "masks").iterdir():
-        mask.unlink()
+    shutil.rmtree(folder / "masks")
     assert load_concept(folder).masks is None
 
 
 def test_other_files_are_skipped_named_and_counted(folder):
     (folder / "notes.txt").write_text("x")
-    with pytest.warns(UserWarning, match=r"Skipped 1 file that is no picture in .*: notes.txt\."):
-        load_concept(folder)
     (folder / "list.csv").write_text("x")
-    with pytest.warns(UserWarning, match=r"Skipped 2 files that are no pictures in .*: list.csv, notes.txt\."):
+    with pytest.warns(UserWarning, match=r"plum-cat \(2\): list.csv, notes.txt\."):
         assert len(load_concept(folder).images) == 3
 
 
-def no_mask(folder):
-    (folder / "masks" / "10.png").unlink()
+def test_photographs_in_the_folder_inside_or_in_a_zip(folder, tmp_path):
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "._0.jpg").write_bytes(b"\0\5\x16\7")
+    packed = shutil.make_archive(f"{tmp_path}-packed", "zip", tmp_path)
+    for source in (tmp_path, packed):
+        concept = load_concept(source)
+        assert concept.name == "Plum cat" and [image.width for image in concept.images] == [64, 80, 96]
+        assert len(concept.masks) == 3 and concept.path == (folder if source == tmp_path else None)
+    (folder / "concept.json").rename(tmp_path / "concept.json")
+    assert load_concept(tmp_path).name == "Plum cat", "a card beside the folder of pictures"
+    (tmp_path / "more").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "more" / "a.png")
+    with pytest.raises(ValueError, match=r"several folders \(more, plum-cat\): give one"):
+        load_concept(tmp_path)
 
 
-def small_mask(folder):
-    Image.new("L", (10, 10), 255).save(folder / "masks" / "10.png")
+def test_uploads_of_one_name_are_several_pictures(tmp_path):
+    paths = [tmp_path / str(number) / "image.jpg" for number in range(3)]
+    for number, path in enumerate(paths):
+        path.parent.mkdir()
+        Image.new("RGB", (64 + number, 64)).save(path)
+    assert [image.width for image in load_concept(paths, "cat").images] == [64, 65, 66]
 
 
-def no_pictures(folder):
-    for picture in folder.glob("*.jpg"):
-        picture.unlink()
+def test_home_is_expanded(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for source in ("~/plum-cat", ["~/plum-cat/0.jpg"]):
+        assert load_concept(source, "cat").images
 
 
 @pytest.mark.parametrize(
     "damage, sentence",
     [
-        (lambda folder: (folder / "concept.json").unlink(), r"The concept plum-cat needs a macro class: say"),
-        (lambda folder: (folder / "concept.json").write_text("{"), r"concept.json is not valid JSON .*: mend it"),
-        (lambda folder: (folder / "concept.json").write_text("[1]"), r"concept.json must be one JSON object"),
-        (lambda folder: (folder / "concept.json").write_text('{"token": 3}'), r"must be one JSON object with words"),
-        (lambda folder: (folder / "concept.json").write_bytes(b"\xff\xfe\x00"), r"concept.json is not valid JSON"),
-        (lambda folder: (folder / "10.jpg").write_text("x"), r"10.jpg cannot be read as a picture"),
-        (no_mask, r"masks has no mask for 10: make one for every picture, or none"),
-        (small_mask, r"The mask 10.png is 10 x 10 and its picture 96 x 64: make them equal"),
-        (no_pictures, r"There is no picture in .*plum-cat"),
+        (lambda folder: (folder / "concept.json").unlink(), "plum-cat needs a macro class"),
+        (lambda folder: (folder / "concept.json").write_text("{"), "concept.json is not valid JSON"),
+        (lambda folder: (folder / "concept.json").write_text("[1]"), "concept.json must be one JSON object"),
+        (lambda folder: (folder / "concept.json").write_text('{"token": 3}'), "must be one JSON object"),
+        (lambda folder: (folder / "10.jpg").write_text("x"), "10.jpg cannot be read as a picture"),
+        (lambda folder: (folder / "masks" / "10.png").unlink(), "no mask for 10: make one for every picture, or none"),
+        (lambda folder: (folder / "0.jpg").rename(folder / "1.png"), "no mask for 1:"),  # which of them is 1.png's?
+        (lambda folder: Image.new("L", (9, 9), 255).save(folder / "masks" / "10.png"), r"\(9, 9\).*of its size"),
+        (lambda folder: Image.new("L", (96, 64)).save(folder / "masks" / "10.png"), "10.png marks nothing: paint"),
+        (lambda folder: [path.unlink() for path in folder.glob("*.jpg")], "There is no picture in .*plum-cat"),
     ],
 )
 def test_damaged_folders(folder, damage, sentence):
@@ -109,7 +125,7 @@ def test_damaged_folders(folder, damage, sentence):
         ({"macro_class": "  "}, r"The concept thing needs a macro class"),
         ({"macro_class": "cat", "token": ""}, r"The token must be one word without spaces, not '': for example 'sks'"),
         ({"macro_class": "cat", "token": "my cat"}, r"The token must be one word without spaces, not 'my cat'"),
-        ({"macro_class": "cat", "masks": [Image.new("L", (4, 4))]}, r"thing has 0 pictures and 1 masks: give a mask"),
+        ({"macro_class": "cat", "masks": [Image.new("L", (4, 4))]}, r"thing has .* give a mask for each picture"),
     ],
 )
 def test_impossible_concepts(arguments, sentence):

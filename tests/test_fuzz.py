@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import random
-import re
 import struct
 from collections import Counter
 
@@ -18,15 +17,15 @@ from safetensors.torch import save
 from persres_lite import Residuals
 from persres_lite.cli import commands, main
 from persres_lite.lora import export_lora
-from persres_lite.support.images import read_image, read_mask
+from persres_lite.support.images import read_image
 from tests.helpers import exif_of, icc
 from tests.tiny import tiny_pipeline
 
-PICTURES = 1200
-"""Damaged pictures, each read as a photograph and as a mask."""
+PICTURES = 600
+"""Damaged pictures."""
 THROUGH = 40
 """Of them, and of EXIF, those that go through the whole command."""
-FILES = 120
+FILES = 80
 """Damaged files of residuals, and as many LoRAs of either format."""
 
 
@@ -49,21 +48,19 @@ def damaged(draw: random.Random, whole: bytes) -> bytes:
             break
         # Most of what programs trip over stands at the beginning.
         at = draw.randrange(min(len(data), draw.choice((32, 256, len(data)))))
-        kind = draw.randrange(7)
-        if kind == 0:
-            data[at] ^= 1 << draw.randrange(8)
-        elif kind == 1:
-            data[at] = draw.choice((0, 1, 0x7F, 0x80, 0xFF))
-        elif kind == 2:
-            data[at : at + 4] = struct.pack(draw.choice(("<I", ">I")), draw.choice((0, 1, 2**16, 2**31 - 1, 2**32 - 1)))
-        elif kind == 3:
-            del data[at:]
-        elif kind == 4:
-            del data[at : at + draw.randrange(1, 40)]
-        elif kind == 5:
-            data[at:at] = data[at : at + draw.randrange(1, 40)]
-        else:
-            data[at:at] = draw.randbytes(draw.randrange(1, 12))
+        number = struct.pack(draw.choice(("<I", ">I")), draw.choice((0, 1, 2**16, 2**31 - 1, 2**32 - 1)))
+        length = draw.randrange(1, 40)
+        start, end, new = draw.choice(
+            [
+                (at, at + 1, bytes([data[at] ^ 1 << draw.randrange(8)])),
+                (at, at + 4, number),
+                (at, len(data), b""),
+                (at, at + length, b""),
+                (at, at, data[at : at + length]),
+                (at, at, draw.randbytes(length)),
+            ]
+        )
+        data[start:end] = new
     return bytes(data)
 
 
@@ -112,28 +109,8 @@ def test_pictures(tmp_path, recwarn):
     for number in range(PICTURES):
         path.write_bytes(kinds[number] if number < len(kinds) else damaged(draw, draw.choice(kinds)))
         counted[outcome(path)] += 1
-        try:
-            read_mask(path, (20, 24))
-        except ValueError:
-            counted["no mask"] += 1
     assert counted["read"] > PICTURES / 10 and counted["refused"] > PICTURES / 10, counted
     assert not recwarn.list, "one sentence, and not a library's warning beside it"
-
-
-def test_exif(tmp_path, recwarn):
-    """Fields of any type, count and place: the picture is read, whatever stands there."""
-    draw, path = random.Random(2), tmp_path / "cat.jpg"
-    plain = Image.new("RGB", (40, 20), "red")
-    for _ in range(1000):
-        fields = [
-            (draw.choice((0x0112, 0x0100, 0x8769, 0x8825, 0x927C, draw.randrange(65536))), draw.randrange(16))
-            + (draw.choice((0, 1, 2, 9, 2**31, 2**32 - 1)), draw.randbytes(4))
-            for _ in range(draw.randrange(1, 9))
-        ]
-        exif = exif_of(fields, draw.random() < 0.5)
-        plain.save(path, exif=damaged(draw, exif) if draw.random() < 0.3 else exif)
-        assert read_image(path).size in ((40, 20), (20, 40))
-    assert not recwarn.list
 
 
 def run(arguments, capsys) -> tuple[int, str]:
@@ -179,41 +156,21 @@ def damaged_tensors(draw: random.Random, whole: bytes) -> bytes:
         name: torch.frombuffer(bytearray(data[slice(*each["data_offsets"])]), dtype=torch.float32).view(each["shape"])
         for name, each in header.items()
     }
-    for _ in range(draw.choice((1, 1, 3))):
-        name = draw.choice(list(tensors))
-        kind = draw.randrange(9)
-        if kind == 0:
-            del tensors[name]
-        elif kind == 1:
-            tensors[name + draw.choice(("x", ".dora_scale", ".alpha", ".bias", "_mid.weight"))] = tensors[name].clone()
-        elif kind == 2:
-            tensors[name] = tensors[name].flatten()[: draw.randrange(tensors[name].numel() + 1)].clone()
-        elif kind == 3:
-            tensors[name] = tensors[name].reshape(-1, *[1] * draw.randrange(5))
-        elif kind == 4:
-            kinds = (torch.float16, torch.int8, torch.bool, torch.complex64, torch.float64, torch.float8_e5m2)
-            tensors[name] = tensors[name].to(draw.choice(kinds))
-        elif kind == 5 and tensors[name].element_size() > 1:  # torch multiplies no float8
-            tensors[name] = tensors[name] * draw.choice((float("nan"), float("inf"), 1e30, 0.0, -1.0))
-        elif kind == 6 and metadata:
-            metadata.pop(draw.choice(list(metadata)))
-        elif metadata:
-            odd = (
-                "",
-                "null",
-                "[" * 5000,
-                '{"a": ' * 3,
-                "9" * 400,
-                "\x1b[2J",
-                "../..",
-                "1e999",
-                "{}",
-                "[1]",
-                "sks cat " * 40,
-            )
-            metadata[draw.choice(list(metadata))] = draw.choice(odd)
-        if not tensors:
-            break
+    name = draw.choice(list(tensors))
+    wrong = {
+        "gone": lambda tensor: None,
+        "cut": lambda tensor: tensor.flatten()[: draw.randrange(tensor.numel() + 1)].clone(),
+        "of more dimensions": lambda tensor: tensor.reshape(-1, *[1] * draw.randrange(5)),
+        "of another kind": lambda tensor: tensor.to(
+            draw.choice((torch.float16, torch.int8, torch.bool, torch.complex64))
+        ),
+        "too large": lambda tensor: tensor * draw.choice((float("nan"), float("inf"), 1e30, 0.0, -1.0)),
+    }
+    tensors[name] = wrong[draw.choice(list(wrong))](tensors[name])
+    if metadata and draw.random() < 0.3:
+        odd = ("", "null", "[" * 5000, "9" * 400, "\x1b[2J", "../..", "1e999", "[1]", "sks cat " * 40)
+        metadata[draw.choice(list(metadata))] = draw.choice(odd)
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     return save(tensors, metadata or None)
 
 
@@ -240,34 +197,3 @@ def test_residuals_and_loras(base, tmp_path, capsys, monkeypatch, kind):
         out.unlink(missing_ok=True)
     assert codes[0] > 3 and codes[2] > FILES / 3, codes
     assert {each.name for each in tmp_path.iterdir()} <= {"good.safetensors", "cat.safetensors", "d"}
-
-
-def test_arguments(base, tmp_path, capsys, monkeypatch):
-    """Odd values of every option, one or two at a time."""
-    monkeypatch.setattr(commands, "load_base", lambda *_: base)
-    monkeypatch.setattr(commands, "_draw", lambda *_: Image.new("RGB", (64, 64)))
-    monkeypatch.chdir(tmp_path)
-    residuals = Residuals(base, rank=2)
-    residuals.metadata.update(token="sks", macro_class="cat", base="toybox")
-    residuals.save(tmp_path / "cat.safetensors")
-    options = ["--images", "--steps", "--guidance", "--scale", "--words", "--mask", "--mask-option", "--window"]
-    options += ["--base", "--dtype", "--seed", "--out"]
-    values = ["", " ", "0", "1", "-1", "nan", "inf", "1e999", "9" * 30, "cat", "q=5", "q=", "=", "q=nan", "q=true"]
-    values += ["otsu", "soft", "float16", "a" * 300, "x/y/z", "\t", "猫", "..", "/", "{}", "sks cat", "0.5", "--", "-"]
-    draw, codes = random.Random(4), Counter()
-    for _ in range(400):
-        arguments = [
-            "sample",
-            "cat.safetensors",
-            draw.choice(("a {}", "{}", "", "a sks cat", "{} " * 90, "\n", "%s{0}")),
-        ]
-        for option in draw.sample(options, draw.choice((1, 2))):
-            count = 2 if option == "--window" else 1
-            arguments += [option, *draw.choices(values, k=count)]
-        try:
-            code, _ = run(arguments, capsys)
-        except SystemExit as stopped:  # the parser's own way
-            code, shown = stopped.code, capsys.readouterr().err
-            assert code == 2 and re.search(r"persres-lite sample: error: .+\n$", shown), shown
-        codes[code] += 1
-    assert codes[0] > 20 and codes[2] > 100, codes

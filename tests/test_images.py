@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +16,9 @@ from PIL import Image
 
 from persres_lite.support.images import (
     KEPT_PIXELS,
-    MAX_PIXELS,
+    picture_files,
     read_image,
     read_images,
-    read_mask,
     square_crop,
     square_crops,
 )
@@ -48,74 +48,56 @@ def png_that_claims(width: int, height: int) -> bytes:
 # ------------------------------------------------------------------------------------------------- what is read
 
 
-def save_exif(path):
+def marked(value: int) -> Image.Exif:
     exif = Image.Exif()
-    exif[EXIF_ORIENTATION] = 6  # shown turned by a quarter, clockwise
-    halves().save(path, exif=exif)
+    exif[EXIF_ORIENTATION], exif[0x010F] = value, "a camera"
+    return exif
 
 
-def save_alpha(path):
-    image = halves(mode="RGBA", left=(*RED, 255), right=(0, 0, 0, 0))
-    image.save(path)
+def cut_out():
+    return halves(mode="RGBA", left=(*RED, 255), right=(0, 0, 0, 0))
 
 
-def save_gray_alpha(path):
-    Image.merge("LA", (Image.new("L", (40, 20), 0), Image.new("L", (40, 20), 0))).save(path)
-
-
-def save_cmyk(path):
-    halves().convert("CMYK").save(path, quality=95)
-
-
-def save_16_bit(path):
-    Image.fromarray(np.full((20, 40), 65535, np.uint16)).save(path)
-
-
-def save_palette(path):
-    halves().quantize(4).save(path)
-
-
-def save_transparent_palette(path):
-    image = halves().quantize(4)
-    image.save(path, transparency=image.getpixel((39, 0)))
-
-
-def save_gray(path):
-    Image.new("L", (40, 20), 128).save(path)
-
-
-def save_bilevel(path):
-    Image.new("1", (40, 20), 1).save(path)
-
-
-def save_animation(path):
-    halves().save(path, save_all=True, append_images=[Image.new("RGB", (40, 20), "blue")] * 3)
+PALETTE, GRAY = halves().quantize(4), (128, 128, 128)
+FILM = {"save_all": True, "append_images": [Image.new("RGB", (40, 20), "blue")] * 3}
 
 
 @pytest.mark.parametrize(
-    "name, save, size, left, right",
+    "name, image, options, left, right",
     [
-        ("plain.png", lambda path: halves().save(path), (40, 20), RED, GREEN),
-        ("alpha.png", save_alpha, (40, 20), RED, WHITE),
-        ("gray-alpha.png", save_gray_alpha, (40, 20), WHITE, WHITE),
-        ("cmyk.jpg", save_cmyk, (40, 20), RED, GREEN),
-        ("16-bit.png", save_16_bit, (40, 20), WHITE, WHITE),
-        ("palette.png", save_palette, (40, 20), RED, GREEN),
-        ("palette.gif", save_palette, (40, 20), RED, GREEN),
-        ("transparent-palette.png", save_transparent_palette, (40, 20), RED, WHITE),
-        ("gray.png", save_gray, (40, 20), (128, 128, 128), (128, 128, 128)),
-        ("bilevel.png", save_bilevel, (40, 20), WHITE, WHITE),
-        ("animation.gif", save_animation, (40, 20), RED, GREEN),
-        ("animation.webp", save_animation, (40, 20), RED, GREEN),
+        ("plain.png", halves(), {}, RED, GREEN),
+        ("alpha.png", cut_out(), {}, RED, WHITE),
+        ("gray-alpha.png", Image.new("LA", (40, 20)), {}, WHITE, WHITE),
+        ("cmyk.jpg", halves().convert("CMYK"), {"quality": 95}, RED, GREEN),
+        ("16-bit.png", Image.fromarray(np.full((20, 40), 65535, np.uint16)), {}, WHITE, WHITE),
+        ("palette.gif", PALETTE, {}, RED, GREEN),
+        ("transparent-palette.png", PALETTE, {"transparency": PALETTE.getpixel((39, 0))}, RED, WHITE),
+        ("gray.png", Image.new("L", (40, 20), 128), {}, GRAY, GRAY),
+        ("bilevel.png", Image.new("1", (40, 20), 1), {}, WHITE, WHITE),
+        ("animation.gif", halves(), FILM, RED, GREEN),
+        ("animation.webp", halves(), FILM, RED, GREEN),
     ],
 )
-def test_kinds_of_files(tmp_path, name, save, size, left, right):
-    save(tmp_path / name)
-    image = read_image(tmp_path / name)
-    assert image.mode == "RGB" and image.size == size
-    assert np.allclose(image.getpixel((5, 10)), left, atol=12), "JPEG and WebP may change a color a little"
-    assert np.allclose(image.getpixel((35, 10)), right, atol=12)
-    assert image.info == {"source": name}
+def test_kinds_of_files(tmp_path, name, image, options, left, right):
+    image.save(tmp_path / name, **options)
+    read = read_image(tmp_path / name)
+    assert read.mode == "RGB" and read.size == (40, 20) and read.info == {"source": name}
+    assert np.allclose(read.getpixel((5, 10)), left, atol=12), "JPEG and WebP may change a color a little"
+    assert np.allclose(read.getpixel((35, 10)), right, atol=12)
+
+
+def test_the_pictures_of_phones_are_read_where_their_plugin_is_installed(tmp_path, monkeypatch):
+    (tmp_path / "cat.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ValueError, match="cat.heic cannot be read .*pip install pillow-heif"):
+        read_image(tmp_path / "cat.heic")
+
+    def register():
+        monkeypatch.setitem(Image.OPEN, "HEIF", (lambda file, name: halves(), lambda start: b"ftypheic" in start))
+        monkeypatch.setattr(Image, "ID", [*Image.ID, "HEIF"])
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    assert read_image(tmp_path / "cat.heic").getpixel((5, 5)) == RED
 
 
 def as_srgb(color):
@@ -166,13 +148,6 @@ def test_transparency_is_laid_over_white_before_colors_are_converted(tmp_path):
     assert np.allclose(image.getpixel((5, 5)), (250, 31, 14), atol=2) and image.getpixel((35, 5)) == WHITE
 
 
-def test_exif_rotation(tmp_path):
-    save_exif(tmp_path / "turned.jpg")
-    image = read_image(tmp_path / "turned.jpg")
-    assert image.size == (20, 40)
-    assert np.allclose(image.getpixel((10, 5)), RED, atol=12) and np.allclose(image.getpixel((10, 35)), GREEN, atol=12)
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("name", ["turned.jpg", "turned.png", "turned.webp", "turned.tif"])
 def test_every_orientation(tmp_path, name, orientation):
@@ -191,28 +166,19 @@ def test_every_orientation(tmp_path, name, orientation):
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_270,
     }[orientation]
-    exif = Image.Exif()
-    exif[EXIF_ORIENTATION] = orientation
-    exif[0x010F] = "a camera"
-    (upright if stored is None else upright.transpose(stored)).save(tmp_path / name, exif=exif)
+    (upright if stored is None else upright.transpose(stored)).save(tmp_path / name, exif=marked(orientation))
     image = read_image(tmp_path / name)
     assert image.size == (40, 20)
     for place, color in (((5, 5), RED), ((35, 5), GREEN), ((5, 15), (0, 0, 0))):
         assert np.allclose(image.getpixel(place), color, atol=60), "colors bleed at JPEG's half resolution"
 
 
-def test_fields_of_another_type_than_usual_do_no_harm(tmp_path):
-    """Writing EXIF anew, as Pillow does to turn a picture, fails on half of them (Pillow #4665)."""
-    draw, tags = random.Random(0), (0x0100, 0x010F, 0x011A, 0x0128, 0x0132, 0x8769, 0x8825, 0x9286, 0xA005)
-    for number in range(300):
-        big = draw.random() < 0.5
-        six = struct.pack(">HH" if big else "<HH", 6, 0)
-        fields = [(EXIF_ORIENTATION, 3, 1, six)]
-        for tag in draw.sample(tags, 3):
-            fields.append((tag, draw.randrange(1, 13), draw.choice((0, 1, 2, 70_000)), draw.randbytes(4)))
-        path = tmp_path / f"{number}.jpg"
-        halves().save(path, exif=exif_of(sorted(fields), big))
-        assert read_image(path).size == (20, 40), fields
+def test_odd_fields_beside_the_mark_do_no_harm(tmp_path):
+    """Writing EXIF anew, as Pillow does to turn a picture, fails on such fields (Pillow #4665)."""
+    for tag, kind in ((0x010F, 3), (0x011A, 2), (0x0132, 7), (0x9286, 1)):
+        fields = sorted([(EXIF_ORIENTATION, 3, 1, struct.pack(">HH", 6, 0)), (tag, kind, 2, b"\xff\0\xff\0")])
+        halves().save(tmp_path / "odd.jpg", exif=exif_of(fields))
+        assert read_image(tmp_path / "odd.jpg").size == (20, 40), fields
 
 
 def test_an_orientation_that_is_none_is_no_reason_to_refuse(tmp_path):
@@ -233,7 +199,7 @@ def test_large_photographs_are_reduced_while_they_are_read(tmp_path):
 import resource, sys
 from persres_lite.support.images import read_images
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-images, _ = read_images({str(tmp_path / "many")!r})
+images = read_images({str(tmp_path / "many")!r})
 used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 print(*images[0].size, used // (1024**2 if sys.platform == "darwin" else 1024))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -246,14 +212,10 @@ print(*images[0].size, used // (1024**2 if sys.platform == "darwin" else 1024))"
     )
 
 
-def test_a_large_picture_is_turned_and_its_mask_reduced_with_it(tmp_path):
-    exif = Image.Exif()
-    exif[EXIF_ORIENTATION] = 6
-    halves((4000, 3000)).save(tmp_path / "large.jpg", exif=exif)
-    halves((3000, 4000), left=WHITE, right=(0, 0, 0)).save(tmp_path / "mask.png")
+def test_a_large_picture_is_turned_and_reduced(tmp_path):
+    halves((4000, 3000)).save(tmp_path / "large.jpg", exif=marked(6))
     image = read_image(tmp_path / "large.jpg")
-    mask = read_mask(tmp_path / "mask.png", image.size)
-    assert mask.size == image.size and image.width < image.height and image.width * image.height < 1.01 * KEPT_PIXELS
+    assert image.width < image.height and 0.99 * KEPT_PIXELS < image.width * image.height < 1.01 * KEPT_PIXELS
 
 
 def test_sixteen_bit_gray_keeps_its_gray(tmp_path):
@@ -280,36 +242,21 @@ def cut_short(path):
 @pytest.mark.parametrize(
     "name, make, error, sentence",
     [
-        ("notes.jpg", lambda p: p.write_text("not a picture"), ValueError, r"notes.jpg cannot be read as a picture"),
-        ("empty.png", lambda p: p.write_bytes(b""), ValueError, r"empty.png cannot be read as a picture"),
-        ("cut.jpg", cut_short, ValueError, r"cut.jpg is broken or cut short .*: replace it or take it away"),
-        ("cut.png", cut_short, ValueError, r"cut.png is broken or cut short .*: replace it or take it away"),
-        (
-            "bomb.png",
-            lambda p: p.write_bytes(png_that_claims(100_000, 100_000)),
-            ValueError,
-            r"bomb.png has more than 80 million pixels and is not opened: make it smaller",
-        ),
-        (
-            "large.png",
-            lambda p: p.write_bytes(png_that_claims(10_000, MAX_PIXELS // 10_000 + 1)),
-            ValueError,
-            r"large.png has more than 80 million pixels",
-        ),
+        ("notes.jpg", lambda p: p.write_text("not a picture"), ValueError, "notes.jpg .*: save it as JPEG or PNG"),
+        ("empty.png", lambda p: p.write_bytes(b""), ValueError, "empty.png cannot be read"),
+        ("cut.jpg", cut_short, ValueError, "cut.jpg is broken or cut short .*: replace it"),
+        ("cut.png", cut_short, ValueError, "cut.png is broken or cut short"),
+        ("bomb.png", lambda p: p.write_bytes(png_that_claims(10**5, 10**5)), ValueError, "bomb.png .*make it smaller"),
+        ("large.png", lambda p: p.write_bytes(png_that_claims(10**4, 10**4)), ValueError, "large.png .* pixels"),
         (
             "float.tif",
-            lambda p: Image.fromarray(np.ones((20, 20), np.float32)).save(p),
+            lambda p: Image.fromarray(np.ones((9, 9), np.float32)).save(p),
             ValueError,
-            r"float.tif holds floating point numbers whose black and white are not known: save it with 8 or 16 bits",
+            "float.tif .*8 or 16",
         ),
-        (
-            "deep.tif",
-            lambda p: Image.fromarray(np.full((20, 20), 70_000, np.int32)).save(p),
-            ValueError,
-            r"deep.tif holds 32-bit numbers",
-        ),
-        ("gone.png", lambda p: None, FileNotFoundError, r"gone.png does not exist: give the path of a picture"),
-        ("folder", lambda p: p.mkdir(), FileNotFoundError, r"folder is a folder, not a picture"),
+        ("deep.tif", lambda p: Image.fromarray(np.full((9, 9), 70_000, np.int32)).save(p), ValueError, "deep.tif"),
+        ("gone.png", lambda p: None, FileNotFoundError, "gone.png"),
+        ("folder", lambda p: p.mkdir(), IsADirectoryError, "folder"),
     ],
 )
 def test_refused_files(tmp_path, name, make, error, sentence):
@@ -334,51 +281,32 @@ def test_a_file_never_starts_a_program(tmp_path, monkeypatch, name):
         read_image(lazy)
 
 
-@pytest.mark.parametrize("suffix", ["ico", "icns", "tga", "pcx", "dds", "fli", "psd", "xbm", "jp2"])
-def test_formats_that_no_camera_writes_are_not_opened(tmp_path, suffix):
-    picture = halves().convert("1") if suffix == "xbm" else halves()
-    try:
-        picture.save(tmp_path / f"cat.{suffix}")
-    except (OSError, ValueError, KeyError):
-        (tmp_path / f"cat.{suffix}").write_bytes(b"8BPS")
-    (tmp_path / f"cat.{suffix}").rename(tmp_path / "cat.png")
+@pytest.mark.parametrize("kind", ["ICO", "TGA", "PCX", "DDS"])
+def test_formats_that_no_camera_writes_are_not_opened(tmp_path, kind):
+    halves().save(tmp_path / "cat.png", kind)
     with pytest.raises(ValueError, match="of a format that is not opened here"):
         read_image(tmp_path / "cat.png")
 
 
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
-    (tmp_path / "bomb.png").write_bytes(png_that_claims(9_000, 9_000))
+    (tmp_path / "bomb.png").write_bytes(png_that_claims(10_000, 9_000))
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(ValueError, match="million pixels"):
+    with pytest.raises(ValueError, match="too many pixels"):
         read_image(tmp_path / "bomb.png")
 
 
 # ----------------------------------------------------------------------------------------------- folders, lists
 
 
-def test_a_folder_is_read_in_natural_order_and_the_rest_is_skipped_by_name(tmp_path):
+def test_a_folder_is_read_in_natural_order_and_the_rest_is_left(tmp_path):
     for number in (10, 2, 0):
-        Image.new("RGB", (20, 20), (number, 0, 0)).save(tmp_path / f"{number}.png")
-    halves().save(tmp_path / "unnamed", format="PNG")  # a picture without a suffix is still a picture
-    (tmp_path / "notes.txt").write_text("skip me")
-    (tmp_path / "list.csv").write_text("a,b")
-    (tmp_path / ".DS_Store").write_bytes(b"\0")
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(tmp_path / f"{number}.PNG")
+    for name in ("notes.txt", "raw.dng", "clip.mpg", ".DS_Store", "._0.png"):
+        (tmp_path / name).write_bytes(b"II*\0" + bytes(60))
     (tmp_path / "masks").mkdir()
-    images, skipped = read_images(tmp_path)
-    assert [image.info["source"] for image in images] == ["0.png", "2.png", "10.png", "unnamed"]
-    assert skipped == ["list.csv", "notes.txt"]
-
-
-def test_films_and_texts_beside_photographs_are_skipped(tmp_path):
-    """Some of them are pictures to Pillow, which then cannot read them."""
-    halves().save(tmp_path / "cat.png")
-    (tmp_path / "clip.mpg").write_bytes(b"\0\0\1\xb3" + struct.pack(">I", 0x28018000 >> 0) + bytes(200))
-    (tmp_path / "notes.txt").write_text(POSTSCRIPT)
-    (tmp_path / "raw.dng").write_bytes(b"II*\0" + bytes(60))
-    (tmp_path / "page.pdf").write_bytes(b"%PDF-1.4\n")
-    images, skipped = read_images(tmp_path)
-    assert len(images) == 1 and skipped == ["clip.mpg", "notes.txt", "page.pdf", "raw.dng"]
+    assert [image.info["source"] for image in read_images(tmp_path)] == ["0.PNG", "2.PNG", "10.PNG"]
+    assert [path.name for path in picture_files(tmp_path)[1]] == ["clip.mpg", "notes.txt", "raw.dng"]
 
 
 def test_a_broken_picture_in_a_folder_is_named_and_not_skipped(tmp_path):
@@ -388,39 +316,17 @@ def test_a_broken_picture_in_a_folder_is_named_and_not_skipped(tmp_path):
         read_images(tmp_path)
 
 
-def test_a_bomb_without_a_suffix_is_not_skipped(tmp_path):
-    (tmp_path / "bomb").write_bytes(png_that_claims(100_000, 100_000))
-    with pytest.raises(ValueError, match="bomb has more than 80 million pixels"):
-        read_images(tmp_path)
-
-
 def test_lists_files_and_pictures(tmp_path):
     halves().save(tmp_path / "a.png")
     for source in (tmp_path / "a.png", str(tmp_path / "a.png"), halves(), [halves()], (tmp_path / "a.png",)):
-        images, skipped = read_images(source)
-        assert [image.size for image in images] == [(40, 20)] and skipped == []
-    assert len(read_images([tmp_path / "a.png", halves()])[0]) == 2
+        assert [image.size for image in read_images(source)] == [(40, 20)]
+    assert len(read_images([tmp_path / "a.png", halves()])) == 2
 
 
-@pytest.mark.parametrize(
-    "fill, sentence",
-    [
-        (lambda folder: None, r"There is no picture in .*\. Put three to five pictures of the concept in it"),
-        (
-            lambda folder: [(folder / f"{number}.txt").write_text("x") for number in range(7)],
-            r"7 files there are no pictures \(0.txt, 1.txt, 2.txt, 3.txt, 4.txt, …\)",
-        ),
-    ],
-)
-def test_a_folder_without_pictures_is_refused(tmp_path, fill, sentence):
-    fill(tmp_path)
-    with pytest.raises(ValueError, match=sentence):
-        read_images(tmp_path)
-
-
-def test_an_empty_list_is_refused():
-    with pytest.raises(ValueError, match="list of pictures is empty"):
-        read_images([])
+@pytest.mark.parametrize("nothing", [[], None])
+def test_no_picture_is_refused(tmp_path, nothing):
+    with pytest.raises(ValueError, match="There is no picture.* three to five pictures"):
+        read_images(tmp_path if nothing is None else nothing)
 
 
 # --------------------------------------------------------------------------------------------------- cropping
@@ -453,50 +359,11 @@ def test_an_upright_picture_is_cut_around_the_mask_too():
     assert cut.getbbox() == (0, 50, 40, 90)
 
 
-def test_small_pictures_are_enlarged_with_a_warning_and_tiny_ones_refused():
-    with pytest.warns(UserWarning, match="a picture is 128 x 200 and is enlarged to 512 x 512"):
-        assert square_crop(Image.new("RGB", (128, 200)), 512).size == (512, 512)
-    with pytest.raises(ValueError, match="a picture is 127 x 200, less than a quarter of the 512 pixels"):
-        square_crop(Image.new("RGB", (127, 200)), 512)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        square_crop(Image.new("RGB", (512, 512)), 512)
-
-
-def test_many_small_pictures_are_one_warning():
-    small = [Image.new("RGB", (200, 200)) for _ in range(20)]
+def test_small_pictures_are_enlarged_with_one_warning(recwarn):
+    small = [Image.new("RGB", (200, 130)) for _ in range(20)]
     for number, image in enumerate(small):
         image.info["source"] = f"{number}.png"
-    with pytest.warns(UserWarning) as heard:
-        squares, masks = square_crops([*small, Image.new("RGB", (600, 600))], 512)
-    assert len(squares) == 21 and masks == [] and len(heard) == 1
-    assert "20 pictures are enlarged to 512 x 512" in str(heard[0].message) and "4.png, …" in str(heard[0].message)
-
-
-def test_messages_name_the_file(tmp_path):
-    Image.new("RGB", (20, 20)).save(tmp_path / "stamp.png")
-    with pytest.raises(ValueError, match="stamp.png is 20 x 20"):
-        square_crop(read_image(tmp_path / "stamp.png"), 512)
-
-
-# ----------------------------------------------------------------------------------------------------- masks
-
-
-def test_masks(tmp_path):
-    halves(left=WHITE, right=(0, 0, 0)).save(tmp_path / "mask.png")
-    mask = read_mask(tmp_path / "mask.png", (40, 20))
-    assert mask.mode == "L" and mask.getpixel((5, 5)) == 255 and mask.getpixel((35, 5)) == 0
-
-
-def test_what_is_transparent_in_a_mask_is_black():
-    cutout = halves(mode="RGBA", left=(255, 255, 255, 255), right=(255, 255, 255, 0))
-    assert read_mask(cutout, (40, 20)).getbbox() == (0, 0, 20, 20)
-
-
-def test_masks_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="mask a picture is 40 x 20 and its picture 64 x 64: make them equal"):
-        read_mask(halves(), (64, 64))
-    with pytest.raises(ValueError, match="marks nothing: paint the object white on black"):
-        read_mask(Image.new("L", (40, 20)), (40, 20))
-    with pytest.raises(ValueError, match="The mask is 40 x 20 and its picture 64 x 64"):
-        square_crop(Image.new("RGB", (64, 64)), 64, Image.new("L", (40, 20), 255))
+    squares, masks = square_crops([*small, Image.new("RGB", (512, 600))], 512)
+    assert [square.size for square in squares] == [(512, 512)] * 21 and masks == [] and len(recwarn) == 1
+    said = str(recwarn.pop().message)
+    assert "512 x 512" in said and "4.png (200 x 130), …" in said and "20.png" not in said

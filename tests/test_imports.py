@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scores": set(),
     "bases": {"support"},
     "cost": {"bases"},
-    "concepts": {"support"},
+    "concepts": {"support", "masks"},
     "residuals": {"support"},
     "attention": FIRST,
     "training": FIRST | {"attention"},

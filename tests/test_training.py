@@ -549,7 +549,7 @@ def test_a_concept_without_pictures_is_refused(sd1):
 
 def test_on_step_samples_and_bar(sd1, concept, capsys, monkeypatch):
     known = training.settings_of(sd1)
-    quick = replace(known, sampling=known.sampling | {"num_inference_steps": 2})
+    quick = replace(known, steps=2)
     monkeypatch.setattr(training, "settings_of", lambda base: quick)
     calls = []
     residuals = personalize(

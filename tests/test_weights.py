@@ -5,8 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from persres_lite.support import weights
 from tests.tiny import tiny_pipeline
@@ -69,19 +77,34 @@ def test_the_parts_that_have_weights():
     assert weights.parts_with_weights(config, {"safety_checker": None}) == ["unet", "vae", "text_encoder"]
 
 
-class Hub:
-    def __init__(self, **_):
-        pass
+def answer(status: int, kind=HfHubHTTPError):
+    """What the hub's server says, as huggingface_hub raises it."""
+    library = import_module(next(each for each in HTTPError.__module__.split(".") if each))
+    return kind(
+        "Too many requests. Wait.", response=library.Response(status, request=library.Request("GET", "https://x"))
+    )
 
-    def model_info(self, *_, **__):
-        raise OSError("no network")
 
+@pytest.mark.parametrize(
+    "error, why",
+    [
+        (OfflineModeIsEnabled("offline"), "no network"),
+        (ConnectionError("refused"), "no network"),
+        (HTTPError("unreachable"), "no network"),
+        (ImportError("Using SOCKS proxy, but the 'socksio' package is not installed. Make sure to"), "socksio"),
+        (answer(404, RepositoryNotFoundError), "no such repository, or one that asks for an access token"),
+        (answer(404, RevisionNotFoundError), "its pinned revision is gone"),
+        (answer(429), "Too many requests"),
+    ],
+)
+def test_a_hub_that_cannot_be_asked_says_why(monkeypatch, error, why):
+    def fail(*_, **__):
+        raise error
 
-def test_a_hub_that_cannot_be_asked_has_no_files(monkeypatch):
-    monkeypatch.setattr(weights, "HfApi", Hub)
-    assert weights.on_hub("some/one", None) == {}
+    monkeypatch.setattr(weights.HfApi, "model_info", fail)
+    files, reason = weights.on_hub("some/one", None)
+    assert files == {} and why in reason
     assert weights.in_cache("some/one-that-is-not-there", None) == {}
-    assert weights.in_cache("~no name", None) == {}
 
 
 LOAD = """

@@ -6,6 +6,7 @@ import errno
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,26 +29,18 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     OSError
         If it cannot be written, of the system's own kind, with a sentence that names `path`.
     """
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _new_file(path.parent, path.suffix)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        if temporary is not None:
+    path = Path(path).expanduser()
+    # A name that nobody can foresee, and put a link in its place; libraries choose a format by the ending.
+    temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
+    with _naming(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch(exist_ok=False)  # the umask says who reads it
+            yield temporary
+            os.replace(temporary, path)
+        finally:
             with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-
-
-def _new_file(folder: Path, suffix: str) -> Path:
-    """An empty file of a name that nobody can foresee, and put a link in the place of; the umask says who reads it."""
-    path = folder / f".{secrets.token_hex(8)}{suffix}"  # the same ending, by which libraries choose a format
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    return path
+                temporary.unlink()
 
 
 def check_place(path: str | os.PathLike, room: int = 1) -> None:
@@ -67,30 +60,24 @@ def check_place(path: str | os.PathLike, room: int = 1) -> None:
     OSError
         As `whole_file`.
     """
-    path, trial = Path(path), None
-    try:
-        folder = path.parent
-        while not folder.exists():
-            folder = folder.parent
-        trial = _new_file(folder, path.suffix)
+    path = Path(path).expanduser()
+    with _naming(path):
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
         if shutil.disk_usage(folder).free < room:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with open(trial, "wb") as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(min(room, TRIAL)))
             file.flush()
             os.fsync(file.fileno())  # some systems tell only now that there is no room
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        if trial is not None:
-            with suppress(OSError):
-                trial.unlink(missing_ok=True)
-
-
-def _unwritable(path: Path, error: OSError) -> OSError:
-    kind = NotADirectoryError if isinstance(error, FileExistsError) else type(error)  # a file where a folder should be
-    reason = (error.strerror or str(error)).lower()
-    return kind(f"{path} cannot be written ({reason}): make room or name another place.")
+        why = (error.strerror or str(error)).lower()
+        raise type(error)(f"{path} cannot be written ({why}): make room or name another place.") from error
 
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Path:
@@ -119,7 +106,7 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], met
     whole = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
     with whole_file(path) as temporary:
         temporary.write_bytes(whole)
-    return Path(path)
+    return Path(path).expanduser()
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -127,37 +114,25 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
 
     Raises
     ------
-    FileNotFoundError
-        If there is no such file.
+    OSError
+        If there is no such file, or it may not be read.
     ValueError
         If it is not a whole safetensors file, or if a tensor holds NaN or infinity.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is a folder, not a file." if path.is_dir() else f"There is no file {path}.")
-    with open(path, "rb"):  # no permission is no damage
-        pass
+    path = Path(path).expanduser()
+    if not path.is_file():  # of a pipe one would wait for its end
+        raise FileNotFoundError(f"There is no file {path}.")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
+        diverged = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
+    except OSError:  # no permission is no damage
+        raise
     except Exception as error:  # its parser's own error, and torch's about kinds of numbers that it does not know
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}): it was cut off or is of another kind; fetch it again."
         ) from error
-    for name, tensor in tensors.items():
-        try:
-            finite = _is_finite(tensor)
-        except (NotImplementedError, RuntimeError) as error:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{path} holds {name!r} as {kind}, which cannot be read here: save it as fp16.") from error
-        if not finite:
-            raise ValueError(f"{path} holds NaN or infinity in {name!r}: the training that wrote it had diverged.")
+    if diverged:
+        raise ValueError(f"{path} holds NaN or infinity in {diverged[0]!r}: the training that wrote it had diverged.")
     return tensors, metadata
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    values = tensor.flatten()  # of any number of dimensions
-    if values.is_floating_point() and values.element_size() == 1:
-        values = values.float()  # torch asks this of no float8
-    return bool(torch.isfinite(values).all())

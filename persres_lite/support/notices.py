@@ -1,9 +1,11 @@
-"""What the package has to say beside its results: one plain sentence each, said once."""
+"""What the package has to say beside its results, a plain sentence each, and what the libraries need not say."""
 
 from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _said: set[str] = set()
@@ -22,24 +24,48 @@ def tell(sentence: str) -> None:
 
 def plainly() -> None:
     """From now on a notice is shown as its sentence alone; other warnings keep their file, line and category."""
-    if warnings.formatwarning is not _format:
-        global _others
-        _others, warnings.formatwarning = warnings.formatwarning, _format
+    others = warnings.formatwarning
 
+    def shown(message: Any, category: type[Warning], *where: Any, **rest: Any) -> str:
+        return f"Note: {message}\n" if issubclass(category, Notice) else others(message, category, *where, **rest)
 
-_others: Any = warnings.formatwarning
-
-
-def _format(message: Any, category: type[Warning], *where: Any, **rest: Any) -> str:
-    return f"Note: {message}\n" if issubclass(category, Notice) else _others(message, category, *where, **rest)
+    warnings.formatwarning = shown
 
 
 def without_torchvision() -> None:
     """Let transformers not say, at every import of diffusers, what it would do if torchvision were there: it is not
     used here.
     """
-    logging.getLogger("transformers.utils.import_utils").addFilter(_of_use)
+    remarks = logging.getLogger("transformers.utils.import_utils")
+    remarks.addFilter(lambda record: "requires torchvision" not in record.getMessage())
 
 
-def _of_use(record: logging.LogRecord) -> bool:
-    return "requires torchvision" not in record.getMessage()
+@contextmanager
+def quiet(bars: bool = True) -> Iterator[None]:
+    """While this is open, diffusers, transformers and huggingface_hub speak of errors only.
+
+    Parameters
+    ----------
+    bars : bool
+        Whether they may show their bars: a folder is read in a second, and its bars would stay in a notebook.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
+    speakers = (diffusers_logging, transformers_logging, hub_logging)
+    drawers = [each for each in speakers[:2] if not bars and each.is_progress_bar_enabled()]
+    before = [each.get_verbosity() for each in speakers]
+    try:
+        for speaker in speakers:
+            speaker.set_verbosity_error()
+        for drawer in drawers:
+            drawer.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="huggingface_hub")  # of how diffusers calls it
+            yield
+    finally:
+        for speaker, verbosity in zip(speakers, before, strict=True):
+            speaker.set_verbosity(verbosity)
+        for drawer in drawers:
+            drawer.enable_progress_bar()

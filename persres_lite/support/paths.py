@@ -17,7 +17,7 @@ def data_dir() -> Path:
     FileNotFoundError
         If the package was installed without its checkout.
     """
-    folder = Path(os.environ.get("PERSRES_DATA") or Path(__file__).resolve().parents[2] / "data")
+    folder = Path(os.environ.get("PERSRES_DATA") or Path(__file__).resolve().parents[2] / "data").expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(
             f"The shipped models and pictures are not at {folder}: work in a clone of the project "

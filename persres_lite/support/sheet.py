@@ -36,25 +36,22 @@ def sheet(
     PIL.Image.Image
         RGB, white where nothing is.
     """
-    width = max(shown, max(picture.width for row in rows for picture in row))
-    height = max(picture.height * width // picture.width for row in rows for picture in row)
+    pictures = [picture for row in rows for picture in row]
+    width = max(shown, max(picture.width for picture in pictures))
+    height = max(picture.height * width // picture.width for picture in pictures)
     edge = gap if titles or words else 0
-    above, beside = (LINE if titles else 0), (LINE if words else 0)
-    columns = max(len(row) for row in rows)
-    size = (
-        2 * edge + columns * (width + gap) - gap,
-        above + edge + len(rows) * (beside + height + gap) - gap,
-    )
+    above, over = (LINE if titles else 0), (LINE if words else 0)
+    across, down = width + gap, over + height + gap  # from one picture to the next
+    size = (2 * edge + max(map(len, rows)) * across - gap, above + edge + len(rows) * down - gap)
     whole = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(whole)
     for column, title in enumerate(titles):
-        draw.text((edge + column * (width + gap), 3), title, "black")
+        draw.text((edge + column * across, 3), title, "black")
     for number, row in enumerate(rows):
-        top = above + number * (beside + height + gap)
         if words:
-            draw.text((edge, top + 3), words[number], "gray")
+            draw.text((edge, above + number * down + 3), words[number], "gray")
         for column, picture in enumerate(row):
             if picture.width != width:
                 picture = picture.resize((width, picture.height * width // picture.width))
-            whole.paste(picture, (edge + column * (width + gap), top + beside))
+            whole.paste(picture, (edge + column * across, above + number * down + over))
     return whole
