@@ -25,7 +25,7 @@ from PIL import Image, ImageEnhance
 from persres_lite import Residuals, load_base, load_concept
 from persres_lite import compare as side_by_side
 from persres_lite import personalize as learn
-from persres_lite.bases import BASES, settings_of
+from persres_lite.bases import BASES, settings_of, sources_of
 from persres_lite.cli import SCHEDULERS
 from persres_lite.cli.errors import Failed, say
 from persres_lite.concepts import Concept
@@ -256,10 +256,12 @@ def _base_name(chosen: Namespace, path: Path | None = None) -> str:
 
 def _base(chosen: Namespace, name: str) -> Any:
     """The frozen model; what a large one costs is said before anything is fetched, and not of a name that is wrong."""
+    sources_of(name)
     usual = chosen.device is None or chosen.device.startswith("cuda")
-    if chosen.command != "export" and (name in BASES or "/" in name or os.path.isdir(name)):
-        if cost := without_gpu(name) or (on_gpu(name) if usual else None):
-            say(cost)
+    if chosen.command != "export" and (cost := without_gpu(name) or (on_gpu(name) if usual else None)):
+        say(cost)
+    if name == "toybox" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # a second one gains nothing on a model so small, and costs what else runs
     base = load_base(name, chosen.device, getattr(torch, chosen.dtype) if chosen.dtype else None)
     if chosen.quiet:
         base.set_progress_bar_config(disable=True)
