@@ -21,21 +21,9 @@ from tests.tiny import KINDS, sample, tiny_pipeline
 PROMPT = "a photo of a sks cat on the beach"
 
 
-def names_of(unet):
-    """The package's names of method.py's blocks, in its order."""
-    blocks = {id(block.proj_out): index for index, block in enumerate(method.blocks_of(unet))}
-    modules = find_proj_outs(unet)
-    assert len(modules) == len(blocks)
-    return sorted(modules, key=lambda name: blocks[id(modules[name])])
-
-
-def as_on_page_one(unet, residuals: Residuals) -> method.Residuals:
-    """The same A and B in the other class."""
-    copy = method.Residuals(unet)
-    for index, name in enumerate(names_of(unet)):
-        copy.A[index] = residuals.A[name].detach().clone().requires_grad_()
-        copy.B[index] = residuals.B[name].detach().clone().requires_grad_()
-    return copy
+def factors_of(residuals: Residuals):
+    """The package's A and B as method.py has them: two lists, in the order of the forward pass."""
+    return tuple([p.detach().clone().requires_grad_() for p in each.values()] for each in (residuals.A, residuals.B))
 
 
 def test_the_page_is_one_page_and_needs_torch_alone():
@@ -48,8 +36,7 @@ def test_the_page_is_one_page_and_needs_torch_alone():
     assert imported == {"math", "contextlib", "torch"}
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd2"])
-@pytest.mark.parametrize("rank", [0.05, 0.25])
+@pytest.mark.parametrize(("kind", "rank"), [("sd1", 0.05), ("sd2", 0.25)])
 def test_it_trains_to_the_same_losses_and_factors(kind, rank):
     base, concept = tiny_pipeline(kind), make_concept()
     torch.manual_seed(0)
@@ -57,17 +44,22 @@ def test_it_trains_to_the_same_losses_and_factors(kind, rank):
     base.vae = AutoencoderTiny(**width, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1))  # nothing is drawn
     ours = personalize(base, concept, steps=5, batch_size=2, lr=1e-3, rank=rank, seed=7, progress=False)
 
-    theirs = as_on_page_one(base.unet, Residuals(base, rank=rank, seed=7))
+    A, B = factors_of(Residuals(base, rank=rank, seed=7))
     latents = training_set(base, concept).mean
     text = encode_prompt(base, concept.training_prompt, 64)["encoder_hidden_states"]
-    losses = method.train(base.unet, training_scheduler(base), theirs, latents, text, steps=5, batch=2, lr=1e-3, seed=7)
+    scheduler, recipe = training_scheduler(base), {"steps": 5, "batch": 2, "lr": 1e-3, "seed": 7}
+    losses = method.train(base.unet, scheduler, A, B, latents, text, **recipe)
 
     assert losses == pytest.approx(ours.losses, rel=1e-5)
-    for index, name in enumerate(names_of(base.unet)):
-        assert ours.A[name].any()
-        # Adam divides by the gradient's own size: where that is rounding alone, so is the step of 1e-3
-        for one, other in ((ours.A[name], theirs.A[index]), (ours.B[name], theirs.B[index])):
-            assert (one - other).abs().mean() < 1e-5, name
+    # Adam divides by a gradient's own size: where that is rounding alone, so is a step of 1e-3. Hence a mean.
+    for one, other in zip((*ours.A.values(), *ours.B.values()), (*A, *B), strict=True):
+        assert one.any() and (one - other).abs().mean() < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_blocks_are_found_in_the_same_order(kind):
+    unet = tiny_pipeline(kind).unet
+    assert [block.proj_out for block in method.blocks_of(unet)] == list(find_proj_outs(unet).values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,7 +68,7 @@ def test_the_residual_everywhere_is_the_same_through_a_whole_run(kind):
     residuals = random_residuals(base)
     with residuals.attached(base):
         ours = sample(base, PROMPT, steps=2)
-    with method.attached(base.unet, as_on_page_one(base.unet, residuals)):
+    with method.attached(base.unet, *factors_of(residuals)):
         torch.testing.assert_close(ours, sample(base, PROMPT, steps=2), atol=1e-5, rtol=1e-5)
     assert (ours - sample(base, PROMPT, steps=2)).abs().max() > 0.1  # it does matter
 
@@ -85,15 +77,14 @@ def test_the_residual_everywhere_is_the_same_through_a_whole_run(kind):
 def test_gradients_are_the_same(kind):
     unet = tiny_pipeline(kind).unet
     residuals = random_residuals(unet)
-    copy = as_on_page_one(unet, residuals)
-    for context in (residuals.attached(unet), method.attached(unet, copy)):
+    A, B = factors_of(residuals)
+    for context in (residuals.attached(unet), method.attached(unet, A, B)):
         with context:
             unet(**call_arguments(kind)).sample.square().mean().backward()
-    for index, name in enumerate(names_of(unet)):
-        for one, other in ((residuals.A[name], copy.A[index]), (residuals.B[name], copy.B[index])):
-            scale = other.grad.abs().max().item()
-            assert scale > 0
-            torch.testing.assert_close(one.grad, other.grad, atol=1e-4 * scale, rtol=1e-4)
+    for one, other in zip((*residuals.A.values(), *residuals.B.values()), (*A, *B), strict=True):
+        scale = other.grad.abs().max().item()
+        assert scale > 0
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-4 * scale, rtol=1e-4)
     assert all(parameter.grad is None for parameter in unet.parameters())
 
 
@@ -101,13 +92,13 @@ def test_gradients_are_the_same(kind):
 def test_lag_is_the_same_through_a_whole_guided_run(kind):
     base = tiny_pipeline(kind)
     residuals = random_residuals(base)
-    with localized(base, residuals, "sks cat") as lag:
+    with localized(base, residuals, "sks cat") as found:
         ours = sample(base, PROMPT, steps=4)
     positions = find_words(base, [PROMPT], "sks cat")[0]
-    with method.localized(base.unet, as_on_page_one(base.unet, residuals), positions) as masks:
+    with method.lag(base.unet, *factors_of(residuals), positions) as masks:
         theirs = sample(base, PROMPT, steps=4)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    for name, mask in zip(names_of(base.unet), masks, strict=True):
-        assert torch.equal(lag.masks[3, name].flatten(1), mask[:1]), name
+    for name, mask in zip(residuals.A, masks, strict=True):
+        assert torch.equal(found.masks[3, name].flatten(1), mask[:1]), name
     with residuals.attached(base):
         assert (ours - sample(base, PROMPT, steps=4)).abs().max() > 0.1  # and not the residual everywhere
