@@ -351,8 +351,7 @@ def personalize(
     if loss == "outside" and not masks:
         data.weights = attended(base, concept, data)
     encode = partial(encode_prompt, base, concept.training_prompt, known.size)
-    with torch.no_grad():
-        text = encode()
+    text = torch.no_grad()(encode)()
     state = _state(unet, residuals, recipe["lr"], seed)
     settings = {"seed": seed, "init": init, "loss": loss, "train_token": train_token, "base": known.name}
     settings |= {name: value for name, value in recipe.items() if name != "steps"} | {"words": str(concept)}

@@ -51,7 +51,7 @@ def test_pictures_are_those_of_page_one(pipeline):
     residuals = random_residuals(pipeline)
     with localized(pipeline, residuals, Cat(), layers=last):
         ours = sample(pipeline, PROMPT, steps=4)
-    with torch.no_grad(), method.localized(pipeline.unet, page_one(pipeline.unet, residuals), AT):
+    with torch.no_grad(), method.lag(pipeline.unet, *page_one(residuals), AT):
         expected = sample(pipeline, PROMPT, steps=4)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
     with residuals.attached(pipeline):
@@ -76,7 +76,7 @@ def test_gradients_are_those_of_page_one(kind):
     residuals, twin = random_residuals(pipeline), random_residuals(pipeline)
     with localized(pipeline, residuals, "sks cat", prompts=PROMPT, layers=last):
         pipeline.unet(**arguments).sample.square().mean().backward()
-    with method.localized(pipeline.unet, page_one(pipeline.unet, twin), AT):
+    with method.lag(pipeline.unet, *page_one(twin), AT):
         pipeline.unet(**arguments).sample.square().mean().backward()
     for ours, expected in zip(residuals.parameters(), twin.parameters(), strict=True):
         largest = expected.grad.abs().max().item()
@@ -453,7 +453,7 @@ def test_sizes_that_are_not_square(sd1):
     with localized(sd1, residuals, "sks cat") as lag:
         ours = sample(sd1, height=64, width=96)
     assert lag.masks[0, "down_blocks.0.attentions.0.proj_out"].shape == (1, 16, 24)
-    with torch.no_grad(), method.localized(sd1.unet, page_one(sd1.unet, residuals), AT):
+    with torch.no_grad(), method.lag(sd1.unet, *page_one(residuals), AT):
         torch.testing.assert_close(ours, sample(sd1, height=64, width=96), atol=1e-4, rtol=1e-4)
 
 

@@ -127,7 +127,7 @@ def test_sampling_under_the_contexts(make):
     steps = range(1 + max(step for step, _ in lag.masks))
     assert len(steps) >= 2 and lag.masks.keys() == {(step, name) for step in steps for name in residuals.A}
     if make is not lcm_distilled:  # which has no second half; page one expects it
-        with torch.no_grad(), method.localized(pipeline.unet, helpers.page_one(pipeline.unet, residuals), AT):
+        with torch.no_grad(), method.lag(pipeline.unet, *helpers.page_one(residuals), AT):
             torch.testing.assert_close(ours, latents(pipeline, **arguments), atol=1e-3, rtol=1e-3)
     assert all((ours - other).abs().max() > 0.05 for other in (original, everywhere))
     with localized(pipeline, residuals, fixed_mask=torch.zeros(8, 8)):

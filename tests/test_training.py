@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import (
-    AutoencoderTiny,
     CogVideoXDDIMScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
-    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -31,22 +26,28 @@ from diffusers import (
     HeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
-    StableDiffusionInstructPix2PixPipeline,
     TCDScheduler,
     UniPCMultistepScheduler,
 )
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch.func import functional_call
 
 from persres_lite import training
-from persres_lite.bases import encode_images, encode_prompt, load_base
+from persres_lite.bases import encode_images, encode_prompt
 from persres_lite.concepts import Concept
 from persres_lite.localize import localized
 from persres_lite.residuals import Residuals
-from persres_lite.training import Diverged, TrainingSet, diffusion_loss, personalize, training_set
-from tests.helpers import FAST, NO_CHECKER, img2img, make_concept, refiner, with_unet
+from persres_lite.support import checkpoint, notices
+from persres_lite.training import (
+    Diverged,
+    TrainingSet,
+    attended,
+    diffusion_loss,
+    personalize,
+    samples_every,
+    training_scheduler,
+    training_set,
+)
+from tests.helpers import FAST, hooks_of, img2img, make_concept, random_residuals, refiner, with_unet
 from tests.tiny import sample, tiny_pipeline
 
 
@@ -92,7 +93,7 @@ def test_only_the_factors_learn(pipeline, concept):
 def test_a_base_that_is_not_frozen_gets_no_gradients_and_its_switches_back(sd1, concept):
     sd1.unet.train().requires_grad_(True)
     before = digest(sd1)
-    personalize(sd1, concept, **FAST | {"steps": 1}, gradient_checkpointing=True)
+    personalize(sd1, concept, **FAST | {"steps": 1})
     assert digest(sd1) == before
     assert sd1.unet.training and not sd1.unet.is_gradient_checkpointing
     assert all(p.requires_grad and p.grad is None for p in sd1.unet.parameters())
@@ -123,102 +124,6 @@ def test_the_recipe_comes_from_the_registry(sd1, concept, monkeypatch):
 
 
 # What is computed
-
-
-def test_gradients_equal_those_through_merged_weights(pipeline, concept):
-    """The slow way, W' = W + A B for every layer, without any hook."""
-    unet = pipeline.unet
-    residuals = Residuals(unet, rank=0.25, init="random")
-    condition = encode_prompt(pipeline, concept.training_prompt, 64)
-    generator = torch.Generator().manual_seed(0)
-    latents, noise = (torch.randn(2, 4, 16, 16, generator=generator) for _ in range(2))
-    timesteps = torch.tensor([300, 700])
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    with residuals.attached(pipeline):
-        diffusion_loss(unet, scheduler, latents, condition, noise, timesteps).backward()
-    fast = {name: p.grad.clone() for name, p in residuals.named_parameters().items()}
-
-    merged = {}
-    for name in residuals.A:
-        weight = unet.get_submodule(name).weight
-        merged[f"{name}.weight"] = weight + (residuals.A[name] @ residuals.B[name]).view_as(weight)
-    alphas = scheduler.alphas_cumprod[timesteps].view(2, 1, 1, 1)
-    arguments = {
-        "encoder_hidden_states": condition["encoder_hidden_states"].repeat(2, 1, 1),
-        "added_cond_kwargs": {k: v.repeat(2, 1) for k, v in condition.get("added_cond_kwargs", {}).items()} or None,
-    }
-    noisy = alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
-    predicted = functional_call(unet, merged, (noisy, timesteps), arguments).sample
-    v = alphas.sqrt() * noise - (1 - alphas).sqrt() * latents
-    target = v if pipeline.scheduler.config.prediction_type == "v_prediction" else noise
-    for p in residuals.parameters():
-        p.grad = None
-    (predicted - target).pow(2).mean().backward()
-    for name, p in residuals.named_parameters().items():
-        torch.testing.assert_close(fast[name], p.grad, rtol=1e-3, atol=1e-5 * float(p.grad.abs().max()) + 1e-8)
-
-
-def test_both_kinds_of_target_are_met(pipeline):
-    assert {tiny_pipeline(k).scheduler.config.prediction_type for k in ("sd1", "sd2")} == {"epsilon", "v_prediction"}
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    latents, noise, t = torch.ones(1, 4, 2, 2), torch.full((1, 4, 2, 2), 3.0), torch.tensor([500])
-    alpha = scheduler.alphas_cumprod[500]
-    v = scheduler.config.prediction_type == "v_prediction"
-    right = alpha.sqrt() * 3 - (1 - alpha).sqrt() * 1 if v else torch.tensor(3.0)
-
-    class Answer(torch.nn.Module):
-        dtype = torch.float32
-
-        def forward(self, noisy, timesteps, encoder_hidden_states, return_dict):
-            assert encoder_hidden_states.shape == (1, 2, 3)
-            return (right.expand(1, 4, 2, 2),)
-
-    condition = {"encoder_hidden_states": torch.zeros(1, 2, 3)}
-    assert diffusion_loss(Answer(), scheduler, latents, condition, noise, t) < 1e-10
-
-
-def test_xl_is_told_sizes_and_both_texts(sdxl, concept):
-    condition = encode_prompt(sdxl, concept.training_prompt, 64)
-    embeds, _, pooled, _ = sdxl.encode_prompt(concept.training_prompt, do_classifier_free_guidance=False)
-    assert torch.equal(condition["encoder_hidden_states"], embeds) and embeds.shape[-1] == 64
-    assert torch.equal(condition["added_cond_kwargs"]["text_embeds"], pooled)
-    assert condition["added_cond_kwargs"]["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]]
-
-
-def test_latents_are_the_autoencoders_and_mirrored(sd1, concept):
-    mean, std = encode_images(sd1, concept.images)
-    pixels = torch.from_numpy(np.asarray(concept.images[1]).copy()).permute(2, 0, 1)[None] / 127.5 - 1
-    for flip, picture in enumerate((pixels, pixels.flip(-1))):
-        found = sd1.vae.encode(picture).latent_dist
-        torch.testing.assert_close(mean[flip, 1], found.mean[0] * 0.18215, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(std[flip, 1], found.std[0] * 0.18215, rtol=1e-4, atol=1e-5)
-
-
-def test_latents_of_an_autoencoder_without_a_distribution(sd1, concept):
-    torch.manual_seed(0)
-    sd1.vae = AutoencoderTiny(
-        encoder_block_out_channels=(8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8),
-        num_encoder_blocks=(1, 1, 1),
-        num_decoder_blocks=(1, 1, 1),
-        scaling_factor=0.5,
-    )
-    mean, std = encode_images(sd1, concept.images)
-    pixels = torch.from_numpy(np.asarray(concept.images[0]).copy()).permute(2, 0, 1)[None] / 127.5 - 1
-    assert std is None
-    torch.testing.assert_close(mean[0, 0], sd1.vae.encode(pixels).latents[0].detach() * 0.5, rtol=1e-4, atol=1e-5)
-
-
-def test_an_autoencoder_that_overflows_in_fp16_encodes_in_fp32(sdxl, concept):
-    sdxl.vae.register_to_config(force_upcast=True)
-    exact, _ = encode_images(sdxl, concept.images)
-    sdxl.vae.half()
-    seen = []
-    encode = sdxl.vae.encode
-    sdxl.vae.encode = lambda pixels: seen.append(pixels.dtype) or encode(pixels)
-    halved, _ = encode_images(sdxl, concept.images)
-    assert set(seen) == {torch.float32} and sdxl.vae.dtype == torch.float16
-    torch.testing.assert_close(halved, exact, rtol=0.02, atol=0.02)
 
 
 def test_pictures_and_text_are_encoded_once(sdxl, concept, monkeypatch):
@@ -313,9 +218,10 @@ def test_interrupted_in_the_middle_of_an_update_it_resumes_to_the_same_tensors(s
 KILLED = """
 import os, signal, sys
 from persres_lite import training
+from persres_lite.support import checkpoint
 from tests.helpers import FAST, make_concept
 from tests.tiny import tiny_pipeline
-training.CHECKPOINT_EVERY = 2
+checkpoint.EVERY = 2
 def kill(step, loss, residuals):
     if step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -337,32 +243,6 @@ def test_killed_it_resumes_to_the_same_tensors(sd1, concept, tmp_path):
     assert same(resumed, personalize(sd1, concept, **four))
 
 
-def test_a_finished_training_goes_on_with_more_steps(sd1, concept, tmp_path):
-    path = tmp_path / "state.safetensors"
-    personalize(sd1, concept, **FAST, checkpoint=path)
-    longer = FAST | {"steps": 5}
-    assert same(personalize(sd1, concept, **longer, checkpoint=path), personalize(sd1, concept, **longer))
-    with pytest.raises(ValueError, match="already has 5 steps"):
-        personalize(sd1, concept, **FAST, checkpoint=path)
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"lr": 1e-3}, "lr = 0.01, not 0.001"),
-        ({"seed": 3}, "seed = 0, not 3"),
-        ({"init": "random"}, "init = 'lora', not 'random'"),
-        ({"rank": 3}, "rank = 0.05, not 3"),
-        ({"train_token": True}, "train_token = False, not True"),
-    ],
-)
-def test_a_checkpoint_of_another_training_is_refused(sd1, concept, tmp_path, change, sentence):
-    path = tmp_path / "state.safetensors"
-    personalize(sd1, concept, **FAST | {"steps": 1}, checkpoint=path)
-    with pytest.raises(ValueError, match=sentence):
-        personalize(sd1, concept, **FAST | {"steps": 1} | change, checkpoint=path)
-
-
 def test_a_checkpoint_of_other_pictures_or_no_checkpoint_is_refused(sd1, concept, tmp_path):
     path = tmp_path / "state.safetensors"
     personalize(sd1, concept, **FAST | {"steps": 1}, checkpoint=path)
@@ -373,6 +253,37 @@ def test_a_checkpoint_of_other_pictures_or_no_checkpoint_is_refused(sd1, concept
         personalize(sd1, concept, **FAST, checkpoint=path)
     Residuals(sd1.unet).save(path)
     with pytest.raises(ValueError, match="no checkpoint of a training"):
+        personalize(sd1, concept, **FAST, checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"lr": 1e-3}, "lr"),
+        ({"seed": 3}, "seed"),
+        ({"train_token": True}, "train_token"),
+        ({"loss": "outside"}, "loss"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused_and_one_that_is_done_goes_on(
+    sd1, concept, tmp_path, change, named
+):
+    path = tmp_path / "state.safetensors"
+    personalize(sd1, concept, **FAST | {"steps": 1}, checkpoint=path)
+    with pytest.raises(ValueError, match=f"{named} = "):
+        personalize(sd1, concept, **FAST | {"steps": 1} | change, checkpoint=path)
+    if named == "lr":
+        two = FAST | {"steps": 2}
+        assert same(personalize(sd1, concept, **two, checkpoint=path), personalize(sd1, concept, **two))
+        with pytest.raises(ValueError, match="already has 2 steps"):
+            personalize(sd1, concept, **FAST | {"steps": 1}, checkpoint=path)
+
+
+def test_a_checkpoint_of_other_weights_is_refused(sd1, concept, tmp_path):
+    path = tmp_path / "state.safetensors"
+    personalize(sd1, concept, **FAST | {"steps": 1}, checkpoint=path)
+    random_residuals(sd1).merge(sd1)
+    with pytest.raises(ValueError, match="weights = "):
         personalize(sd1, concept, **FAST, checkpoint=path)
 
 
@@ -389,17 +300,21 @@ def test_a_loss_that_is_not_finite_stops_it_with_the_last_good_state(sd1, concep
         return loss(*arguments) * (float("nan") if len(count) == 3 else 1)
 
     monkeypatch.setattr(training, "diffusion_loss", broken)
-    sentence = r"loss became nan at step 3: try a rate below 0\.01.*state\.safetensors"
-    with pytest.raises(Diverged, match=sentence) as caught:
+    with pytest.raises(Diverged, match=r"nan at step 3: try a rate below 0\.01") as caught:
         personalize(sd1, concept, **FAST, checkpoint=path)
     assert same(caught.value.residuals, whole) and len(caught.value.residuals.losses) == 2
     assert same(personalize(sd1, concept, **FAST | {"steps": 2}, checkpoint=path), whole)
 
 
-def test_a_rate_that_is_far_too_high_diverges_with_finite_tensors(sd1, concept):
-    with pytest.raises(Diverged) as caught:
-        personalize(sd1, concept, **FAST | {"lr": 1e25})
-    assert all(p.isfinite().all() for p in caught.value.residuals.parameters())
+def test_a_rate_that_is_far_too_high_leaves_no_file_that_nobody_can_use(sd1, concept, tmp_path):
+    """Whatever `personalize` returns can be loaded again; otherwise it says so at its end, or before (`--lr 1`)."""
+    for lr in (1e25, 200.0):
+        with pytest.raises(Diverged, match=re.escape(f"try a rate below {lr:g}")) as caught:
+            personalize(sd1, concept, **FAST | {"lr": lr})
+        assert all(p.isfinite().all() for p in caught.value.residuals.parameters())
+    assert len(caught.value.residuals.losses) == 3
+    with pytest.raises(ValueError, match="would change weights"):
+        Residuals.load(caught.value.residuals.save(tmp_path / "bad.safetensors"), sd1)
 
 
 def test_a_gradient_that_is_not_finite_does_not_reach_the_factors(sd1, concept, monkeypatch):
@@ -417,57 +332,35 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_factors(sd1, concept, 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("changes", "named"),
     [
-        ({"steps": 0}, "steps must be at least 1, not 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"lr": -1.0}, "lr must be a positive number"),
-        ({"lr": float("nan")}, "lr must be a positive number"),
-        ({"sample_every": 0}, "sample_every must be at least 1"),
-        ({"mixed_precision": "fp8"}, "choose 'fp16', 'bf16' or None"),
-        ({"masked_loss": True}, "masked_loss needs masks"),
-        ({"rank": 0}, "Rank 0 does not fit"),
-        ({"init": "zero"}, "Unknown init"),
+        ({"in_channels": 9}, "takes 9 channels .*inpainting"),
+        ({"time_cond_proj_dim": 8}, "time_cond_proj_dim"),
+        ({"addition_embed_type": "text"}, "addition_embed_type"),
     ],
 )
-def test_bad_arguments_are_refused_in_one_sentence(sd1, concept, arguments, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        personalize(sd1, concept, **FAST | arguments)
-
-
-@pytest.mark.parametrize(
-    "changes, reason",
-    [
-        ({"in_channels": 9}, "takes 9 channels and gives 4, where latents have 4, as in models for inpainting"),
-        ({"in_channels": 8}, "takes 8 channels and gives 4"),
-        ({"out_channels": 8}, "takes 4 channels and gives 8"),
-        ({"time_cond_proj_dim": 8}, "asks for more .time_cond_proj_dim is 8., as distilled or conditioned models do"),
-        ({"num_class_embeds": 10}, "asks for more .num_class_embeds is 10."),
-        ({"class_embed_type": "timestep"}, "asks for more .class_embed_type is 'timestep'."),
-        ({"addition_embed_type": "text"}, "asks for more .addition_embed_type is 'text'."),
-    ],
-)
-def test_models_that_ask_for_more_than_pictures_and_words_are_refused(sd1, concept, changes, reason):
+def test_models_that_ask_for_more_than_pictures_and_words_are_refused(sd1, concept, changes, named):
     sd1.register_modules(unet=with_unet(sd1, **changes)["unet"])
-    with pytest.raises(ValueError, match=f"cannot learn from pictures and words alone, since its U-Net {reason}.*"):
+    with pytest.raises(ValueError, match=f"{named}.*personalize the text-to-image model"):
         personalize(sd1, concept, **FAST)
 
 
-def test_xls_refiner_and_editing_pipelines_are_refused(concept):
-    with pytest.raises(ValueError, match="than two sizes and a corner, as XL's refiner is: personalize the text-to-im"):
+def test_xls_refiner_is_refused(concept):
+    with pytest.raises(ValueError, match="refiner do: personalize the text-to-image model"):
         personalize(refiner()[0], concept, **FAST)
-    parts = with_unet(tiny_pipeline("sd1"), in_channels=8)
-    editing = StableDiffusionInstructPix2PixPipeline(**parts, **NO_CHECKER)
-    with pytest.raises(ValueError, match="takes 8 channels .* as in models for inpainting and editing"):
-        personalize(editing, concept, **FAST)
 
 
-def test_a_pipeline_that_starts_from_pictures_trains_but_cannot_sample_along_the_way(concept):
+def test_a_pipeline_that_starts_from_pictures_trains_all_the_same(concept):
     """The models are those of text to image: the same residuals come out."""
     base, (other, _) = tiny_pipeline("sd1"), img2img()
     assert same(personalize(base, concept, **FAST), personalize(other, concept, **FAST))
-    with pytest.raises(ValueError, match="sample_every draws from words alone, and StableDiffusionImg2ImgPipeline"):
-        personalize(other, concept, sample_every=1, **FAST)
+
+
+def test_an_argument_that_there_is_not(sd1, concept):
+    with pytest.raises(TypeError, match="no argument 'step'"):
+        personalize(sd1, concept, step=3)
+    with pytest.raises(KeyError, match="mask"):
+        personalize(sd1, concept, loss="mask")
 
 
 # The forward process
@@ -477,19 +370,17 @@ def test_a_pipeline_that_starts_from_pictures_trains_but_cannot_sample_along_the
     "scheduler",
     [
         EDMEulerScheduler(),
-        EDMDPMSolverMultistepScheduler(),
         FlowMatchEulerDiscreteScheduler(),
         DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-        DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
         EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
         CogVideoXDDIMScheduler(),
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )
-def test_another_process_is_refused(sdxl, concept, scheduler):
+def test_another_process_is_refused(sdxl, scheduler):
     sdxl.scheduler = scheduler
-    with pytest.raises(ValueError, match=f"{type(scheduler).__name__} stands for another process than DDPM's noise"):
-        personalize(sdxl, concept, **FAST)
+    with pytest.raises(ValueError, match=f"{type(scheduler).__name__} .* put the model's own scheduler back"):
+        training_scheduler(sdxl)
 
 
 @pytest.mark.parametrize(
@@ -511,37 +402,77 @@ def test_whatever_samples_the_noise_of_training_is_the_same(sd1, kind):
     expected = DDPMScheduler.from_config(sd1.scheduler.config).alphas_cumprod
     options = {} if kind in (LCMScheduler, TCDScheduler) else sd1.scheduler.config
     sd1.scheduler = kind.from_config(options)
-    torch.testing.assert_close(training._training_scheduler(sd1).alphas_cumprod, expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "changes", [{"beta_schedule": "linear"}, {"prediction_type": "v_prediction"}, {"rescale_betas_zero_snr": True}]
-)
-def test_other_noise_than_the_one_that_the_model_came_with_is_refused(sd1, concept, tmp_path, changes):
-    sd1.save_pretrained(tmp_path)
-    base = load_base(tmp_path, device="cpu")
-    base.scheduler = EulerDiscreteScheduler.from_config(base.scheduler.config)
-    personalize(base, concept, **FAST)
-    base.scheduler = DDIMScheduler.from_config(base.scheduler.config, **changes)
-    with pytest.raises(
-        ValueError, match="DDIMScheduler, has other noise or another target than the DDIMScheduler that"
-    ):
-        personalize(base, concept, **FAST)
-    base.save_pretrained(tmp_path / "own")  # meant so: then it is the model's
-    personalize(load_base(tmp_path / "own", device="cpu"), concept, **FAST)
-
-
-def test_the_loss_names_a_target_that_it_does_not_know(sd1):
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    scheduler.add_noise = lambda latents, noise, timesteps: latents
-    latents, condition = torch.zeros(1, 4, 16, 16), encode_prompt(sd1, "a cat", 64)
-    with pytest.raises(ValueError, match="target None is not one of DDPM's .epsilon, v_pred.*: take another"):
-        diffusion_loss(sd1.unet, scheduler, latents, condition, latents, torch.tensor([3]))
+    torch.testing.assert_close(training_scheduler(sd1).alphas_cumprod, expected, atol=1e-5, rtol=0)
 
 
 def test_a_concept_without_pictures_is_refused(sd1):
     with pytest.raises(ValueError, match="no pictures"):
         personalize(sd1, Concept("empty", "cat"), **FAST)
+
+
+# What the loss looks at
+
+
+def one_batch(base, weights=None, frozen=None, seed=0):
+    scheduler = training_scheduler(base)
+    generator = torch.Generator().manual_seed(seed)
+    latents, noise = (torch.randn(2, 4, 16, 16, generator=generator) for _ in range(2))
+    text = encode_prompt(base, "a photo of a cat", 64)
+    return diffusion_loss(base.unet, scheduler, latents, text, noise, torch.tensor([10, 600]), weights, frozen)
+
+
+def square():
+    weights = torch.zeros(2, 1, 16, 16)
+    weights[:, :, 4:12, 4:12] = 1
+    return weights
+
+
+def test_inside_and_outside_are_what_the_equation_says(sd1):
+    """M (target - prediction)^2 + (1 - M) (frozen - prediction)^2; the masked loss is its first part by itself."""
+    residuals = random_residuals(sd1)
+    with torch.no_grad(), residuals.attached(sd1):
+        everywhere, inside = one_batch(sd1), one_batch(sd1, square())
+        assert torch.equal(one_batch(sd1, torch.ones(2, 1, 16, 16), residuals.muted), everywhere)
+        both = one_batch(sd1, square(), residuals.muted)
+        outside = one_batch(sd1, torch.zeros(2, 1, 16, 16), residuals.muted)  # (frozen - prediction)^2 everywhere
+        rest = one_batch(sd1, 1 - square())
+        assert torch.allclose(everywhere, 0.25 * inside + 0.75 * rest)
+        assert 0.25 * inside < both < 0.25 * inside + outside and outside > 0
+
+
+def test_outside_the_mask_nothing_is_learned_at_the_start(sd1):
+    residuals = Residuals(sd1)
+    with residuals.attached(sd1):
+        one_batch(sd1, torch.zeros(2, 1, 16, 16), residuals.muted).backward()
+        assert all(not p.grad.any() for p in residuals.parameters())
+        one_batch(sd1, square(), residuals.muted).backward()
+        assert any(A.grad.any() for A in residuals.A.values())
+
+
+def test_masks_of_ones_train_as_the_paper_does_and_masks_belong_to_their_pictures(sd1, monkeypatch):
+    ones = replace(make_concept(), masks=[Image.new("L", (64, 64), 255)] * 3)
+    paper, outside = personalize(sd1, ones, **FAST), personalize(sd1, ones, **FAST, loss="outside")
+    assert outside.losses == pytest.approx(paper.losses, rel=1e-6)
+    concept = make_concept(masks=True)
+    concept.masks[0] = Image.new("L", (64, 64))
+    concept.masks[0].paste(255, (0, 0, 16, 64))  # the left quarter
+    weights = training_set(sd1, concept, masks=True).weights
+    assert weights.shape == (2, 3, 1, 16, 16) and weights[0, 0, 0].mean(0).tolist() == [1.0] * 4 + [0.0] * 12
+    assert torch.equal(weights[1, 0], weights[0, 0].flip(-1))  # mirrored with its picture
+    ways = [personalize(sd1, concept, **FAST | {"steps": 1}, loss=loss) for loss in ("paper", "masked", "outside")]
+    assert not any(same(one, other) for one, other in zip(ways, ways[1:], strict=False))
+
+
+def test_without_masks_the_frozen_models_attention_makes_them(pipeline, concept, tmp_path):
+    before, path = digest(pipeline), tmp_path / "state.safetensors"
+    masks = attended(pipeline, concept, training_set(pipeline, concept))
+    assert masks.shape == (2, 3, 1, 16, 16) and set(masks.unique().tolist()) == {0, 1}
+    whole = personalize(pipeline, concept, **FAST | {"steps": 2}, loss="outside")
+    personalize(pipeline, concept, **FAST | {"steps": 1}, loss="outside", checkpoint=path)
+    assert same(whole, personalize(pipeline, concept, **FAST | {"steps": 2}, loss="outside", checkpoint=path))
+    assert digest(pipeline) == before and hooks_of(pipeline.unet) == 0
+    with pytest.raises(ValueError, match="has no masks"):
+        personalize(pipeline, concept, **FAST, loss="masked")
 
 
 # Options
@@ -551,15 +482,14 @@ def test_on_step_samples_and_bar(sd1, concept, capsys, monkeypatch):
     known = training.settings_of(sd1)
     quick = replace(known, steps=2)
     monkeypatch.setattr(training, "settings_of", lambda base: quick)
-    calls = []
-    residuals = personalize(
-        sd1,
-        concept,
-        **FAST | {"progress": True},
-        sample_every=2,
-        on_step=lambda step, loss, residuals: calls.append((step, loss, len(residuals.losses))),
-    )
-    assert calls == [(i + 1, loss, i + 1) for i, loss in enumerate(residuals.losses)]
+    calls, draw = [], samples_every(2, sd1, concept)
+
+    def watch(*step):
+        calls.append(step[:2])
+        draw(*step)
+
+    residuals = personalize(sd1, concept, **FAST | {"progress": True}, on_step=watch)
+    assert calls == [(i + 1, loss) for i, loss in enumerate(residuals.losses)]
     assert sorted(residuals.samples) == [2] and residuals.samples[2].size == (64, 64)
     shown = capsys.readouterr().err
     assert "personalize sks cat" in shown and f"loss={residuals.losses[-1]:.3f}" in shown
@@ -567,60 +497,46 @@ def test_on_step_samples_and_bar(sd1, concept, capsys, monkeypatch):
     assert same(residuals, personalize(sd1, concept, **FAST))  # looking changes nothing
 
 
-def test_masked_loss_counts_only_the_object(sd1):
-    scheduler = DDPMScheduler.from_config(sd1.scheduler.config)
-    generator = torch.Generator().manual_seed(0)
-    latents, noise = (torch.randn(2, 4, 16, 16, generator=generator) for _ in range(2))
-    weights = torch.zeros(2, 1, 16, 16)
-    weights[:, :, 4:12, 4:12] = 1
-    arguments = (encode_prompt(sd1, "a cat", 64), noise, torch.tensor([10, 600]))
-    with torch.no_grad():
-        found = diffusion_loss(sd1.unet, scheduler, latents, *arguments, weights)
-        noisy = scheduler.add_noise(latents, noise, arguments[2])
-        text = arguments[0]["encoder_hidden_states"].repeat(2, 1, 1)
-        wrong = (sd1.unet(noisy, arguments[2], text).sample - noise)[:, :, 4:12, 4:12]
-    torch.testing.assert_close(found, wrong.square().mean(), rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_where_memory_runs_out_the_same_step_is_taken_in_smaller_pieces(sd1, concept, monkeypatch, failures):
+    options = {"steps": 2, "batch_size": 4, "lr": 1e-3, "progress": False}
+    whole, step, seen = personalize(sd1, concept, **options), training.step, []
+
+    def tight(unet, *arguments, at_once, **more):
+        seen.append((at_once, unet.is_gradient_checkpointing))
+        if len(seen) <= failures:
+            step(unet, *arguments, at_once=at_once, **more)  # also what it had begun is undone
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return step(unet, *arguments, at_once=at_once, **more)
+
+    monkeypatch.setattr(training, "step", tight)
+    monkeypatch.setattr(notices, "_said", set())
+    with pytest.warns(notices.Notice, match="smaller pieces"):
+        parts = personalize(sd1, concept, **options)
+    ways = [(4, False), (2, False), (1, False), (1, True)]
+    assert seen == [*ways[: failures + 1], ways[failures]], "and the next step begins where this one fitted"
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-3) and not sd1.unet.is_gradient_checkpointing
+    for name, value in whole.named_parameters().items():
+        assert (parts.named_parameters()[name] - value).abs().mean() < 0.05 * value.abs().mean(), name
 
 
-def test_masked_loss_takes_the_concepts_masks(sd1, monkeypatch):
-    concept = make_concept(masks=True)
-    concept.masks[0] = Image.new("L", (64, 64))
-    concept.masks[0].paste(255, (0, 0, 16, 64))  # the left quarter
-    seen = []
-    prepare = training._prepare
-    monkeypatch.setattr(training, "_prepare", lambda *a: seen.append(prepare(*a)) or seen[-1])
-    masked = personalize(sd1, concept, **FAST, masked_loss=True)
-    weights = seen[0][0].weights
-    assert weights.shape == (2, 3, 1, 16, 16)
-    assert weights[0, 0, 0].mean(0).tolist() == [1.0] * 4 + [0.0] * 12
-    assert torch.equal(weights[1, 0], weights[0, 0].flip(-1))  # mirrored with its picture
-    assert not same(masked, personalize(sd1, concept, **FAST))
+def test_memory_that_does_not_suffice_for_one_picture_is_one_sentence(sd1, concept, monkeypatch):
+    def fail(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(training, "step", fail)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="half precision, or close what else") as caught:
+        personalize(sd1, concept, steps=1, progress=False)
+    assert str(caught.value).count("out of memory)") == 1
 
 
-def test_gradient_checkpointing_gives_the_same_gradients_from_fewer_saved_tensors(pipeline, concept):
-    def run(**options):
-        saved = []
-        pack = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t)
-        with pack:
-            residuals = personalize(pipeline, concept, **FAST | {"steps": 1, "lr": 1e-4}, init="random", **options)
-        return residuals, sum(saved)
-
-    plain, much = run()
-    checkpointed, little = run(gradient_checkpointing=True)
-    assert little < 0.8 * much
-    for name, parameter in plain.named_parameters().items():
-        torch.testing.assert_close(parameter, checkpointed.named_parameters()[name], rtol=0, atol=1e-5)
-    assert not pipeline.unet.is_gradient_checkpointing
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision_keeps_what_learns_in_fp32(sd1, concept, precision):
-    two = FAST | {"steps": 2}
-    exact = personalize(sd1, concept, **two)
-    mixed = personalize(sd1, concept, **two, mixed_precision=precision)
-    assert all(p.dtype == torch.float32 for p in mixed.parameters()) and not same(exact, mixed)
-    assert mixed.losses == pytest.approx(exact.losses, rel=0.05)
-    assert sd1.unet.dtype == torch.float32
+@pytest.mark.parametrize("loss", ["paper", "masked", "outside"])
+def test_parts_of_a_step_add_up_to_the_whole(sd1, loss, monkeypatch):
+    concept, step = make_concept(masks=True), training.step
+    whole = personalize(sd1, concept, **FAST | {"steps": 1, "batch_size": 5}, loss=loss)
+    monkeypatch.setattr(training, "step", lambda *a, at_once, **more: step(*a, at_once=2, **more))
+    parts = personalize(sd1, concept, **FAST | {"steps": 1, "batch_size": 5}, loss=loss)
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -681,32 +597,6 @@ def test_a_prompt_without_the_token_is_embedded_as_before(sd1):
 # ------------------------------------------------------------------------------------------ what surrounds the call
 
 
-@contextmanager
-def ambient(what):
-    """A switch of torch that somebody has turned elsewhere."""
-    if what == "no gradients":
-        torch.set_grad_enabled(False)
-    elif what == "fp16":
-        torch.set_default_dtype(torch.float16)
-    try:
-        with torch.inference_mode() if what == "inference" else nullcontext():
-            yield
-    finally:
-        torch.set_grad_enabled(True)
-        torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.parametrize("what", ["no gradients", "fp16", "inference"])
-def test_switches_of_torch_change_nothing(sd1, concept, what):
-    usual = personalize(sd1, concept, steps=2, batch_size=2, train_token=True, progress=False)
-    with ambient(what):
-        before = torch.is_grad_enabled(), torch.get_default_dtype(), torch.is_inference_mode_enabled()
-        odd = personalize(sd1, concept, steps=2, batch_size=2, train_token=True, progress=False)
-        assert before == (torch.is_grad_enabled(), torch.get_default_dtype(), torch.is_inference_mode_enabled())
-    assert odd.losses == usual.losses
-    assert all(torch.equal(a, b) for a, b in zip(odd.parameters(), usual.parameters(), strict=True))
-
-
 @pytest.mark.parametrize("whole", [True, False])
 def test_an_offloaded_base_is_refused(sd1, concept, whole):
     if whole:
@@ -724,32 +614,14 @@ def test_a_compiled_base_is_refused(sd1, concept):
 
 
 def test_words_beyond_the_limit_are_refused_before_training(sd1, monkeypatch):
-    monkeypatch.setattr(training, "_step", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(training, "step", lambda *_, **__: pytest.fail("trained"))
     long = make_concept(macro_class="very " * 80 + "cat")
     with pytest.raises(ValueError, match="is cut off at 77, before the end of"):
         personalize(sd1, long, steps=1, progress=False)
 
 
-@pytest.mark.parametrize(
-    ("asked", "advised"),
-    [
-        ({}, "try gradient_checkpointing=True, or try at_once=1, or close"),
-        ({"gradient_checkpointing": True}, "): try at_once=1, or close"),
-        ({"gradient_checkpointing": True, "at_once": 1}, "): close"),
-    ],
-)
-def test_too_little_memory_is_said_in_python_too(sd1, concept, monkeypatch, asked, advised):
-    def fail(*_):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
-    monkeypatch.setattr(training, "_step", fail)
-    with pytest.raises(torch.cuda.OutOfMemoryError, match=re.escape(advised)) as caught:
-        personalize(sd1, concept, steps=1, progress=False, **asked)
-    assert str(caught.value).count("out of memory)") == 1  # the context inside has nothing to add
-
-
 def test_a_checkpoint_that_can_no_longer_be_written_does_not_end_the_training(sd1, concept, tmp_path, monkeypatch):
-    write, count = training.write_checkpoint, []
+    write, count = checkpoint.write_tensors, []
 
     def full(*arguments):
         count.append(1)
@@ -757,25 +629,7 @@ def test_a_checkpoint_that_can_no_longer_be_written_does_not_end_the_training(sd
             raise OSError(28, "No space left on device")
         write(*arguments)
 
-    monkeypatch.setattr(training, "write_checkpoint", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.warns(UserWarning, match="No space left .* The training goes on"):
         residuals = personalize(sd1, concept, steps=2, batch_size=1, checkpoint=tmp_path / "s", progress=False)
     assert len(residuals.losses) == 2
-
-
-@pytest.mark.parametrize("damage", ["settings", "generator", "scaler", "json"])
-def test_a_damaged_checkpoint_is_one_sentence(sd1, concept, tmp_path, damage):
-    path = tmp_path / "state.safetensors"
-    arguments = {"steps": 1, "batch_size": 1, "checkpoint": path, "progress": False}
-    personalize(sd1, concept, **arguments)
-    with safe_open(path, "pt") as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
-    if damage == "generator":
-        tensors["generator"] = tensors["generator"][:9]
-    else:
-        rest = json.loads(metadata["persres_lite_checkpoint"])
-        rest.pop(damage, None)
-        metadata["persres_lite_checkpoint"] = "[" if damage == "json" else json.dumps(rest)
-    save_file(tensors, path, metadata)
-    with pytest.raises(ValueError, match="damaged"):
-        personalize(sd1, concept, **arguments)
