@@ -44,7 +44,6 @@ def ddim_step(noised, predicted, alpha_bar, alpha_bar_next):
 
 
 @exercise(
-    "v",
     [(CLEAN, NOISE, 0.9), (CLEAN, NOISE, 0.3)],
     "v turns from the noise (hardly any noise added) to minus the clean latent (nothing but noise).",
 )

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from persres_lite.course.check.answers import exercise, random, require
 
 LEAKS, RISING = torch.tensor([0.0, 0.04, 0.10, 0.16]), torch.tensor([0.50, 0.66, 0.78, 0.80])
-FALLING = torch.tensor([0.50, 0.66, 0.78, 0.74])
+UNSORTED = torch.tensor([0.80, 0.50, 0.66, 0.78])
 SKEWED = random(2001) + 0.3 * random(2001, seed=1) ** 2
 
 
@@ -48,7 +48,7 @@ def diversity(features):
 
 
 @exercise(
-    [(0.06, LEAKS, RISING), (0.10, LEAKS, RISING), (0.12, LEAKS, FALLING)],
+    [(0.06, LEAKS, RISING), (0.10, LEAKS, RISING), (0.08, LEAKS, UNSORTED)],
     "subtract it from a method's own score: what is left is not bought with a weaker residual.",
 )
 def at_equal_leakage(leakage, leaks, scores):
