@@ -5,13 +5,14 @@ output projection W_i of each transformer block i; while a picture is drawn, it 
 cross-attention finds the words of the concept. Three parts follow: the residual, its training, its sampling.
 
 The names are the paper's. Shapes: b pictures, m channels of a block, r << m, n = height x width of its map, T tokens.
-Nothing here is checked and nothing can be chosen: that is what the other modules are for, and they are tested against
-this page. To try it on a pipeline `pipe`, with latents (2, k, c, h, w) of k pictures, as they are and mirrored:
+Nothing here is checked and hardly anything can be chosen: that is what the other modules are for, and the tests hold
+them against this page. With a Stable Diffusion pipeline `pipe` and latents (2, k, c, h, w) of k pictures, as they are
+and mirrored:
 
     text = pipe.encode_prompt("a photo of a sks cat", pipe.device, 1, False)[0]
-    residuals = Residuals(pipe.unet)
-    train(pipe.unet, pipe.scheduler, residuals, latents, text)
-    with localized(pipe.unet, residuals, C=[5, 6]):  # where "sks" and "cat" stand among the tokens of the prompt
+    A, B = factors(pipe.unet)
+    train(pipe.unet, pipe.scheduler, A, B, latents, text)
+    with lag(pipe.unet, A, B, C=[5, 6]):  # where "sks" and "cat" stand among the prompt's tokens; the start is 0
         pipe("a photo of a sks cat on the beach")
 """
 
@@ -21,36 +22,36 @@ from contextlib import ExitStack, contextmanager
 import torch
 import torch.nn.functional as F
 
-
-def blocks_of(unet):
-    """The transformer blocks of a U-Net: 16 in Stable Diffusion 1.x. Each of them ends in its projection `proj_out`."""
-    return [m for m in unet.modules() if hasattr(m, "transformer_blocks") and hasattr(m, "proj_out")]
-
-
 # 1. The residual: W'_i = W_i + A_i B_i, with A_i (m x r), B_i (r x m) and r = 0.05 m.
 
 
-class Residuals:
-    """One concept. At the start A is zero, so W' = W: the model that learns begins as the model that is."""
+def blocks_of(unet):
+    """The transformer blocks of a U-Net, as they run: 16 in Stable Diffusion 1.x. Each ends in its layer `proj_out`."""
+    parts = [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+    modules = [module for part in parts for module in part.modules()]
+    return [module for module in modules if hasattr(module, "transformer_blocks") and hasattr(module, "proj_out")]
 
-    def __init__(self, unet, rank=0.05):
-        self.A, self.B = [], []
-        for block in blocks_of(unet):
-            m = block.proj_out.weight.shape[0]
-            r = max(1, round(rank * m))
-            self.A.append(torch.zeros(m, r, requires_grad=True))
-            self.B.append(torch.empty(r, m).uniform_(-1, 1).div_(math.sqrt(m)).requires_grad_())
+
+def factors(unet, rank=0.05):
+    """What learns: A and B of every block. A is zero, so at the start W' = W, the model as it is."""
+    A, B = [], []
+    for block in blocks_of(unet):
+        m = block.proj_out.weight.shape[0]
+        r = max(1, round(rank * m))
+        A.append(torch.zeros(m, r, device=unet.device, requires_grad=True))
+        B.append((torch.empty(r, m, device=unet.device).uniform_(-1, 1) / math.sqrt(m)).requires_grad_())
+    return A, B
 
 
 @contextmanager
-def attached(unet, residuals, masks=None):
+def attached(unet, A, B, masks=None):
     """While this is open, each block adds M_i A_i B_i x to the W_i x of the frozen model. Without masks M_i is 1."""
 
     def add(i):
         def hook(proj_out, inputs, f):
             x = inputs[0]  # (b, n, m), or (b, m, h, w) where the projection is a 1x1 convolution, as in SD 1.x
             tokens = x.flatten(2).mT if x.ndim == 4 else x  # (b, n, m)
-            delta = tokens @ residuals.B[i].mT @ residuals.A[i].mT  # A B x, through only r numbers: (b, n, m)
+            delta = tokens @ B[i].to(x).mT @ A[i].to(x).mT  # A B x, through only r numbers: (b, n, m)
             if masks is not None:
                 delta = masks[i][..., None] * delta  # M (b, n, 1)
             return f + (delta.mT.reshape(f.shape) if x.ndim == 4 else delta)  # f^ = W x + M A B x
@@ -68,25 +69,25 @@ def attached(unet, residuals, masks=None):
 
 def loss_of(unet, scheduler, z, text, eps, t):
     """The loss for latents z and noise eps (b, c, h, w), times t (b,), one text (1, T, width)."""
-    z_t = scheduler.add_noise(z, eps, t)  # sqrt(a_t) z + sqrt(1 - a_t) eps
+    z_t = scheduler.add_noise(z, eps, t).to(unet.dtype)  # sqrt(a_t) z + sqrt(1 - a_t) eps
     predicted = unet(z_t, t, encoder_hidden_states=text.expand(len(z), -1, -1)).sample
     predicts_v = scheduler.config.prediction_type == "v_prediction"  # sqrt(a_t) eps - sqrt(1 - a_t) z
-    return F.mse_loss(predicted, scheduler.get_velocity(z, eps, t) if predicts_v else eps)
+    return F.mse_loss(predicted.float(), scheduler.get_velocity(z, eps, t) if predicts_v else eps)
 
 
-def train(unet, scheduler, residuals, latents, text, steps=150, batch=4, lr=1e-3, seed=0):
+def train(unet, scheduler, A, B, latents, text, steps=150, batch=4, lr=1e-3, seed=0):
     """Learn A and B, and nothing else, from latents (2, k, c, h, w) of k pictures, as they are and mirrored."""
     unet.requires_grad_(False)  # frozen
-    optimizer = torch.optim.Adam(residuals.A + residuals.B, lr=lr)
+    optimizer = torch.optim.Adam(A + B, lr=lr)
     generator, losses = torch.Generator().manual_seed(seed), []
-    with attached(unet, residuals):
+    with attached(unet, A, B):
         for _ in range(steps):
             k = torch.randperm(latents.shape[1], generator=generator)[:batch]
             mirrored = torch.randint(0, 2, (len(k),), generator=generator)
             z = latents[mirrored, k]  # (b, c, h, w)
             eps = torch.randn(z.shape, generator=generator)
             t = torch.randint(0, scheduler.config.num_train_timesteps, (len(k),), generator=generator)
-            loss = loss_of(unet, scheduler, z, text, eps, t)
+            loss = loss_of(unet, scheduler, z.to(unet.device), text, eps.to(unet.device), t.to(unet.device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -98,18 +99,18 @@ def train(unet, scheduler, residuals, latents, text, steps=150, batch=4, lr=1e-3
 
 
 def attention(attn, x, text):
-    """A = softmax(Q K^T / sqrt(d)), the mean over heads: (b, n, T), how much each position looks at each token."""
+    """softmax(Q K^T / sqrt(d)), the mean over heads: (b, n, T), how much each position looks at each token."""
     Q = attn.to_q(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (b, heads, n, d)
     K = attn.to_k(text).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (b, heads, T, d)
     return (Q @ K.mT / math.sqrt(Q.shape[-1])).softmax(-1).mean(1)
 
 
 @contextmanager
-def localized(unet, residuals, C):
-    """LAG for a prompt in which the concept's words, V* and its class, are the tokens C. Guidance is expected: the rows
-    of a batch are [negative prompts, prompts].
+def lag(unet, A, B, C):
+    """Sample with the residual where the tokens C, those of V* and its class, are looked at. Guidance is expected: the
+    rows of a batch are [negative prompts, prompts].
     """
-    masks = [None] * len(residuals.A)
+    masks = [None] * len(A)
 
     def look(i):
         def hook(attn, inputs, keywords, output):
@@ -124,5 +125,5 @@ def localized(unet, residuals, C):
         for i, block in enumerate(blocks_of(unet)):
             attn = block.transformer_blocks[-1].attn2  # its only one, but in SDXL
             stack.callback(attn.register_forward_hook(look(i), with_kwargs=True).remove)
-        stack.enter_context(attached(unet, residuals, masks))  # proj_out runs after attn2: the mask is there in time
+        stack.enter_context(attached(unet, A, B, masks))  # proj_out runs after attn2: the mask is there in time
         yield masks
