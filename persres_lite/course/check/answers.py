@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 EXERCISES: dict[str, Callable] = {}
 """Every check by its name. Those made by `exercise` also say what they know, and their cases."""
 
-LIKELY = {
+LIKELY: dict[str, Callable] = {
     "the sign is the other way round": np.negative,
     "it is 1 minus what it should be": lambda right: 1 - right,
     "it is one too many": lambda right: right + 1,

@@ -107,8 +107,7 @@ def freeze(answer: Callable) -> str:
     """``answer(module)`` freezes the module: no parameter learns, and dropout and the like are off."""
     module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2)).train()
     before = [parameter.clone() for parameter in module.parameters()]
-    returned: list[Any] = []
-    call(lambda part: returned.append(answer(part)) or part, module)  # nothing need be returned
+    returned = call(lambda part: [answer(part)], module)  # nothing need be returned
     learning = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     training = any(part.training for part in module.modules())
     if returned == [...] and len(learning) == len(before) and training:  # the stub, and nothing was done before it

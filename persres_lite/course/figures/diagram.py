@@ -156,7 +156,7 @@ def _canvas(
 def _box(axes: Any, place: tuple[float, ...], fill: str, name: str, words: str = "", **style: Any) -> None:
     """A box at (x, y, width, height), rounded where it has words, which stand in its middle."""
     x, y, width, height = place
-    look = {"facecolor": fill, "edgecolor": "0.5", "linewidth": 0.7, "gid": name}
+    look: dict[str, Any] = {"facecolor": fill, "edgecolor": "0.5", "linewidth": 0.7, "gid": name}
     box = FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.05", **look)
     axes.add_patch(box if words else Rectangle((x, y), width, height, **look))
     axes.text(x + width / 2, y + height / 2, words, **MIDDLE, **style)

@@ -93,7 +93,7 @@ class Drawing(Figure):
         buffer = io.BytesIO()
         self.savefig(buffer, dpi=DPI, bbox_inches="tight", pad_inches=0.05)
         drawn, kind, options = Image.open(buffer).convert("RGB"), "png", {}
-        if not any(np.ndim(image.get_array()) == 3 for axes in self.axes for image in axes.images):
+        if not any(np.asarray(image.get_array()).ndim == 3 for axes in self.axes for image in axes.images):
             drawn = drawn.quantize(256, dither=Image.Dither.NONE)  # lines and letters need no more colors
         elif buffer.tell() > LARGE:
             kind, options = "jpeg", {"quality": 80}
