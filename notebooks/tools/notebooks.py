@@ -32,11 +32,12 @@ ROOT = Path(__file__).resolve().parents[2]
 BRANCH = "main"
 
 FIRST_CELL = """\
-BASE = None  # the frozen model: None takes the environment variable PERSRES_BASE, else "toybox"; with a GPU: "sd-1.4"
-
-# In a clone this finds the package. On Colab, or in an empty folder, it fetches the project first.
+# @title Set-up: finds the project, or fetches it on Colab and in an empty folder { display-mode: "form" }
+BASE = None  # @param {type: "raw"}
+# The frozen model: None takes the environment variable PERSRES_BASE, else "toybox"; with a GPU: "sd-1.4".
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,9 +46,14 @@ here = Path.cwd()
 homes = [folder for folder in (here, *here.parents, here / "persres-lite") if (folder / "persres_lite").is_dir()]
 if not homes and importlib.util.find_spec("persres_lite") is None:
     address = os.environ.get("PERSRES_REPOSITORY", "{address}")
-    homes = [here / "persres-lite"]
-    if subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, str(homes[0])]).returncode:
-        raise RuntimeError(f"Could not fetch {{address}}: is there a network, and is git installed?")
+    homes, half = [here / "persres-lite"], here / "persres-lite.half"
+    for left in (half, *homes):  # by a run that was interrupted
+        if (left / ".git").is_dir():
+            shutil.rmtree(left)
+    fetch = ["git", "clone", "--quiet", "--depth", "1", address, str(half)]
+    if shutil.which("git") is None or subprocess.run(fetch).returncode:
+        raise RuntimeError(f"Could not fetch {address}: is there a network, and is git installed?")
+    half.rename(homes[0])
 sys.path[:0] = [str(home) for home in homes[:1]]
 
 from persres_lite.course.start import start
@@ -79,7 +85,7 @@ def public_address(root: Path = ROOT) -> str:
 
 def first_cell(address: str) -> str:
     """The first code cell, the same in every notebook."""
-    return FIRST_CELL.format(address=address)
+    return FIRST_CELL.replace('"{address}"', f'"{address}"')
 
 
 def badge(address: str, name: str) -> str:

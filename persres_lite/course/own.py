@@ -90,6 +90,13 @@ def preflight(base: str) -> dict[str, str]:
     }
 
 
+class Uploaded(dict):
+    """Files by name, which a cell shows by their names alone."""
+
+    def __repr__(self) -> str:
+        return f"uploaded: {', '.join(self) or 'nothing'}"
+
+
 def uploader(wanted: bool = True) -> Any:
     """A button that takes several photographs; leave it as the last expression of a cell, then see `photographs`.
 
@@ -100,8 +107,7 @@ def uploader(wanted: bool = True) -> Any:
         import ipywidgets as widgets
 
         return widgets.FileUpload(accept="image/*", multiple=True, description="photographs")
-    print("Choose your photographs, or cancel to go on without.")
-    return colab_files().upload() if wanted else {}
+    return Uploaded(colab_files().upload() if wanted else {})
 
 
 def save_uploads(button: Any, folder: str | Path) -> Path | None:
