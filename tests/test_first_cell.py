@@ -14,7 +14,10 @@ import pytest
 import torch
 
 from notebooks.tools import notebooks
+from persres_lite import cost
+from persres_lite.cli import commands, main
 from persres_lite.course import start as notebook
+from tests.tiny import tiny_pipeline
 
 ROOT = notebooks.ROOT
 CELL = notebooks.first_cell(notebooks.public_address())
@@ -228,3 +231,27 @@ def test_the_cost_of_stable_diffusion_without_a_gpu_is_said(no_gpu, monkeypatch,
     assert capsys.readouterr().out.endswith("Choose one under Runtime > Change runtime type.\n")
     notebook.start("toybox")
     assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_how_large_a_base_is_is_known_before_it_is_loaded(no_gpu, monkeypatch, tmp_path):
+    sizes = {"toybox": 128, "sd-1.5": 512, "sd-2.1": 768, "sdxl": 1024, "some/one": 512}
+    assert {base: cost.picture_size(base) for base in sizes} == sizes
+    tiny_pipeline("sd1").save_pretrained(tmp_path)
+    assert cost.picture_size(tmp_path) < cost.LARGE and cost.without_gpu(tmp_path) is None
+    (tmp_path / "unet" / "config.json").write_text('{"sample_size": 96}')
+    assert "768 x 768" in cost.without_gpu(tmp_path)
+    for damaged in ("", "[]", "{}", '{"sample_size": [64, 64]}', "\xff"):
+        (tmp_path / "unet" / "config.json").write_text(damaged, encoding="latin-1")
+        assert cost.picture_size(tmp_path) == 512, "what is wrong with it is said when it is loaded"
+    assert {cost.picture_size(odd) for odd in ("~nobody/x", "a\0b", "")} == {512}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cost.without_gpu("sd-1.4") is None
+
+
+def test_the_command_says_it_before_anything_is_fetched(no_gpu, monkeypatch, capsys):
+    def load(*_):
+        assert "There is no GPU here." in capsys.readouterr().err
+        raise OSError("no network")
+
+    monkeypatch.setattr(commands, "load_base", load)
+    assert main(["personalize", "plum-cat", "--base", "sd-1.4", "--out", "x.safetensors"]) == 1
