@@ -42,15 +42,9 @@ def test_maps_follow_word_step_and_block(record):
     assert np.array_equal(shown["block"], np.asarray(wanted))
     assert "<b>cat</b>: 4 × 4 positions, highest 2.000" in explorer.note.value
     assert [label for label, _ in explorer.controls["block"].options] == ["all", "down 0.0", "mid"]
-
-
-def test_maps_come_back_where_they_began(record):
-    explorer = explorers.maps(record, PICTURE)
-    begun = explorer.pixels
-    explorer.controls["step"].value = 1
-    assert not np.array_equal(explorer.pixels, begun)
-    explorer.controls["step"].value = explorers.ALL
-    assert np.array_equal(explorer.pixels, begun)
+    for control, value in (("word", "sks"), ("step", explorers.ALL), ("block", explorers.ALL)):
+        explorer.controls[control].value = value
+    assert np.array_equal(explorer.pixels, explorers.maps(record, PICTURE).pixels), "back where it began"
 
 
 def test_masks_follow_rule_and_option_and_are_scored():
@@ -73,13 +67,6 @@ def test_masks_follow_rule_and_option_and_are_scored():
     assert "no option" in explorer.note.value
 
 
-def test_masks_without_truth_give_no_score():
-    explorer = explorers.masks(PICTURE, torch.rand(8, 8))
-    explorer.controls["rule"].value = "median"
-    assert "<b>median</b>, no option: 50% of the picture" in explorer.note.value
-    assert "IoU" not in explorer.note.value
-
-
 def test_compare_shows_the_pictures_of_the_scale():
     colors = {0.0: "black", 0.5: "red", 1.0: "white"}
     pictures = {
@@ -97,10 +84,19 @@ def test_compare_shows_the_pictures_of_the_scale():
     assert explorer.pixels.shape[1] < wide
 
 
-def test_compare_refuses_unequal_scales():
-    picture = Image.new("RGB", (64, 64))
-    with pytest.raises(ValueError, match="same pictures"):
-        explorers.compare({0.0: {"LAG": picture}, 1.0: {"residual": picture}})
+def test_the_studio_shows_the_mask_only_over_the_way_that_used_it():
+    pictures = {
+        scale: {"residual": Image.new("RGB", (64, 64), "red"), "LAG": Image.new("RGB", (64, 64), "blue")}
+        for scale in (0.0, 1.0)
+    }
+    shown = explorers.studio(pictures, {scale: torch.eye(8) for scale in pictures})
+    plain = shown.pixels
+    shown.controls["mask"].value = True
+    assert (shown.pixels != plain).any() and "acted most often" in shown.note.value
+    shown.controls["way"].value = "residual"
+    assert (shown.pixels == np.array([255, 0, 0])).all()
+    shown.controls["scale"].value = 1.0
+    assert "scale 1" in shown.note.value
 
 
 def test_an_explorer_shows_itself_and_lets_errors_through(record, monkeypatch):

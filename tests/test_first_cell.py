@@ -17,18 +17,10 @@ from notebooks.tools import notebooks
 from persres_lite import cost
 from persres_lite.cli import commands, main
 from persres_lite.course import start as notebook
-from tests.notebook_example import example
 from tests.tiny import tiny_pipeline
 
 ROOT = notebooks.ROOT
 CELL = notebooks.first_cell(notebooks.public_address())
-
-
-def first_code_cell() -> str:
-    """That of the first committed notebook; of the example while there is none."""
-    paths = notebooks.notebook_paths()
-    made = notebooks.read(paths[0]) if paths else example()
-    return next(cell.source for cell in made.cells if cell.cell_type == "code")
 
 
 def run_cell(source: str, folder: Path, python: str = sys.executable, **env: str) -> subprocess.CompletedProcess:
@@ -74,17 +66,14 @@ def test_alone_in_an_empty_folder_it_fetches_the_project_and_installs_nothing(ba
         "print('from', Path(persres_lite.__file__).is_relative_to(fetched), HOME == fetched)"
     )
     env = {"PERSRES_REPOSITORY": bare, "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    done = run_cell(first_code_cell() + after, tmp_path, python, **env)
+    done = run_cell(CELL + after, tmp_path, python, **env)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     found, where = done.stdout.splitlines()  # one line says what it found
     assert found.startswith("Base: toybox. Device: ") and where == "from True True"
     assert {path.name for path in site.iterdir()} - {"__pycache__"} == before - {"__pycache__"}
-    again = run_cell(first_code_cell(), tmp_path, python, PERSRES_REPOSITORY="file:///nowhere", PERSRES_BASE="sd-1.4")
+    again = run_cell(CELL, tmp_path, python, PERSRES_REPOSITORY="file:///nowhere", PERSRES_BASE="sd-1.4")
     assert again.returncode == 0, again.stderr  # found, not fetched again
     assert "Base: sd-1.4." in again.stdout
-    version = [python, "-m", "persres_lite", "--version"]
-    said = subprocess.run(version, cwd=tmp_path / "persres-lite", capture_output=True, text=True, check=True).stdout
-    assert said.startswith("persres-lite ")
 
 
 def test_in_a_clone_it_fetches_and_installs_nothing_and_its_first_line_is_the_switch(tmp_path):
@@ -95,10 +84,38 @@ def test_in_a_clone_it_fetches_and_installs_nothing_and_its_first_line_is_the_sw
     assert "Base: sd-1.4. Device: " in done.stdout
 
 
-def test_an_address_that_does_not_answer_is_said_in_one_sentence(fresh, tmp_path):
-    done = run_cell(CELL, tmp_path, fresh[0], PERSRES_REPOSITORY=(tmp_path / "nothing").as_uri())
+@pytest.mark.parametrize("name", ["persres-lite", "persres-lite.half"])
+def test_half_a_clone_of_an_interrupted_run_is_fetched_again(name, bare, fresh, tmp_path):
+    (tmp_path / name / ".git").mkdir(parents=True)
+    done = run_cell(CELL, tmp_path, fresh[0], PERSRES_REPOSITORY=bare)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["persres-lite"]
+
+
+@pytest.mark.parametrize("without", ["an answer", "git"])
+def test_what_cannot_be_fetched_is_said_in_one_sentence(without, fresh, tmp_path):
+    env = {"PATH": str(tmp_path)} if without == "git" else {}
+    done = run_cell(CELL, tmp_path, fresh[0], PERSRES_REPOSITORY=(tmp_path / "nothing").as_uri(), **env)
     assert done.returncode != 0
-    assert "RuntimeError: Could not fetch file://" in done.stderr and "is there a network" in done.stderr
+    assert "RuntimeError: Could not fetch file://" in done.stderr and "is git installed" in done.stderr
+
+
+def test_another_cells_default_device_is_undone(capsys):
+    torch.set_default_device("meta")
+    try:
+        notebook.start("toybox")
+        assert torch.zeros(1).device.type == "cpu"
+    finally:
+        torch.set_default_device(None)
+
+
+def test_weights_are_read_without_bars():
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    notebook.without_bars()
+    assert not logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
+    logging.enable_progress_bar()
 
 
 def test_requirements_are_missing_only_if_absent_or_too_old():
@@ -127,8 +144,9 @@ def test_one_pip_command_names_all_that_belong_together_and_keeps_what_a_running
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(notebook.subprocess, "run", pip)
+    missing = notebook.missing_requirements(WANTED)
     monkeypatch.setattr(notebook, "_installed", fake_versions(diffusers="0.30", peft="0.20", torch="2.6.0"))
-    notebook.install(WANTED, notebook.missing_requirements(WANTED))
+    notebook.install(WANTED, missing)
     ((command, kept),) = calls
     names = command[command.index("--constraint") + 2 :]
     assert names == ["diffusers>=99", "transformers>=5.6", "accelerate>=1.0", "no-such-package>=1", "peft"]
@@ -161,9 +179,7 @@ def test_a_version_in_memory_that_does_not_serve_asks_for_a_restart(monkeypatch)
     notebook.refuse_stale(["tqdm>=0.1"])  # it serves
     with pytest.raises(notebook.NotReady, match="restart the session"):
         notebook.refuse_stale(["tqdm>=0.1"], installed_now=True)  # its other parts would come from the new version
-    with pytest.raises(
-        notebook.NotReady, match=r"torch \S+ is installed here, and torch>=99 is needed: update it first"
-    ):
+    with pytest.raises(notebook.NotReady, match=r"torch \S+ is installed here, and torch>=99 is needed: update it"):
         notebook.refuse_stale(["torch>=99"])
 
 
@@ -194,9 +210,6 @@ def test_a_failing_pip_is_said(monkeypatch):
     monkeypatch.setattr(notebook.subprocess, "run", lambda command: pip_done(1))
     with pytest.raises(RuntimeError, match="could not install no-such-package"):
         notebook.install(WANTED, ["no-such-package>=1"])
-
-
-# ------------------------------------------------------------------------------------- without a GPU
 
 
 @pytest.fixture

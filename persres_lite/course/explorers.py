@@ -20,6 +20,7 @@ from PIL import Image
 
 from persres_lite.course.figures.pictures import enlarge, heat_picture, outline_picture
 from persres_lite.course.figures.stills import short_name
+from persres_lite.course.figures.style import as_array
 from persres_lite.masks import RULES, make_mask
 from persres_lite.support.sheet import sheet
 
@@ -120,9 +121,8 @@ def masks(picture: Image.Image, attention: torch.Tensor, truth: Any = None) -> E
     return Explorer(
         draw,
         {
-            "rule": widgets.Dropdown(
-                options=list(RULES), value="quantile", description="rule"
-            ),  # its slider moves at once
+            # Of this rule the slider moves at once.
+            "rule": widgets.Dropdown(options=list(RULES), value="quantile", description="rule"),
             "amount": widgets.FloatSlider(value=0.75, min=0, max=1, step=0.05, description="its option"),
         },
     )
@@ -139,28 +139,19 @@ def compare(
         By scale, then by name: ``{0.0: {"residual": …, "LAG": …}, 1.0: …}``; every scale has the same names.
     references : list of picture, optional
         Pictures of the concept, shown beside.
-
-    Raises
-    ------
-    ValueError
-        If the scales have different names.
     """
-    scales = sorted(pictures)
-    names = list(pictures[scales[0]])
-    if any(list(pictures[scale]) != names for scale in scales):
-        raise ValueError(f"Every scale needs the same pictures, in the same order: {', '.join(names)}.")
+    names = list(next(iter(pictures.values())))
 
     def draw(scale: float, reference: bool) -> tuple[Image.Image, str]:
         shown = [*pictures[scale].values(), *(list(references or [])[:1] if reference else [])]
         words = [*names, *(["reference"] if reference and references else [])]
-        return sheet(
-            [[enlarge(picture.convert("RGB"), SIDE) for picture in shown]], gap=6
-        ), f"left to right: {', '.join(words)}; scale {scale:g}"
+        row = [enlarge(picture.convert("RGB"), SIDE) for picture in shown]
+        return sheet([row], gap=6), f"left to right: {', '.join(words)}; scale {scale:g}"
 
     return Explorer(
         draw,
         {
-            "scale": widgets.SelectionSlider(options=[(f"{scale:g}", scale) for scale in scales], description="scale"),
+            "scale": _scales(pictures),
             "reference": widgets.Checkbox(value=bool(references), description="reference", disabled=not references),
         },
     )
@@ -180,7 +171,6 @@ def studio(
     local : str
         The way that the masks belong to.
     """
-    scales = sorted(pictures)
 
     def draw(scale: float, way: str, mask: bool) -> tuple[Image.Image, str]:
         shown, words = enlarge(pictures[scale][way].convert("RGB"), SIDE), f"<b>{way}</b>, scale {scale:g}"
@@ -191,11 +181,15 @@ def studio(
     return Explorer(
         draw,
         {
-            "scale": widgets.SelectionSlider(options=[(f"{scale:g}", scale) for scale in scales], description="scale"),
-            "way": widgets.Dropdown(options=list(pictures[scales[0]]), description="way", value=local),
+            "scale": _scales(pictures),
+            "way": widgets.Dropdown(options=list(next(iter(pictures.values()))), description="way", value=local),
             "mask": widgets.Checkbox(value=False, description="mask over picture"),
         },
     )
+
+
+def _scales(pictures: Mapping[float, Any]) -> widgets.SelectionSlider:
+    return widgets.SelectionSlider(options=[(f"{scale:g}", scale) for scale in sorted(pictures)], description="scale")
 
 
 def _option(rule: Callable) -> tuple[str, float] | None:
@@ -207,6 +201,5 @@ def _option(rule: Callable) -> tuple[str, float] | None:
 
 
 def _resized(truth: Any, shape: Sequence[int]) -> torch.Tensor:
-    values = np.asarray(truth.convert("L"), dtype=float) / 255 if isinstance(truth, Image.Image) else truth
-    values = torch.as_tensor(values).float()[None, None]
+    values = torch.as_tensor(as_array(truth)).float()[None, None]
     return (torch.nn.functional.interpolate(values, tuple(shape), mode="area")[0, 0] > 0.5).float()

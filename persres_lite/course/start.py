@@ -14,6 +14,8 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from persres_lite.support.paths import data_dir
@@ -64,22 +66,21 @@ def start(base: str | None = None) -> tuple[Path, str]:
     """
     data_dir()  # raises if the package was installed without its checkout
     requirements = project_requirements(HOME)
-    missing = missing_requirements(requirements)
-    if missing and not _was_fetched(HOME):
-        listed = ", ".join(missing)
-        raise NotReady(f"Missing here: {listed}. Run `make lab` in the project's folder, or: {_line(missing)}")
-    if missing:
+    if missing := missing_requirements(requirements):
+        if HOME != (Path.cwd() / "persres-lite").resolve():  # where the first cell fetches it to
+            listed = ", ".join(missing)
+            raise NotReady(f"Missing here: {listed}. Run `make lab` in the project's folder, or: {_line(missing)}")
         install(requirements, missing)
     refuse_stale(requirements, installed_now=bool(missing))
     base = base or os.environ.get("PERSRES_BASE") or "toybox"
     print(describe(base))
+    without_bars()
     if base != "toybox":  # the registry is only needed here
         from persres_lite.cost import on_gpu, without_gpu
 
-        if cost := without_gpu(base):
-            print(cost + (" Choose one under Runtime > Change runtime type." if "google.colab" in sys.modules else ""))
-        elif cost := on_gpu(base):
-            print(cost)
+        slow = without_gpu(base)
+        if said := slow or on_gpu(base):
+            print(said + (" Choose one under Runtime > Change runtime type." if slow and on_colab() else ""))
     return HOME, base
 
 
@@ -87,10 +88,25 @@ def describe(base: str) -> str:
     """One line that names the base, the device that torch finds, and the versions in memory that matter."""
     import torch
 
+    torch.set_default_device(None)  # of somebody else's cell: here every tensor says where it lies
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     name = Path(base).name if Path(base).is_dir() else base  # a folder's full path says nothing to other readers
     versions = ", ".join(f"{package} {_version(package)}" for package in ("torch", "diffusers", "transformers"))
     return f"Base: {name}. Device: {device}. Python {platform.python_version()}, {versions}."
+
+
+def without_bars() -> None:
+    """Let transformers draw no bars while it reads weights, which takes no time; those of downloads stay."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    enable_progress_bars()
+
+
+def on_colab() -> bool:
+    """Whether this session is one of Colab's."""
+    return "google.colab" in sys.modules
 
 
 def project_requirements(home: Path) -> list[str]:
@@ -113,13 +129,9 @@ def missing_requirements(requirements: list[str]) -> list[str]:
         requirement = Requirement(text)
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(text)
-            continue
-        if requirement.name.lower() not in KEPT and not requirement.specifier.contains(version, prereleases=True):
-            missing.append(text)
+        there = _installed([requirement.name]).get(requirement.name)
+        serves = there and (requirement.name.lower() in KEPT or requirement.specifier.contains(there, prereleases=True))
+        missing += [] if serves else [text]
     return missing
 
 
@@ -134,12 +146,11 @@ def install(requirements: list[str], missing: list[str]) -> None:
     NotReady
         If pip fails.
     """
-    named = missing
+    named, wanted = missing, {_name(text): text for text in requirements}
     if any(_name(text) in TOGETHER for text in missing):
-        named = [text for text in requirements if text in missing or _name(text) in TOGETHER]
-        listed = [_name(text) for text in named]
-        named = named + [name for name in _installed(TOGETHER) if name not in listed]
-    unfit = " and ".join(f"{name} {version}" for name, version in _installed(tuple(map(_name, missing))).items())
+        named = [text for name, text in wanted.items() if text in missing or name in TOGETHER]
+        named += [name for name in _installed(TOGETHER) if name not in wanted]
+    unfit = " and ".join(f"{name} {version}" for name, version in _installed(map(_name, missing)).items())
     why = f"{unfit} will not do" if unfit else "some packages are missing"
     print(f"In this session {why}, so what belongs together is installed once: {_line(named)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -170,17 +181,13 @@ def refuse_stale(requirements: list[str], installed_now: bool = False) -> None:
     from packaging.requirements import Requirement
 
     for requirement in map(Requirement, (*requirements, *_installed(SHARED))):
-        if requirement.name not in _installed((requirement.name,)):
-            continue  # not needed on this Python
-        on_disk = importlib.metadata.version(requirement.name)
+        on_disk = _installed([requirement.name]).get(requirement.name)
         used = _loaded(requirement.name) or on_disk
-        serves = requirement.specifier.contains(used, prereleases=True)
+        serves = used is None or requirement.specifier.contains(used, prereleases=True)  # None: not for this Python
         if serves and (used == on_disk or not installed_now):
             continue
         if used == on_disk:  # one of KEPT, which this cell does not replace: a restart would not help
-            raise NotReady(
-                f"{requirement.name} {used} is installed here, and {requirement} is needed: update it first."
-            )
+            raise NotReady(f"{requirement.name} {used} is installed here, and {requirement} is needed: update it.")
         raise NotReady(
             f"{requirement.name} {used} is still in memory, and {on_disk} is installed now: restart the session (on "
             "Colab: Runtime > Restart session) and run this cell again."
@@ -206,16 +213,9 @@ def _loaded(package: str) -> str | None:
     return getattr(sys.modules.get({"pillow": "PIL"}.get(package, package)), "__version__", None)
 
 
-def _installed(names: tuple[str, ...]) -> dict[str, str]:
+def _installed(names: Iterable[str]) -> dict[str, str]:
     versions = {}
     for name in names:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
-
-
-def _was_fetched(home: Path) -> bool:
-    """Whether the first cell fetched this copy: it then lies in ``persres-lite`` below the notebook's own folder."""
-    return home == (Path.cwd() / "persres-lite").resolve()

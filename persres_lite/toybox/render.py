@@ -337,22 +337,35 @@ def _frame(points: np.ndarray, scene: Scene) -> tuple[np.ndarray, np.ndarray, np
     target = (points.min(0) + points.max(0)) / 2
     distance = 6.0
     for _ in range(4):  # projected size goes nearly as 1 / distance, so this converges at once
-        origin = target - distance * axes[2]
-        view = (points - origin) @ axes.T
-        screen = FOCAL * view[:, :2] / view[:, 2:]
+        screen = _on_screen(points, target - distance * axes[2], axes)
         width, height = np.ptp(screen, axis=0) / 2  # fractions of the picture
         distance *= max(height / scene.fill, width / 0.92)
     origin = target - distance * axes[2]
-    view = (points - origin) @ axes.T
-    screen = FOCAL * view[:, :2] / view[:, 2:]
+    screen = _on_screen(points, origin, axes)
     middle = (screen.min(0) + screen.max(0)) / 2
     room = np.maximum(0.96 - np.ptp(screen, axis=0) / 2, 0)  # how far it may move without leaving the picture
     return origin, axes, middle - np.clip(scene.shift, -room, room)
 
 
+def _on_screen(points: np.ndarray, origin: np.ndarray, axes: np.ndarray) -> np.ndarray:
+    """Where points appear in the picture plane, (P, 2)."""
+    view = (points - origin) @ axes.T
+    return FOCAL * view[:, :2] / view[:, 2:]
+
+
 def _mix(a, b, k):
     k = np.asarray(k)[..., None]
     return np.asarray(a, np.float32) * (1 - k) + np.asarray(b, np.float32) * k
+
+
+# Under the open sky: the sky low and high, the ground near and far.
+OUTDOORS = {
+    "on the beach": ((0.78, 0.90, 0.98), (0.36, 0.66, 0.96), (0.94, 0.84, 0.60), (0.96, 0.89, 0.70)),
+    "in the snow": ((0.90, 0.93, 0.97), (0.66, 0.76, 0.90), (0.95, 0.97, 1.00), (0.88, 0.92, 0.98)),
+    "on the grass": ((0.82, 0.92, 0.99), (0.38, 0.68, 0.97), (0.30, 0.62, 0.20), (0.50, 0.76, 0.40)),
+    "in the desert": ((1.00, 0.90, 0.66), (0.95, 0.70, 0.42), (0.86, 0.56, 0.30), (0.93, 0.68, 0.42)),
+    "at night": ((0.13, 0.13, 0.34), (0.04, 0.04, 0.15), (0.12, 0.15, 0.25), (0.10, 0.11, 0.27)),
+}
 
 
 def _place(scene: Scene, origin: np.ndarray, direction: np.ndarray):
@@ -361,73 +374,63 @@ def _place(scene: Scene, origin: np.ndarray, direction: np.ndarray):
     """
     rng = random.Random(scene.seed)
     tint = 1 + 0.12 * (rng.random() - 0.5)
-    place = scene.place
     with np.errstate(divide="ignore"):
         ground = np.where(direction[:, 1] < -1e-3, -origin[1] / direction[:, 1], np.inf)
     t = np.minimum(ground, 40.0)
     x, z = origin[0] + direction[:, 0] * t, origin[2] + direction[:, 2] * t
-    up = np.clip(direction[:, 1] * 2.2, 0, 1)
-
-    def wall(depth):
-        """Distance to a wall behind the toy, and where on it a ray arrives."""
-        with np.errstate(divide="ignore"):
-            far = np.where(direction[:, 2] < -1e-3, (-depth - origin[2]) / direction[:, 2], np.inf)
-        far = np.minimum(far, 60.0)
-        return far, origin[0] + direction[:, 0] * far, origin[1] + direction[:, 1] * far
-
-    skies = {
-        "on the beach": ((0.78, 0.90, 0.98), (0.36, 0.66, 0.96)),
-        "in the snow": ((0.90, 0.93, 0.97), (0.66, 0.76, 0.90)),
-        "on the grass": ((0.82, 0.92, 0.99), (0.38, 0.68, 0.97)),
-        "in the desert": ((1.00, 0.90, 0.66), (0.95, 0.70, 0.42)),
-        "at night": ((0.13, 0.13, 0.34), (0.04, 0.04, 0.15)),
-    }
-    if place in skies:
-        color = _mix(*skies[place], up)
-        near, far = {
-            "on the beach": ((0.94, 0.84, 0.60), (0.96, 0.89, 0.70)),
-            "in the snow": ((0.95, 0.97, 1.00), (0.88, 0.92, 0.98)),
-            "on the grass": ((0.30, 0.62, 0.20), (0.50, 0.76, 0.40)),
-            "in the desert": ((0.86, 0.56, 0.30), (0.93, 0.68, 0.42)),
-            "at night": ((0.12, 0.15, 0.25), (0.10, 0.11, 0.27)),
-        }[place]
-        floor = _mix(near, far, 1 - np.exp(-t * 0.06)) * tint
-        if place == "on the beach":
-            shore = 2.6 + 1.5 * rng.random()
-            sea = z < -shore + 0.2 * np.sin(x + rng.random() * 6)
-            floor[sea] = _mix((0.16, 0.62, 0.80), (0.10, 0.46, 0.74), np.clip((-z[sea] - shore) / 8, 0, 1))
-        elif place == "in the desert":
-            crest = 0.10 + 0.05 * np.sin(direction[:, 0] * 5 + rng.random() * 6)  # a dune on the horizon
-            dune = (direction[:, 1] >= 0) & (direction[:, 1] < crest)
-            color[dune] = (0.88, 0.60, 0.34)
-        elif place == "at night":
-            moon = np.array([rng.uniform(-0.32, 0.32), rng.uniform(0.05, 0.12), -1.0])
-            close = direction @ (moon / np.linalg.norm(moon)).astype(np.float32)
-            color = _mix(color, (0.96, 0.95, 0.84), np.clip((close - 0.9972) * 1500, 0, 1))
+    if scene.place in OUTDOORS:
+        color, floor = _outdoors(scene.place, rng, tint, direction, t, x, z)
         grounded = np.isfinite(ground)
-    elif place == "in front of a brick wall":
-        far, u, v = wall(1.5)
+    else:
+        far, color, floor = _indoors(scene.place, rng, tint, origin, direction, x, z)
+        grounded = ground < far
+    color = np.where(grounded[:, None], floor, color).astype(np.float32)
+    return color, np.where(grounded, ground, np.inf), (0.62 if scene.place == "at night" else 1.0)
+
+
+def _outdoors(place: str, rng: random.Random, tint: float, direction: np.ndarray, t, x, z):
+    """Colors of the sky and of the ground at x and z, a distance t away, (R, 3) each."""
+    low, high, near, far = OUTDOORS[place]
+    color = _mix(low, high, np.clip(direction[:, 1] * 2.2, 0, 1))
+    floor = _mix(near, far, 1 - np.exp(-t * 0.06)) * tint
+    if place == "on the beach":
+        shore = 2.6 + 1.5 * rng.random()
+        sea = z < -shore + 0.2 * np.sin(x + rng.random() * 6)
+        floor[sea] = _mix((0.16, 0.62, 0.80), (0.10, 0.46, 0.74), np.clip((-z[sea] - shore) / 8, 0, 1))
+    elif place == "in the desert":
+        crest = 0.10 + 0.05 * np.sin(direction[:, 0] * 5 + rng.random() * 6)  # a dune on the horizon
+        dune = (direction[:, 1] >= 0) & (direction[:, 1] < crest)
+        color[dune] = (0.88, 0.60, 0.34)
+    elif place == "at night":
+        moon = np.array([rng.uniform(-0.32, 0.32), rng.uniform(0.05, 0.12), -1.0])
+        close = direction @ (moon / np.linalg.norm(moon)).astype(np.float32)
+        color = _mix(color, (0.96, 0.95, 0.84), np.clip((close - 0.9972) * 1500, 0, 1))
+    return color, floor
+
+
+def _indoors(place: str, rng: random.Random, tint: float, origin: np.ndarray, direction: np.ndarray, x, z):
+    """The distance to the wall behind the toy, (R,), and the colors of wall and floor, (R, 3) each."""
+    with np.errstate(divide="ignore"):
+        depth = 1.5 if place == "in front of a brick wall" else 2.6
+        far = np.where(direction[:, 2] < -1e-3, (-depth - origin[2]) / direction[:, 2], np.inf)
+    far = np.minimum(far, 60.0)
+    u, v = origin[0] + direction[:, 0] * far, origin[1] + direction[:, 1] * far
+    if place == "in front of a brick wall":
         u, v = u * 1.1, v * 2.0
         joint = (((u + 0.5 * (np.floor(v) % 2)) % 1) < 0.09) | ((v % 1) < 0.16)
         mortar, brick = np.array((0.80, 0.76, 0.71), np.float32), np.array((0.64, 0.25, 0.18), np.float32)
         color = np.where(joint[:, None], mortar, brick * tint)
         floor = np.broadcast_to(np.array((0.62, 0.61, 0.59), np.float32) * tint, color.shape)
-        grounded = ground < far
+    elif place == "on a wooden table":
+        color = _mix((0.86, 0.82, 0.72), (0.76, 0.71, 0.61), np.clip(v / 3, 0, 1)) * tint
+        plank = ((x * 1.1 + 20) % 1) < 0.06
+        grain = 1 + 0.10 * np.sin(4 * z + 2.0 * np.floor(x * 1.1))
+        floor = np.array((0.56, 0.36, 0.19), np.float32) * tint * grain[:, None] * (1 - 0.35 * plank[:, None])
     else:
-        table = place == "on a wooden table"
-        far, u, v = wall(2.6)
-        low, high = ((0.86, 0.82, 0.72), (0.76, 0.71, 0.61)) if table else ((0.62, 0.76, 0.76), (0.48, 0.63, 0.65))
-        color = _mix(low, high, np.clip(v / 3, 0, 1)) * tint
-        if table:
-            plank = ((x * 1.1 + 20) % 1) < 0.06
-            grain = 1 + 0.10 * np.sin(4 * z + 2.0 * np.floor(x * 1.1))
-            floor = np.array((0.56, 0.36, 0.19), np.float32) * tint * grain[:, None] * (1 - 0.35 * plank[:, None])
-        else:
-            dark = (np.floor(x * 1.05 + rng.random()) + np.floor(z * 1.05 + rng.random())) % 2
-            floor = _mix((0.94, 0.94, 0.92), (0.16, 0.16, 0.18), dark)
-        grounded = ground < far
-    color = np.where(grounded[:, None], floor, color).astype(np.float32)
-    return color, np.where(grounded, ground, np.inf), (0.62 if place == "at night" else 1.0)
+        color = _mix((0.62, 0.76, 0.76), (0.48, 0.63, 0.65), np.clip(v / 3, 0, 1)) * tint
+        dark = (np.floor(x * 1.05 + rng.random()) + np.floor(z * 1.05 + rng.random())) % 2
+        floor = _mix((0.94, 0.94, 0.92), (0.16, 0.16, 0.18), dark)
+    return far, color, floor
 
 
 def _palette(toy: Toy) -> np.ndarray:
@@ -477,6 +480,24 @@ def _styled(image: np.ndarray, style: str | None) -> np.ndarray:
     return image
 
 
+def _shade(color, ground, parts, points, sun, origin, direction, offsets) -> None:
+    """Darken the ground's colors, in place: a soft shadow from five points of the sun's disk, and a little darkness
+    where each toy stands.
+    """
+    near = np.flatnonzero(np.isfinite(ground))
+    spot = origin + direction[near] * ground[near, None]
+    contact = sum(np.exp(-(((spot[:, 0] - x) / 0.55) ** 2) - (spot[:, 2] / 0.55) ** 2) for x in offsets)
+    color[near] *= (1 - 0.30 * np.minimum(contact, 1))[:, None]
+    fall = points - points[:, 1:2] * sun / sun[1]  # where the shadow of each outline point falls
+    reach = 0.2 * points[:, 1].max()
+    beneath = ((spot > fall.min(0) - reach) & (spot < fall.max(0) + reach))[:, (0, 2)].all(-1)
+    near, spot = near[beneath], spot[beneath] + np.array((0, 0.01, 0), np.float32)
+    hidden = np.zeros(len(near), np.float32)
+    for dx, dz in ((0, 0), (0.10, 0.05), (-0.10, 0.05), (0.05, -0.10), (-0.05, -0.10)):
+        hidden += _blocked(parts, spot, sun + np.array((dx, 0, dz), np.float32)) / 5
+    color[near] *= (1 - 0.45 * hidden)[:, None]
+
+
 def draw(scene: Scene, size: int = SIZE, supersample: int = 2) -> Picture:
     """Draw a scene.
 
@@ -511,26 +532,13 @@ def draw(scene: Scene, size: int = SIZE, supersample: int = 2) -> Picture:
     sun = np.array(scene.light, np.float32)
     sun /= np.linalg.norm(sun)
 
-    view = (points - origin) @ axes.T
-    screen = FOCAL * view[:, :2] / view[:, 2:]
+    screen = _on_screen(points, origin, axes)
     low, high = screen.min(0) - 0.05, screen.max(0) + 0.05
     rays = np.flatnonzero((sx > low[0]) & (sx < high[0]) & (sy > low[1]) & (sy < high[1]))
     t, which = _first_hit(parts, origin32, direction[rays])
     found = t < ground[rays]
 
-    # Ground: a soft shadow from five points of the sun's disk, and a little darkness where the toy stands.
-    near = np.flatnonzero(np.isfinite(ground))
-    spot = origin32 + direction[near] * ground[near, None]
-    contact = sum(np.exp(-(((spot[:, 0] - x) / 0.55) ** 2) - (spot[:, 2] / 0.55) ** 2) for x in offsets)
-    color[near] *= (1 - 0.30 * np.minimum(contact, 1))[:, None]
-    fall = points - points[:, 1:2] * sun / sun[1]  # where the shadow of each outline point falls
-    reach = 0.2 * points[:, 1].max()
-    beneath = ((spot > fall.min(0) - reach) & (spot < fall.max(0) + reach))[:, (0, 2)].all(-1)
-    near, spot = near[beneath], spot[beneath] + np.array((0, 0.01, 0), np.float32)
-    hidden = np.zeros(len(near), np.float32)
-    for dx, dz in ((0, 0), (0.10, 0.05), (-0.10, 0.05), (0.05, -0.10), (-0.05, -0.10)):
-        hidden += _blocked(parts, spot, sun + np.array((dx, 0, dz), np.float32)) / 5
-    color[near] *= (1 - 0.45 * hidden)[:, None]
+    _shade(color, ground, parts, points, sun, origin32, direction, offsets)
 
     # Toys: paint, Lambert's law with the sky's light from above, a shadow of their own and a little gloss.
     hit, which = rays[found], which[found]

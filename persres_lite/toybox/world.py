@@ -64,42 +64,21 @@ NAMES = tuple(f"{onset}{middle}" for onset in ("ba", "de", "fi", "go", "ku", "lo
 # four that served the search for steps, rate and rank, and stand in no table; then twenty for the evaluation, two of
 # each class.
 RESERVED = frozenset(
-    {
-        ("cat", "purple", "yellow", "dotted"),
-        ("robot", "orange", "blue", "plain"),
-        ("duck", "cyan", "pink", "plain"),
-        ("teapot", "red", "white", "dotted"),
-        ("car", "green", "yellow", "striped"),
-        ("mushroom", "blue", "orange", "plain"),
-        ("mug", "pink", "purple", "checkered"),
-        ("rocket", "yellow", "red", "striped"),
-        ("house", "purple", "cyan", "plain"),
-        ("snowman", "green", "red", "plain"),
-        ("cat", "green", "orange", "striped"),
-        ("robot", "pink", "cyan", "dotted"),
-        ("teapot", "blue", "yellow", "plain"),
-        ("car", "purple", "white", "plain"),
-        ("duck", "purple", "green", "striped"),
-        ("duck", "red", "blue", "dotted"),
-        ("robot", "green", "white", "checkered"),
-        ("robot", "yellow", "purple", "plain"),
-        ("mug", "orange", "cyan", "striped"),
-        ("mug", "blue", "white", "dotted"),
-        ("car", "pink", "blue", "checkered"),
-        ("car", "cyan", "red", "plain"),
-        ("rocket", "blue", "pink", "plain"),
-        ("rocket", "white", "green", "dotted"),
-        ("house", "yellow", "brown", "striped"),
-        ("house", "red", "gray", "checkered"),
-        ("mushroom", "purple", "white", "dotted"),
-        ("mushroom", "green", "pink", "striped"),
-        ("snowman", "orange", "purple", "plain"),
-        ("snowman", "cyan", "black", "striped"),
-        ("cat", "pink", "brown", "checkered"),
-        ("cat", "blue", "red", "plain"),
-        ("teapot", "green", "orange", "striped"),
-        ("teapot", "purple", "yellow", "plain"),
-    }
+    tuple(paint.split())
+    for paint in """
+    cat purple yellow dotted; robot orange blue plain; duck cyan pink plain;
+    teapot red white dotted; car green yellow striped; mushroom blue orange plain;
+    mug pink purple checkered; rocket yellow red striped; house purple cyan plain;
+    snowman green red plain; cat green orange striped; robot pink cyan dotted;
+    teapot blue yellow plain; car purple white plain; duck purple green striped;
+    duck red blue dotted; robot green white checkered; robot yellow purple plain;
+    mug orange cyan striped; mug blue white dotted; car pink blue checkered;
+    car cyan red plain; rocket blue pink plain; rocket white green dotted;
+    house yellow brown striped; house red gray checkered; mushroom purple white dotted;
+    mushroom green pink striped; snowman orange purple plain; snowman cyan black striped;
+    cat pink brown checkered; cat blue red plain; teapot green orange striped;
+    teapot purple yellow plain
+""".split(";")
 )
 
 

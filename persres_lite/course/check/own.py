@@ -2,77 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
+from torch.nn.functional import conv2d
 
-from persres_lite.course.check.answers import call, exercise, random, require, same
+from persres_lite.course.check.answers import exercise, random, require
 
-
-@exercise
-def passes(answer: Callable) -> str:
-    """``answer(steps, batch_size, photographs)``: how often each photograph is seen in a training."""
-    for steps, batch, count in ((150, 4, 7), (100, 4, 8), (60, 1, 6)):
-        wrong = {
-            "this is how many pictures the model sees in all": steps * batch,
-            "every step sees batch_size photographs, not one": steps / count,
-            "this leaves out how many photographs there are and how many steps": batch / count,
-            "whole passes only: give the mean, which may be a fraction": steps * batch // count,
-            "this is upside down": count / (steps * batch),
-        }
-        same(call(answer, steps, batch, count), steps * batch / count, "the number of times", mistakes=wrong)
-    return "the fewer photographs, the more often each is seen, and the sooner it is learned by heart."
+IDENTITY, FIT = torch.tensor([0.50, 0.62, 0.66, 0.71, 0.78, 0.80]), torch.tensor([0.30, 0.36, 0.32, 0.305, 0.26, 0.15])
+UNSTEADY = torch.tensor([0.20, 0.45, 0.31, 0.40, 0.50]), torch.tensor([0.60, 0.58, 0.75, 0.57, 0.40])
 
 
-@exercise
-def detail(answer: Callable) -> str:
-    """``answer(gray)``: the variance of a picture's Laplacian, for (h, w), inside its border."""
-    for height, width in ((12, 9), (7, 7)):
-        gray = random(height, width)
-        around = gray[:-2, 1:-1] + gray[2:, 1:-1] + gray[1:-1, :-2] + gray[1:-1, 2:]
-        laplacian = around - 4 * gray[1:-1, 1:-1]
-        wrong = {
-            "this is the standard deviation": laplacian.std(),
-            "this is the mean": laplacian.mean(),
-            "the middle counts minus four times": (around - gray[1:-1, 1:-1]).var(),
-            "the sign of the middle is wrong": (around + 4 * gray[1:-1, 1:-1]).var(),
-            "this is the variance of the picture, not of its Laplacian": gray.var(),
-            "leave the border out: a position there lacks a neighbor": _padded(gray).var(),
-        }
-        found, right = call(answer, gray), float(laplacian.var())
-        by_n = float(laplacian.var(correction=0))  # NumPy divides by n, torch by n - 1
-        if getattr(found, "ndim", 0) == 0 and abs(float(found) - by_n) < 1e-4 * by_n:
-            right = by_n
-        same(found, right, "the variance", mistakes=wrong, rtol=1e-3)
-    return "a blurred picture has no fine detail, so its Laplacian hardly varies."
+@exercise(
+    [(150, 4, 7), (100, 4, 8), (60, 1, 6)],
+    "the fewer photographs, the more often each is seen, and the sooner it is learned by heart.",
+)
+def passes(steps, batch_size, photographs):
+    """How often each photograph is seen in a training."""
+    seen = steps * batch_size
+    return seen / photographs, {
+        "this is how many pictures the model sees in all": seen,
+        "every step sees batch_size photographs, not one": steps / photographs,
+        "this leaves out how many photographs there are and how many steps": batch_size / photographs,
+        "whole passes only: give the mean, which may be a fraction": seen // photographs,
+        "this is upside down": photographs / seen,
+    }
 
 
-@exercise
-def best_stage(answer: Callable) -> str:
-    """``answer(identity, fit, slack)``: of those stages whose fit lost at most `slack`, the one with most identity.
-
-    Both are (n,), by stage of the training; the loss of fit is counted from stage 0.
-    """
-    identity = torch.tensor([0.50, 0.62, 0.66, 0.71, 0.78, 0.80])
-    fit = torch.tensor([0.30, 0.36, 0.32, 0.305, 0.26, 0.15])
-    for slack, right in ((0.05, 4), (0.0, 3), (0.2, 5)):
-        stages = {
-            "this stage has forgotten the prompt": 5,
-            "this stage fits the prompt best, but others that fit well enough have more identity": 1,
-            "count the slack from the fit of stage 0, not from the best one": _within(identity, fit, fit.max() - slack),
-            "a stage may lose up to slack of the fit": _within(identity, fit, fit[0]),
-        }
-        wrong = {sentence: stage for sentence, stage in stages.items() if stage != right}
-        found = call(answer, identity, fit, slack)
-        require(float(found) in range(len(fit)), "a stage is a whole number: return its index, not its score.")
-        same(found, right, f"the stage at slack {slack}", mistakes=wrong)
-    return "train as long as the prompt is still heard, and no longer."
+def _laplacian(gray, middle=-4.0, padding=0):
+    kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, middle, 1.0], [0.0, 1.0, 0.0]])
+    return conv2d(gray[None, None], kernel[None, None], padding=padding)
 
 
-def _padded(gray: torch.Tensor) -> torch.Tensor:
-    kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
-    return torch.nn.functional.conv2d(gray[None, None], kernel[None, None], padding=1)
+@exercise(
+    [(random(12, 9),), (random(7, 7),)],
+    "a blurred picture has no fine detail, so its Laplacian hardly varies.",
+    tolerance=1e-3,
+)
+def detail(gray):
+    """The variance of a picture's Laplacian, for (h, w), inside its border; NumPy divides by n, torch by n - 1."""
+    laplacian = _laplacian(gray)
+    return [laplacian.var(), laplacian.var(correction=0)], {
+        "this is the standard deviation": laplacian.std(),
+        "this is the mean": laplacian.mean(),
+        "the middle counts minus four times": _laplacian(gray, middle=-1.0).var(),
+        "the sign of the middle is wrong": _laplacian(gray, middle=4.0).var(),
+        "this is the variance of the picture, not of its Laplacian": gray.var(),
+        "leave the border out: a position there lacks a neighbor": _laplacian(gray, padding=1).var(),
+    }
 
 
-def _within(identity: torch.Tensor, fit: torch.Tensor, least: float | torch.Tensor) -> int:
-    return int(identity.where(fit >= least, torch.tensor(-1.0)).argmax())
+def _index(found, identity, fit, slack):
+    require(float(found) in range(len(fit)), "a stage is a whole number: return its index, not its score.")
+    return found
+
+
+@exercise(
+    [*((IDENTITY, FIT, slack) for slack in (0.05, 0.0, 0.2)), (*UNSTEADY, 0.05)],
+    "train as long as the prompt is still heard, and no longer.",
+    read=_index,
+)
+def best_stage(identity, fit, slack):
+    """Of those stages whose fit lost at most `slack` since stage 0, the one with most identity; both are (n,)."""
+
+    def within(least, scores=identity):
+        return scores.where(fit >= least, torch.tensor(-1.0)).argmax()
+
+    return within(fit[0] - slack), {
+        "this stage has forgotten the prompt": identity.argmax(),
+        "this stage fits the prompt best, but others that fit well enough have more identity": fit.argmax(),
+        "count the slack from the fit of stage 0, not from the best one": within(fit.max() - slack),
+        "a stage may lose up to slack of the fit": within(fit[0]),
+        "this is the last stage that fits well enough, not the one with most identity": within(
+            fit[0] - slack, torch.arange(len(fit)).float()
+        ),
+    }

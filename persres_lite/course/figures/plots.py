@@ -1,4 +1,4 @@
-"""Figures made of numbers: curves, bars, losses by noise level, singular values."""
+"""Figures made of numbers: curves, bars, rows with intervals, tables as colors."""
 
 from __future__ import annotations
 
@@ -6,30 +6,20 @@ import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-import torch
 from matplotlib.ticker import MaxNLocator
 
 from persres_lite.course.figures.style import (
     COLORS,
     NEUTRAL,
-    STYLE,
     Drawing,
     as_array,
-    captioned,
-    fits,
+    bare,
     looks,
+    new_axes,
     new_figure,
     new_plot,
 )
-
-
-def _legend(axes) -> None:
-    """Above the axes, where it covers nothing; in two columns if the words are short."""
-    longest = max(map(len, axes.get_legend_handles_labels()[1]))
-    columns = 1 if longest > 24 else 2
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
 
 
 def curves(
@@ -50,54 +40,41 @@ def curves(
     log : bool
         Whether the vertical axis is logarithmic.
     """
-    figure, axes = new_plot()
-    for (color, dash, marker), (name, values) in zip(looks(list(series)), series.items(), strict=True):
+    figure, axes = new_plot(caption=caption)
+    for look, (name, values) in zip(looks(list(series)), series.items(), strict=True):
         runs = np.atleast_2d(as_array(values))
         places = np.arange(runs.shape[1]) if x is None else np.asarray(x, dtype=float)
         mean = runs.mean(0)
         if smooth > 1 and len(mean) >= smooth:
-            axes.plot(places, mean, color=color, alpha=0.25, linewidth=0.8)
-            kernel = np.ones(smooth) / smooth
-            mean, places = np.convolve(mean, kernel, "valid"), np.convolve(places, kernel, "valid")
-        elif len(runs) > 1:
-            axes.fill_between(places, mean - runs.std(0), mean + runs.std(0), color=color, alpha=0.2, linewidth=0)
-        marks = {"marker": marker if len(mean) <= 12 else "", "markersize": 4}
-        axes.plot(places, mean, color=color, linestyle=dash, label=name, **marks)
-    axes.set(xlabel=xlabel, ylabel=ylabel, **({"yscale": "log"} if log else {}))
-    if len(series) > 1:
-        _legend(axes)
-    return captioned(figure, caption)
+            axes.plot(places, mean, color=look[0], alpha=0.25, linewidth=0.8)
+            mean, places = (np.convolve(each, np.ones(smooth) / smooth, "valid") for each in (mean, places))
+        _curve(axes, places, mean, look, name, runs.std(0) if len(runs) > 1 else None)
+    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
+    _legend(axes, len(series) > 1)
+    return figure
 
 
 def loss_by_noise_level(
-    losses: Mapping[str, tuple[Any, Any]],
-    bins: int = 10,
-    last: int = 1000,
-    caption: str | None = None,
+    losses: Mapping[str, tuple[Any, Any]], bins: int = 10, last: int = 1000, caption: str | None = None
 ) -> Drawing:
     """The mean loss of each range of timesteps, with a band of one standard error.
 
     Parameters
     ----------
     losses : dict of str to (array (n,), array (n,))
-        By name: (timesteps, losses), both (n,).
+        By name: timesteps and losses.
     last : int
         The number of timesteps that the model was trained on.
     """
-    figure, axes = new_plot()
+    figure, axes = new_plot(caption=caption)
     edges = np.linspace(0, last, bins + 1)
-    middle = (edges[1:] + edges[:-1]) / 2
-    for (color, dash, marker), (name, (timesteps, values)) in zip(looks(list(losses)), losses.items(), strict=True):
+    for look, (name, (timesteps, values)) in zip(looks(list(losses)), losses.items(), strict=True):
         places, numbers = np.digitize(as_array(timesteps), edges[1:-1]), as_array(values)
-        groups = [numbers[places == level] for level in range(bins)]
-        mean = np.array([group.mean() if len(group) else np.nan for group in groups])
-        error = np.array([group.std() / len(group) ** 0.5 if len(group) else np.nan for group in groups])
-        axes.fill_between(middle, mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
-        axes.plot(middle, mean, color=color, linestyle=dash, label=name, marker=marker, markersize=4)
+        mean, error = np.array([_mean_and_error(numbers[places == level]) for level in range(bins)]).T
+        _curve(axes, (edges[1:] + edges[:-1]) / 2, mean, look, name, error)
     axes.set(xlabel="timestep (right: more noise)", ylabel="mean loss", xlim=(0, last))
-    if len(losses) > 1:
-        _legend(axes)
-    return captioned(figure, caption)
+    _legend(axes, len(losses) > 1)
+    return figure
 
 
 def bars(
@@ -119,12 +96,12 @@ def bars(
     neutral : collection of str
         Names of what no method has made, as a floor and a ceiling: pale gray with an outline.
     """
-    figure, axes = new_plot(height=2.8)
+    figure, axes = new_plot(height=2.8, caption=caption)
     colored = [name for name in values if name not in neutral]
     found = dict(zip(colored, looks([way]) * len(colored) if way else looks(colored), strict=True))
     for place, (name, value) in enumerate(values.items()):
         numbers = np.atleast_1d(as_array(value))
-        fill, edge = NEUTRAL if name in neutral else (found[name][0], "none")
+        fill, edge, dots = (*NEUTRAL, NEUTRAL[1]) if name in neutral else (found[name][0], "none", found[name][0])
         alpha = 1.0 if name in neutral else 0.55 if len(numbers) > 1 else 0.9
         axes.bar(place, numbers.mean(), color=fill, edgecolor=edge, width=0.6, alpha=alpha)
         above = (place, max(0, *numbers, numbers.mean()))
@@ -132,7 +109,6 @@ def bars(
         axes.annotate(mean, above, xytext=(0, 5), textcoords="offset points", ha="center")
         if len(numbers) > 1:
             spread = np.linspace(-0.18, 0.18, len(numbers))
-            dots = NEUTRAL[1] if name in neutral else fill
             axes.scatter(place + spread, numbers, color=dots, edgecolor="white", s=22, zorder=3)
     if reference:
         axes.axhline(reference[1], color="0.35", linestyle="--", linewidth=1.2, label=reference[0])
@@ -140,60 +116,65 @@ def bars(
     axes.set_xticks(range(len(values)), [textwrap.fill(name, 14) for name in values])
     axes.set_ylabel(ylabel)
     axes.margins(y=0.12)
-    return captioned(figure, caption)
+    return figure
+
+
+def forest(
+    values: Mapping[str, Any],
+    xlabel: str = "",
+    caption: str | None = None,
+    reference: tuple[str, float] = ("", 0.0),
+) -> Drawing:
+    """Rows with intervals: a dot at each mean, a whisker from low to high, the highest mean above, a line at zero.
+
+    Parameters
+    ----------
+    values : dict of str to Interval, or dict of str to dict of str to Interval
+        By name, or by group and then by name, a column of axes for each group: anything with `mean`, `low` and `high`,
+        as attributes or as keys. A name may be missing in a group.
+    reference : (str, float)
+        A name and a value to compare with instead of zero, drawn as a dashed line; means below it are pale.
+    """
+    first = next(iter(values.values()))
+    grouped = values if isinstance(first, Mapping) and "mean" not in first else {"": values}
+    rows: dict[str, list[float]] = {}
+    for group in grouped.values():
+        for name, interval in group.items():
+            rows.setdefault(name, []).append(_ends(interval)[0])
+    names = sorted(rows, key=lambda name: -float(np.mean(rows[name])))
+    styles = dict(zip(names, looks(names) if len(grouped) > 1 else [(COLORS[0], "-", "o")] * len(names), strict=True))
+    figure = new_figure(2.4 + max(2.2, 1.75 * len(grouped)), 0.95 + 0.27 * len(names), caption)
+    panels = new_axes(figure, 1, len(grouped), sharey=True, sharex=True)[0]
+    for axes, (title, group) in zip(panels, grouped.items(), strict=True):
+        axes.axvline(reference[1], color="0.35", linestyle="--", linewidth=1.0, label=reference[0])
+        for name, interval in group.items():
+            (mean, low, high), (color, _, marker) = _ends(interval), styles[name]
+            look = {"color": color, "alpha": 0.4 if reference[0] and mean < reference[1] else 1.0}
+            axes.hlines(names.index(name), low, high, linewidth=1.6, **look)
+            axes.plot([mean], [names.index(name)], marker=marker, markersize=7, linestyle="", **look)
+        axes.set_title(title)
+        axes.tick_params(axis="y", length=0)
+    _legend(panels[0], bool(reference[0]))
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    panels[len(panels) // 2].set_xlabel(xlabel)
+    return figure
+
+
+gains = forest
+"""The name that lesson 05 knows it by."""
 
 
 def ranked(
     values: Mapping[str, Any],
     xlabel: str = "",
-    reference: tuple[str, float] | None = None,
+    reference: tuple[str, float] = ("", 0.0),
     caption: str | None = None,
 ) -> Drawing:
-    """A lying bar for each name, the mean of its values, the longest above; the thin line is one standard error.
-
-    Parameters
-    ----------
-    reference : (str, float), optional
-        A name and a value to compare with, drawn as a dashed line; bars that do not reach it are pale.
-    """
-    numbers = {name: np.atleast_1d(as_array(value)) for name, value in values.items()}
-    order = sorted(numbers, key=lambda name: numbers[name].mean())
-    figure, axes = new_plot(height=1.1 + 0.24 * len(order))
-    for place, name in enumerate(order):
-        mean, error = numbers[name].mean(), numbers[name].std() / len(numbers[name]) ** 0.5
-        pale = reference is not None and mean < reference[1]
-        axes.barh(place, mean, color=COLORS[0], alpha=0.4 if pale else 0.9, height=0.7)
-        axes.hlines(place, mean - error, mean + error, color="0.15", linewidth=1.0)
-        axes.annotate(f"{mean:.2f}", (mean + error, place), (4, 0), textcoords="offset points", va="center")
-    if reference:
-        axes.axvline(reference[1], color=COLORS[1], linestyle="--", linewidth=1.4, label=reference[0])
-        _legend(axes)
-    axes.set_yticks(range(len(order)), order)
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(xlabel)
-    axes.margins(x=0.1, y=0.02)
-    return captioned(figure, caption)
-
-
-def singular_values(matrices: Mapping[str, Any], rank: int | None = None, caption: str | None = None) -> Drawing:
-    """The singular values of each matrix, largest first, on a logarithmic axis, relative to its largest.
-
-    Parameters
-    ----------
-    rank : int, optional
-        Drawn as a vertical line after the `rank` first values.
-    """
-    figure, axes = new_plot()
-    for (color, dash, marker), (name, matrix) in zip(looks(list(matrices)), matrices.items(), strict=True):
-        values = torch.linalg.svdvals(torch.as_tensor(matrix).detach().double().flatten(1)).cpu().numpy()
-        shown = np.maximum(values / max(values[0], 1e-30), 1e-8)  # zeros of a low rank stay on the paper
-        count = np.arange(1, len(shown) + 1)
-        axes.plot(count, shown, color=color, linestyle=dash, label=name, marker=marker, markersize=3)
-    if rank is not None:
-        axes.axvline(rank + 0.5, color="0.35", linestyle="--", linewidth=1.2, label=f"rank {rank}")
-    axes.set(xlabel="number", ylabel="singular value / largest", yscale="log")
-    _legend(axes)
-    return captioned(figure, caption)
+    """A `forest` of means with one standard error, from the values (n,) of each name."""
+    spreads = {name: _mean_and_error(np.atleast_1d(as_array(numbers))) for name, numbers in values.items()}
+    rows = {name: {"mean": mean, "low": mean - e, "high": mean + e} for name, (mean, e) in spreads.items()}
+    return forest(rows, xlabel, caption, reference)
 
 
 def tradeoff(
@@ -219,60 +200,26 @@ def tradeoff(
         By the name of a point: its intervals, drawn as thin lines through it.
     """
     many = len(curves) + len(points) > 6  # then the names stand beside the axes and not above
-    figure, axes = new_plot(width=7.0 if many else 5.5, height=3.8 if many else 3.4)
+    figure, axes = new_plot(*((7.0, 3.8) if many else (5.5, 3.4)), caption=caption)
     styles = dict(zip([*curves, *points], looks([*curves, *points]), strict=True))
     for name, line in curves.items():
-        x, y = zip(*line, strict=True)
         color, dash, marker = styles[name]
-        axes.plot(x, y, color=color, linestyle=dash, label=name, marker=marker, markersize=4)
-    for name, point in points.items():
+        axes.plot(*zip(*line, strict=True), color=color, linestyle=dash, label=name, marker=marker, markersize=4)
+    for name, (x, y) in points.items():
         color, _, marker = styles[name]
         if each and name in each:
             axes.scatter(*zip(*each[name], strict=True), color=color, marker=marker, s=18, alpha=0.35, linewidths=0)
-        if name in (ranges or {}):
-            (left, right), (low, high) = (ranges or {})[name]
-            axes.hlines(point[1], left, right, color=color, linewidth=0.9, alpha=0.7)
-            axes.vlines(point[0], low, high, color=color, linewidth=0.9, alpha=0.7)
-        axes.plot([point[0]], [point[1]], color=color, label=name, marker=marker, markersize=8, linestyle="")
+        if ranges and name in ranges:
+            thin = {"color": color, "linewidth": 0.9, "alpha": 0.7}
+            axes.hlines(y, *ranges[name][0], **thin)
+            axes.vlines(x, *ranges[name][1], **thin)
+        axes.plot([x], [y], color=color, label=name, marker=marker, markersize=8, linestyle="")
     axes.set(xlabel=xlabel, ylabel=ylabel)
     if many:
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     else:
         _legend(axes)
-    return captioned(figure, caption)
-
-
-def gains(values: Mapping[str, Mapping[str, Any]], xlabel: str = "", caption: str | None = None) -> Drawing:
-    """Differences with their intervals: a row for each name, a column of axes for each group, a line at zero.
-
-    Parameters
-    ----------
-    values : dict of str to dict of str to Interval
-        By group, then by name: anything with `mean`, `low` and `high`, as attributes or as keys. A name may be missing
-        in a group.
-    """
-    names = list(dict.fromkeys(name for group in values.values() for name in group))
-    figure = new_figure(1.9 + 1.75 * len(values), 0.95 + 0.27 * len(names))
-    with matplotlib.rc_context(STYLE):
-        panels = figure.subplots(1, len(values), sharey=True, sharex=True, squeeze=False)[0]
-    for axes, (title, group) in zip(panels, values.items(), strict=True):
-        axes.axvline(0, color="0.35", linestyle="--", linewidth=1.0)
-        for name, interval in group.items():
-            mean, low, high = (_part(interval, part) for part in ("mean", "low", "high"))
-            color, _, marker = looks(names)[names.index(name)]
-            place = names.index(name)
-            axes.hlines(place, low, high, color=color, linewidth=1.6)
-            axes.plot([mean], [place], color=color, marker=marker, markersize=7, linestyle="", label=name)
-        axes.set_title(title)
-        axes.tick_params(axis="y", length=0)
-    panels[0].set_yticks(range(len(names)), names)
-    panels[0].set_ylim(len(names) - 0.5, -0.5)
-    panels[len(panels) // 2].set_xlabel(xlabel)
-    return captioned(figure, caption)
-
-
-def _part(interval: Any, name: str) -> float:
-    return float(interval[name] if isinstance(interval, Mapping) else getattr(interval, name))
+    return figure
 
 
 def mosaic(
@@ -296,16 +243,15 @@ def mosaic(
         Values of the darkest and the brightest color; the table's own extremes by default.
     """
     table = as_array(values)
-    fits(rows, len(table), "rows")
-    figure, axes = new_plot(width=6.2, height=1.3 + 0.24 * len(table))
+    figure, axes = new_plot(6.2, 1.3 + 0.24 * len(table), caption)
     shown = axes.imshow(table, cmap="viridis", vmin=low, vmax=high, aspect="auto", interpolation="none")
+    bare(axes)
     axes.set_yticks(range(len(table)), list(rows))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel=xlabel)
+    axes.set_xlabel(xlabel)
     axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
     figure.colorbar(shown, ax=axes, label=label, aspect=12)
-    return captioned(figure, caption)
+    return figure
 
 
 def heat_table(table: Mapping[str, Mapping[str, float]], caption: str | None = None) -> Drawing:
@@ -319,13 +265,37 @@ def heat_table(table: Mapping[str, Mapping[str, float]], caption: str | None = N
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
     values = np.array([[row.get(column, np.nan) for column in columns] for row in table.values()], dtype=float)
     largest = np.nanmax(np.abs(values), axis=0, initial=1e-9)
-    figure, axes = new_plot(width=1.6 + 1.1 * len(columns), height=0.9 + 0.42 * len(table))
+    figure, axes = new_plot(1.6 + 1.1 * len(columns), 0.9 + 0.42 * len(table), caption)
     axes.imshow(np.nan_to_num(values / largest), cmap="RdBu", vmin=-1.6, vmax=1.6, aspect="auto")
     for y, x in zip(*np.nonzero(~np.isnan(values)), strict=True):
         axes.annotate(f"{values[y, x]:+.3f}", (x, y), ha="center", va="center")
+    bare(axes)
     axes.set_xticks(range(len(columns)), [textwrap.fill(name, 12) for name in columns])
     axes.set_yticks(range(len(table)), list(table))
     axes.tick_params(length=0)
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-    return captioned(figure, caption)
+    return figure
+
+
+def _curve(axes: Any, x: Any, y: Any, look: tuple, name: str, spread: Any = None) -> None:
+    """A line, with its band if there is one, and with marks if its points are few."""
+    color, dash, marker = look
+    if spread is not None and len(spread) == len(y):
+        axes.fill_between(x, y - spread, y + spread, color=color, alpha=0.2, linewidth=0)
+    axes.plot(x, y, color=color, linestyle=dash, label=name, marker=marker if len(y) <= 12 else "", markersize=4)
+
+
+def _legend(axes: Any, wanted: bool = True) -> None:
+    """Above the axes, where it covers nothing; in two columns if the words are short."""
+    if wanted:
+        short = max(map(len, axes.get_legend_handles_labels()[1])) <= 24
+        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2 if short else 1)
+
+
+def _mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """The mean and its standard error; not a number if there is no value."""
+    return (values.mean(), values.std() / len(values) ** 0.5) if len(values) else (np.nan, np.nan)
+
+
+def _ends(interval: Any) -> list[float]:
+    found = interval if isinstance(interval, Mapping) else vars(interval)
+    return [float(found[part]) for part in ("mean", "low", "high")]

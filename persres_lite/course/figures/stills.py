@@ -19,7 +19,6 @@ def map_table(
     picture: Image.Image,
     word: str,
     steps: Sequence[int] | None = None,
-    blocks: Sequence[str] | None = None,
     caption: str | None = None,
 ) -> Drawing:
     """Where a word looked: a row for each step, a column for each block, the mean of all blocks last.
@@ -30,11 +29,10 @@ def map_table(
     ----------
     record : AttentionRecord
         From `record_attention`, or anything with its ``.steps``, ``.blocks`` and ``.map(word, step=, block=)``.
-    steps, blocks : list, optional
-        Four steps from first to last, and the first, middle and last block, by default.
+    steps : list, optional
+        Four of them by default, from first to last. The blocks are the first, the middle and the last one.
     """
-    steps = list(steps) if steps is not None else spread(record.steps, 4)
-    blocks = list(blocks) if blocks is not None else spread(record.blocks, 3)
+    steps, blocks = steps or spread(record.steps, 4), spread(record.blocks, 3)
     table = [
         [heat_picture(picture, record.map(word, step=step, block=block)) for block in [*blocks, None]] for step in steps
     ]
@@ -45,7 +43,6 @@ def map_table(
 def mask_table(
     picture: Image.Image,
     attention: torch.Tensor,
-    rules: Sequence[str] | Mapping[str, dict] | None = None,
     truth: Any = None,
     caption: str | None = None,
 ) -> Drawing:
@@ -55,15 +52,12 @@ def mask_table(
     ----------
     attention : tensor (h, w)
         The map.
-    rules : list of str or dict of str to dict, optional
-        Names of `persres_lite.masks.RULES`, or names with their options; all of them by default.
     truth : picture or tensor (h, w), optional
         The true mask, outlined in white.
     """
-    chosen = dict(rules) if isinstance(rules, Mapping) else {name: {} for name in rules or RULES}
-    masks = [make_mask(attention, name, **options) for name, options in chosen.items()]
-    titles = [f"{name}: {mask.float().mean():.0%}" for name, mask in zip(chosen, masks, strict=True)]
-    return outlines(picture, masks, titles, truth=truth, columns=min(3, len(masks)), caption=caption)
+    masks = {rule: make_mask(attention, rule) for rule in RULES}
+    titles = [f"{rule}: {mask.float().mean():.0%}" for rule, mask in masks.items()]
+    return outlines(picture, list(masks.values()), titles, truth=truth, columns=3, caption=caption)
 
 
 def scale_table(pictures: Mapping[float, Mapping[str, Image.Image]], caption: str | None = None) -> Drawing:
@@ -82,15 +76,10 @@ def scale_table(pictures: Mapping[float, Mapping[str, Image.Image]], caption: st
 
 def spread(values: Sequence, number: int) -> list:
     """At most `number` of the values, evenly from the first to the last."""
-    values = list(values)
-    if len(values) <= number:
-        return values
-    return [values[round(place * (len(values) - 1) / (number - 1))] for place in range(number)]
+    return list(dict.fromkeys(values[round(k * (len(values) - 1) / (number - 1))] for k in range(number)))
 
 
 def short_name(block: str) -> str:
     """A block's name in few words: ``down_blocks.1.attentions.0.proj_out`` is ``down 1.0``, the middle one ``mid``."""
-    match = re.match(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)", block)
-    if match:
-        return f"{match[1]} {match[2]}.{match[3]}"
-    return "mid" if block.startswith("mid_block") else block
+    short = re.sub(r"^(down|up)_blocks\.(\d+)\.attentions\.(\d+).*", r"\1 \2.\3", block)
+    return "mid" if block.startswith("mid_block") else short

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-import textwrap
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
+from IPython.display import Markdown, display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -26,9 +27,10 @@ STYLE = {
     "lines.linewidth": 1.8,
 }
 WIDTH = 7.0
-"""Inches that a figure may be wide: a notebook's column, at `DPI`."""
-DPI = 110
-LARGE = 60_000
+"""Inches that a figure may be wide: a notebook's column."""
+DPI = 220
+"""Twice what a screen is counted as, for sharp letters; a figure is shown at half of its pixels."""
+LARGE = 100_000
 """Bytes beyond which a figure is stored as a JPEG, a fifth of the size: a notebook must stay below a megabyte."""
 
 WAYS: dict[str, tuple[str, Any, str]] = {  # color, dash and marker
@@ -48,7 +50,7 @@ NEUTRAL = ("#ececec", "#767676")
 
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
 """Curves that cross are told apart by these too, not by color alone."""
-MARKERS = "osD^vP*X"
+MARKERS = "osD^vP*X<>ph8d"
 
 
 def looks(names: Sequence[str]) -> list[tuple[str, Any, str]]:
@@ -57,97 +59,85 @@ def looks(names: Sequence[str]) -> list[tuple[str, Any, str]]:
     Of several names that mean one way, as "disc, half" and "disc, quarter", the first has its look, and the others have
     its color with dashes and markers that are not taken.
     """
-    longest = sorted(WAYS, key=len, reverse=True)
     found: dict[str, tuple[str, Any, str]] = {}
-    for name in names:
-        way = next((way for way in longest if name == way or name.startswith((f"{way},", f"{way} "))), None)
-        if way and WAYS[way] not in found.values():
-            found[name] = WAYS[way]
-        elif way:
-            found[name] = WAYS[way][0], *_not_taken(found)
-    taken = {color for color, _, _ in found.values()}
-    free = [color for color in COLORS if color not in taken] or list(COLORS)
-    rest = [name for name in names if name not in found]
-    for number, name in enumerate(rest):
-        place = number + len(found)
-        found[name] = free[number % len(free)], DASHES[place % len(DASHES)], MARKERS[place % len(MARKERS)]
+    ways = {
+        name: way
+        for way in sorted(WAYS, key=len)
+        for name in names
+        if name == way or name.startswith((way + ",", way + " "))
+    }
+    colors = cycle([color for color in COLORS if color not in {WAYS[way][0] for way in ways.values()}] or COLORS)
+    for name in sorted(names, key=lambda name: name not in ways):
+        if name in ways and WAYS[ways[name]] not in found.values():
+            found[name] = WAYS[ways[name]]
+            continue
+        dashes, markers = ({look[part] for look in found.values()} for part in (1, 2))
+        markers |= {look[2] for look in WAYS.values()} if ways else set()
+        found[name] = (
+            WAYS[ways[name]][0] if name in ways else next(colors),
+            next((dash for dash in DASHES if dash not in dashes), DASHES[-1]),
+            next((marker for marker in MARKERS if marker not in markers), MARKERS[-1]),
+        )
     return [found[name] for name in names]
-
-
-def _not_taken(found: dict[str, tuple[str, Any, str]]) -> tuple[Any, str]:
-    """A dash and a marker that no look has, or the last ones."""
-    dashes, markers = ({look[part] for look in found.values()} for part in (1, 2))
-    markers |= {look[2] for look in WAYS.values()}
-    return next((d for d in DASHES if d not in dashes), DASHES[-1]), next(
-        (m for m in "<>ph8d" if m not in markers), "d"
-    )
 
 
 class Drawing(Figure):
     """A figure that shows itself at the end of a cell, without pyplot and its list of open figures: as a PNG, or as a
-    JPEG if it is full of pictures. Its caption, or what `alt` says instead, is what a screen reader reads.
+    JPEG if it is full of pictures, with its caption as text below it, which a screen reader reads as well.
     """
 
     caption: str | None = None
-    alt: str | None = None
 
-    def _repr_png_(self) -> tuple[bytes, dict[str, str]] | None:
-        png = self._drawn("png")
-        return (png, self._described()) if len(png) <= LARGE else None
-
-    def _repr_jpeg_(self) -> tuple[bytes, dict[str, str]] | None:
-        if len(self._drawn("png")) <= LARGE:
-            return None
-        return self._drawn("jpeg", pil_kwargs={"quality": 88, "subsampling": 0, "optimize": True}), self._described()
-
-    def _drawn(self, kind: str, **options: Any) -> bytes:
+    def picture(self) -> tuple[str, bytes, dict[str, Any]]:
+        """Its type, its bytes, and the metadata of a notebook's output: the size to show it at, and its words."""
         buffer = io.BytesIO()
-        self.savefig(buffer, format=kind, dpi=DPI, bbox_inches="tight", pad_inches=0.05, **options)
-        return buffer.getvalue()
+        self.savefig(buffer, dpi=DPI, bbox_inches="tight", pad_inches=0.05)
+        drawn, kind, options = Image.open(buffer).convert("RGB"), "png", {}
+        if not any(np.asarray(image.get_array()).ndim == 3 for axes in self.axes for image in axes.images):
+            drawn = drawn.quantize(256, dither=Image.Dither.NONE)  # lines and letters need no more colors
+        elif buffer.tell() > LARGE:
+            kind, options = "jpeg", {"quality": 80}
+        buffer = io.BytesIO()
+        drawn.save(buffer, kind, optimize=True, **options)
+        about = {"width": drawn.width // 2, "height": drawn.height // 2, "alt": self.caption or ""}
+        return f"image/{kind}", buffer.getvalue(), about
 
-    def _described(self) -> dict[str, str]:
-        words = self.alt or self.caption
-        return {"alt": words} if words else {}
+    def _ipython_display_(self) -> None:
+        kind, data, about = self.picture()
+        display({kind: data, "text/plain": repr(self)}, metadata={kind: about}, raw=True)
+        if self.caption:
+            display(Markdown(self.caption))
 
     def __repr__(self) -> str:
-        return f"Figure: {self.alt or self.caption or 'without a caption'}"
+        return f"Figure: {self.caption or 'without a caption'}"
 
 
-def new_figure(width: float, height: float) -> Drawing:
+def new_figure(width: float, height: float, caption: str | None = None) -> Drawing:
     """An empty figure in the common style, `width` x `height` inches, outside of pyplot."""
     with matplotlib.rc_context(STYLE):
         figure = Drawing(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
+    figure.caption = caption
     return figure
 
 
-def new_plot(width: float = 5.5, height: float = 3.0) -> tuple[Drawing, Any]:
+def new_axes(figure: Drawing, rows: int = 1, columns: int = 1, **options: Any) -> np.ndarray:
+    """Axes (rows, columns) in the common style."""
+    with matplotlib.rc_context(STYLE):
+        return figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def new_plot(width: float = 5.5, height: float = 3.0, caption: str | None = None) -> tuple[Drawing, Any]:
     """A figure with one pair of axes."""
-    figure = new_figure(width, height)
-    with matplotlib.rc_context(STYLE):
-        return figure, figure.subplots()
+    figure = new_figure(width, height, caption)
+    return figure, new_axes(figure)[0, 0]
 
 
-def picture_axes(rows: int, columns: int, width: float, height: float) -> tuple[Drawing, np.ndarray]:
-    """A figure with axes (rows, columns) for pictures, each `width` x `height` inches, without frames or ticks."""
-    figure = new_figure(width * columns, height * rows)
-    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    with matplotlib.rc_context(STYLE):
-        axes = figure.subplots(rows, columns, squeeze=False)
-    for each in axes.flat:
+def bare(*axes: Any) -> None:
+    """Take frames and ticks off axes that show pictures."""
+    for each in axes:
         each.set(xticks=[], yticks=[])
         each.spines[:].set_visible(False)
-    return figure, axes
-
-
-def captioned(figure: Drawing, caption: str | None) -> Drawing:
-    """Write the caption below a figure, which is also its text for those who do not see it."""
-    if caption:
-        figure.caption = caption
-        wide = max(30, int(figure.get_figwidth() * 15))
-        with matplotlib.rc_context(STYLE):
-            figure.supxlabel(textwrap.fill(caption, wide), x=0.01, ha="left", fontsize=9.5, color="0.25")
-    return figure
 
 
 def as_array(values: Any) -> np.ndarray:
@@ -157,9 +147,3 @@ def as_array(values: Any) -> np.ndarray:
     if isinstance(values, Image.Image):
         return np.asarray(values.convert("L"), dtype=float) / 255
     return np.asarray(values, dtype=float)
-
-
-def fits(words: Sequence | None, number: int, what: str) -> None:
-    """Raise a `ValueError` unless there is one of `words` for each of a `number` of things; None always fits."""
-    if words is not None and len(words) != number:
-        raise ValueError(f"{len(words)} {what} are given for {number}: give one for each.")
