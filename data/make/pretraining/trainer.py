@@ -5,24 +5,58 @@ kill, half precision where it is faster, and several processes that learn as one
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
-from .muon import optimizers_of
+from .muon import faster_type, optimizers_of
 
-CPU = torch.device("cpu")
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of pretraining works with.
+
+    Attributes
+    ----------
+    folder : Path
+        Of the pictures, and of each stage's checkpoint ``<stage>.pt``, which is loaded without executing anything.
+    base : Path
+        Where the finished models go.
+    minutes : dict
+        Budget of each stage.
+    device : device
+        Where everything learns.
+    pictures, views : int
+        How many training pictures there are, and pictures of toys that are seen twice; multiples of 1000.
+    layers, widths : int, (int, int)
+        Of the U-Net, see `make_unet`.
+    every : float
+        Seconds between two checkpoints.
+    """
+
+    folder: Path
+    base: Path
+    minutes: dict[str, float]
+    device: torch.device = torch.device("cpu")
+    pictures: int = 24_000
+    views: int = 16_000
+    layers: int = 2
+    widths: tuple[int, int] = (64, 128)
+    every: float = 120.0
+
+    def faster_precision(self) -> torch.autocast:
+        """A context that computes in bfloat16 where that is faster."""
+        kind = faster_type(self.device)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=kind is torch.bfloat16)
 
 
 def averaged(module: nn.Module, decay: float) -> AveragedModel:
@@ -35,38 +69,7 @@ def averaged(module: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(module, multi_avg_fn=update)
 
 
-def faster_precision(device: torch.device = CPU) -> torch.autocast:
-    """A context that computes in bfloat16 on a GPU and where the processor has instructions for it.
-
-    Elsewhere bfloat16 is slower than single precision, not faster.
-    """
-    if device.type == "cuda":
-        return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_bf16_supported())
-    able: dict = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch have no such function
-    fast = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
-
-
-def compile_inside_ddp(module: nn.Module) -> None:
-    """Let torch compile what `module` computes: its many small operations, joined, train faster.
-
-    Its weights keep their names. Where there is no C++ compiler it computes as it did. Compiled whole: cut up, as is
-    usual below `DistributedDataParallel`, gradients could be sent earlier, but a step here is too short to gain by it.
-    """
-    if shutil.which("g++") or shutil.which("clang++"):
-        torch._dynamo.config.optimize_ddp = False
-        module.compile()
-
-
-def _end_with(parent: int) -> None:
-    """End this process when its parent is gone: killed, it cannot say so, and nobody else would stop what it began."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
 def _begin(rank: int, processes: int, meeting: str, work: Callable, arguments: tuple) -> None:
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
     work(*arguments)
@@ -90,24 +93,17 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _mean(value: float) -> float:
-    """The mean of a number over the processes."""
-    if rank_and_size()[1] == 1:
-        return value
-    shared = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(shared)
-    return (shared / rank_and_size()[1]).item()
-
-
-class _Losses(nn.Module):
-    """A stage's step as the forward pass of a module, which is what `DistributedDataParallel` wraps."""
-
-    def __init__(self, module: nn.Module, step: Callable[[int], dict[str, torch.Tensor]]):
-        super().__init__()
-        self.module, self.step = module, step
-
-    def forward(self, number: int) -> dict[str, torch.Tensor]:
-        return self.step(number)
+def _share(gradients: list[torch.Tensor], seconds: float) -> float:
+    """Put the mean over the processes into gradients, in place; returns that of the seconds."""
+    size = rank_and_size()[1]
+    if size == 1:
+        return seconds
+    flat = torch.cat([torch.tensor([seconds]), *(gradient.flatten() for gradient in gradients)])
+    dist.all_reduce(flat)
+    seconds, *means = (flat / size).split([1, *(gradient.numel() for gradient in gradients)])
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view_as(gradient))
+    return float(seconds)
 
 
 def _write(state: dict, path: Path) -> None:
@@ -115,45 +111,33 @@ def _write(state: dict, path: Path) -> None:
     os.replace(path.with_suffix(".part"), path)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a stage has left: "module", "average", how many steps, seconds and pictures it took."""
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def load_trained(name: str, module: nn.Module, folder: Path) -> bool:
-    """Put what stage `name` has learned so far into `module`, averages where it has them; False if it has not begun."""
-    path = folder / f"{name}.pt"
-    if not path.exists():
-        return False
-    state = _read(path)
-    module.load_state_dict(state.get("average") or state["module"])
-    module.eval()
-    return True
-
-
-def trained(name: str, module: nn.Module, folder: Path) -> Any:
-    """`module` as stage `name` has left it.
+def trained(name: str, module: nn.Module, folder: Path, optional: bool = False) -> Any:
+    """`module` as stage `name` has left it, averages where it has them, frozen; or as it is, if `optional`.
 
     Raises
     ------
     FileNotFoundError
         If the stage has not begun.
     """
-    if not load_trained(name, module, folder):
+    path = folder / f"{name}.pt"
+    if not (path.exists() or optional):
         raise FileNotFoundError(f"Stage {name} has left nothing in {folder}: train it first, with --stage {name}.")
-    return module.requires_grad_(False)
+    if path.exists():
+        state = read_checkpoint(path)
+        module.load_state_dict(state.get("average") or state["module"])
+    return module.eval().requires_grad_(False)
 
 
 def begin_from(name: str, module: nn.Module, folder: Path) -> None:
     """Let stage `name`, if it has not begun, begin from what `module` holds."""
     path = folder / f"{name}.pt"
     if not path.exists():
-        _write({"step": 0, "seconds": 0.0, "pictures": 0, "module": module.state_dict(), "needed": {}}, path)
-
-
-def learned(names: Iterable[str], folder: Path) -> dict[str, int]:
-    """How many steps each of these stages has taken, 0 where it has not begun."""
-    paths = {name: folder / f"{name}.pt" for name in names}
-    return {name: _read(path)["step"] if path.exists() else 0 for name, path in paths.items()}
+        _write({"step": 0, "seconds": 0.0, "pictures": 0, "module": module.state_dict()}, path)
 
 
 def still_valid(made: Path, name: str, folder: Path) -> bool:
@@ -173,131 +157,97 @@ def train(
     name: str,
     module: nn.Module,
     step: Callable[[int], dict[str, torch.Tensor]],
+    run: Run,
     *,
-    minutes: float,
     lr: float,
-    pictures: int,
-    folder: Path,
-    needs: tuple[str, ...] = (),
-    weight_decay: float = 0.01,
+    batch: int,
     muon: bool = False,
     ema: float | None = None,
-    save_every: float = 90.0,
-    on_publish: Callable[[nn.Module], None] | None = None,
-    publish_every: float = 600.0,
-    device: torch.device = CPU,
+    on_save: Callable[[nn.Module], None] | None = None,
 ) -> None:
-    """Train `module` in place for a budget of minutes, or go on with what is left of it.
+    """Train `module` in place for its budget of minutes, or go on with what is left of it.
 
     The learning rate rises over 100 steps, stays, and falls to zero over the last 40 % of the budget. Time is
-    counted over all runs; a checkpoint is written every `save_every` seconds, so a kill loses no more than that.
-    Under `data_parallel` every process takes its own pictures and all take the mean gradient. Where a stage that
-    this one `needs` has learned since, this one has its whole budget again, and begins with what it knows.
+    counted over all runs; a checkpoint is written every `Run.every` seconds, so a kill loses no more than that.
+    Under `data_parallel` every process takes its own pictures and all take the mean gradient.
 
     Parameters
     ----------
     name : str
-        Of the stage: its checkpoint is ``<folder>/<name>.pt``, loaded without executing anything.
+        Of the stage.
     module : Module
         Everything that learns.
     step : callable
         Given the step number, returns the losses by name; their sum is minimized. Torch's generator, seeded anew
         for every step and process, makes all its random choices.
-    minutes : float
-        Budget.
-    lr, weight_decay : float
+    run : Run
+        Says for how long, and where the checkpoint is.
+    lr : float
         Of the optimizer.
-    pictures : int
-        How many a step looks at, counted for the model card.
-    folder : Path
-        Of the checkpoints.
-    needs : tuple of str, optional
-        Stages whose result this one learns from.
+    batch : int
+        How many pictures a step looks at, counted for the model card.
     muon : bool, optional
         Whether matrices learn by Muon (`muon`) rather than by AdamW.
     ema : float, optional
         Decay of the moving average that `module` ends with; by default it ends with its last weights.
-    save_every, publish_every : float, optional
-        Seconds.
-    on_publish : callable, optional
-        Called every `publish_every` seconds with the averaged module.
-    device : torch.device, optional
-        Where `module` learns; `step` puts what it feeds it there. It ends there, too.
+    on_save : callable, optional
+        Called after each checkpoint with the averaged module.
     """
-    module.to(device)
-    path = folder / f"{name}.pt"
-    folder.mkdir(parents=True, exist_ok=True)
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizers = optimizers_of(module, lr, weight_decay, muon)
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    rank, size = rank_and_size()
-    number, spent, seen, needed = 0, 0.0, 0, learned(needs, folder)
-    state = _read(path) if path.exists() else {}
-    if state:
+    path, budget = run.folder / f"{name}.pt", 60 * run.minutes[name]
+    run.folder.mkdir(parents=True, exist_ok=True)
+    state = read_checkpoint(path) if path.exists() else {"step": 0, "seconds": 0.0, "pictures": 0}
+    number, spent, seen = state["step"], state["seconds"], state["pictures"]
+    if "module" in state:
         module.load_state_dict(state["module"])
+    module.to(run.device).train()
     average = averaged(module, ema) if ema else None
-    if state.get("step") and state["needed"] == needed:
-        number, spent, seen = state["step"], state["seconds"], state["pictures"]
+    optimizers = optimizers_of(module, lr, muon)
+    if number:
         for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         if average:
             average.module.load_state_dict(state["average"])
             average.n_averaged.fill_(number)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    learning = [parameter for group in groups for parameter in group["params"]]
+    for parameter in learning:
+        parameter.grad = torch.zeros_like(parameter)  # also where a process has nothing to say of it
+    rank, size = rank_and_size()
 
     def save() -> None:
-        kept = {"step": number, "seconds": spent, "pictures": seen, "needed": needed, "module": module.state_dict()}
+        kept = {"step": number, "seconds": spent, "pictures": seen, "module": module.state_dict()}
         kept["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
         if average:
             kept["average"] = average.module.state_dict()
         _write(kept, path)
+        if on_save:
+            on_save(average.module if average else module)
 
-    shown: dict[str, float] = {}
-    saved = published = spent
-    bar = tqdm(
-        total=round(minutes * 60),
-        initial=round(spent),
-        desc=name,
-        unit="s",
-        bar_format="{l_bar}{bar}| {n}/{total} s {postfix}",
-        disable=rank > 0,
-    )
-    losses_of: nn.Module = _Losses(module, step)
-    if size > 1:
-        losses_of = DistributedDataParallel(losses_of, broadcast_buffers=False)
-    module.train()
-    while spent < minutes * 60:
-        start = time.perf_counter()
+    saved, shown = spent, tqdm(total=round(budget), initial=round(spent), desc=name, unit="s", disable=rank > 0)
+    last = time.perf_counter()
+    while spent < budget:
         torch.manual_seed(number * size + rank)
-        share = min(1, (number + 1) / 100) * min(1, (1 - spent / (minutes * 60)) / 0.4)
-        for optimizer, rates in zip(optimizers, peaks, strict=True):
-            optimizer.zero_grad()
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * share
-        losses = losses_of(number)
+        share = min(1, (number + 1) / 100) * min(1, (1 - spent / budget) / 0.4)
+        for group in groups:
+            group["lr"] = group["peak"] * share
+        losses = step(number)
         torch.stack(list(losses.values())).sum().backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        before, last = last, time.perf_counter()
+        took = _share([parameter.grad for parameter in learning], last - before)
+        nn.utils.clip_grad_norm_(learning, 1.0)
         for optimizer in optimizers:
             optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
         if average:
             average.update_parameters(module)
-        number, seen = number + 1, seen + pictures * size
-        spent = _mean(spent + time.perf_counter() - start)
-        for key, value in losses.items():
-            shown[key] = 0.98 * shown.get(key, value.item()) + 0.02 * value.item()
+        number, seen, spent = number + 1, seen + batch * size, spent + took
+        shown.update(round(spent) - shown.n)
         if number % 20 == 0:
-            bar.set_postfix(step=number, **{key: f"{value:.4f}" for key, value in shown.items()})
-            bar.update(round(spent) - bar.n)
-        if rank > 0:
-            continue
-        if spent - saved > save_every:
+            shown.set_postfix(step=number, **{key: f"{value.item():.4f}" for key, value in losses.items()})
+        if rank == 0 and (spent - saved > run.every or spent >= budget):
             saved = spent
             save()
-        if on_publish and spent - published > publish_every:
-            published = spent
-            on_publish(average.module if average else module)
-    if rank == 0 and (saved < spent or not path.exists()):
-        save()
-    bar.close()
+    shown.close()
     if average:
         module.load_state_dict(average.module.state_dict())
     module.eval()
