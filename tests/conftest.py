@@ -1,9 +1,12 @@
-"""Fixtures shared by all tests: tiny random pipelines, and the rule that nothing may reach the network."""
+"""What holds for all tests: one thread a process, nothing reaches the network, and tiny random pipelines."""
 
 from __future__ import annotations
 
 import os
 
+# Before torch is imported, and for every process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before diffusers is imported: a test that needs the hub is a defect
 os.environ.setdefault("MPLBACKEND", "Agg")
 

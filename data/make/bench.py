@@ -17,7 +17,6 @@ floor       two forward passes without gradient: a backward pass to the activati
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import subprocess
@@ -28,11 +27,9 @@ from typing import Any
 
 import torch
 
-from data.make.bench_runs import MODELS, measure_memory, sampling_run, take_turns, training_step
-from data.make.runs import machine
+from data.make import bench_runs, runs
+from data.make.bench_runs import MODELS, sampling_run, take_turns, training_step
 from persres_lite import Residuals
-from persres_lite.support.files import whole_file
-from persres_lite.support.paths import data_dir
 
 TRAINING = ("residuals", "lora", "full", "floor")
 SAMPLING = ("original", "residual", "lag")
@@ -50,11 +47,17 @@ GOALS = {  # what is divided by what, and what it may be at most
 }
 
 
-def peak_memory(model: str, method: str, device: str) -> float:
-    """Peak bytes of two training steps on top of the loaded model, in a fresh process.
+def memory_of(model: str, method: str, device: torch.device) -> float:
+    """Peak bytes of two training steps on top of the loaded model, of a process that does nothing else."""
+    step = training_step(MODELS[model](device), method)
+    before = bench_runs.start_memory(device)
+    step()
+    step()  # Adam makes its moments in the first
+    return bench_runs.peak_memory(device) - before
 
-    On a GPU by CUDA's own counter, elsewhere of the process's resident memory.
-    """
+
+def peak_memory(model: str, method: str, device: str) -> float:
+    """`memory_of` in a fresh process."""
     command = [sys.executable, "-m", "data.make.bench", "--models", model, "--device", device]
     done = subprocess.run([*command, "--memory-of", method], capture_output=True, text=True)
     if done.returncode != 0:
@@ -65,12 +68,9 @@ def peak_memory(model: str, method: str, device: str) -> float:
 
 def enough_memory(model: str, device: torch.device) -> bool:
     """Whether full fine-tuning can be tried. Toybox's always can."""
-    if model != "sd-1.4-shape" or device.type == "cuda":
+    if model != "sd-1.4-shape" or device.type == "cuda" or not Path("/proc/meminfo").exists():
         return True
-    try:
-        available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        available = None
+    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     return available is None or 1024 * int(available[1]) > FULL_NEEDS
 
 
@@ -79,13 +79,13 @@ def measure(model: str, device: torch.device, repeats: dict[str, int]) -> dict[s
     subject = MODELS[model](device)
     methods = [name for name in TRAINING if name != "full" or enough_memory(model, device)]
     residuals = Residuals(subject.base, init="random")
-    runs = {name: sampling_run(subject, name, residuals) for name in SAMPLING}
+    ways = {name: sampling_run(subject, name, residuals) for name in SAMPLING}
     print(f"{model}: sampling", flush=True)
     found: dict[str, Any] = {"about": subject.about, "batch": subject.batch, "skipped": []}
-    found["sampling"] = take_turns(runs, repeats["sampling"], device)
+    found["sampling"] = take_turns(ways, repeats["sampling"], device)
     print(f"{model}: training", flush=True)
     found["training"] = take_turns({n: training_step(subject, n) for n in methods}, repeats["training"], device)
-    del subject, runs, residuals  # a second model of this size may not fit beside it
+    del subject, ways, residuals  # a second model of this size may not fit beside it
     found["memory"] = {}
     for name in methods[:-1]:  # the floor trains nothing
         print(f"{model}: memory of {name}", flush=True)
@@ -110,24 +110,25 @@ def ratios(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    lines = ["# Time and memory", "", f"Measured with `{results['command']}` on {results['machine']}.", ""]
+    parts = ["# Time and memory", f"Measured with `{results['command']}` on {results['machine']}."]
     for model, found in results["models"].items():
-        lines += [f"## {model}: {found['about']}, training batch {found['batch']}", ""]
-        lines += ["| ratio | median | quartiles | goal |", "|---|---|---|---|"]
+        rows = []
         for row in found["ratios"]:
             spread = "one run" if row["kind"] == "memory" else " to ".join(f"{value:.3f}" for value in row["quartiles"])
             goal = "" if row["goal"] is None else f"at most {row['goal']:g}"
-            lines.append(f"| {row['kind']}: {row['of']} / {row['to']} | **{row['median']:.3f}** | {spread} | {goal} |")
-        lines += ["", "| | median seconds | fastest | rounds | peak memory above the model |", "|---|---|---|---|---|"]
+            rows.append([f"{row['kind']}: {row['of']} / {row['to']}", f"**{row['median']:.3f}**", spread, goal])
+        ratio = runs.markdown(["ratio", "median", "quartiles", "goal"], rows)
+        rows = []
         for kind in ("sampling", "training"):
             for name, times in found[kind].items():
                 peak = found["memory"].get(name) if kind == "training" else None
+                seconds = (f"{value:.3f}" for value in (statistics.median(times), min(times)))
                 memory = "" if peak is None else f"{peak / 1e6:,.0f} MB"
-                middle = statistics.median(times)
-                lines.append(f"| {kind}: {name} | {middle:.3f} | {min(times):.3f} | {len(times)} | {memory} |")
-        lines += ["", *(f"Left out: {reason}." for reason in found["skipped"]), ""]
-    lines += ["What the methods are stands at the top of `data/make/bench.py`.", ""]
-    return "\n".join(lines)
+                rows.append([f"{kind}: {name}", *seconds, len(times), memory])
+        heads = ["", "median seconds", "fastest", "rounds", "peak memory above the model"]
+        title = f"## {model}: {found['about']}, training batch {found['batch']}"
+        parts += [title, ratio, runs.markdown(heads, rows), *(f"Left out: {reason}." for reason in found["skipped"])]
+    return "\n\n".join([*parts, "What the methods are stands at the top of `data/make/bench.py`.\n"])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -136,31 +137,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--repeats", type=int, help="rounds; default: as many as end in six minutes on two cores")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=None, help="folder; default: data/results")
+    parser.add_argument("--out", type=Path, default=runs.ROOT / "data/results", help="folder; default: data/results")
     parser.add_argument("--memory-of", choices=TRAINING, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     device = torch.device(chosen.device)
     if chosen.memory_of:
-        print(measure_memory(MODELS[chosen.models[0]](device), chosen.memory_of))
+        print(memory_of(chosen.models[0], chosen.memory_of, device))
         return
     start = time.perf_counter()
-    results: dict[str, Any] = {
-        "command": "python -m data.make.bench",
-        "machine": f"{machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "models": {},
-    }
+    machine = f"{runs.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    results: dict[str, Any] = {"command": "python -m data.make.bench", "machine": machine, "models": {}}
     for model in chosen.models:
         usual = ROUNDS[model] if device.type == "cpu" else dict.fromkeys(("sampling", "training"), 15)
         found = measure(model, device, {kind: chosen.repeats or count for kind, count in usual.items()})
         results["models"][model] = found | {"ratios": ratios(found)}
     results["minutes"] = round((time.perf_counter() - start) / 60, 1)
-    folder = chosen.out or data_dir() / "results"
     text = table(results)
-    for name, content in (("bench.json", json.dumps(results, indent=1)), ("bench.md", text)):
-        with whole_file(folder / name) as temporary:
-            temporary.write_text(content + ("\n" if name.endswith("json") else ""), encoding="utf-8")
-    print(text)
-    print(f"Written to {folder} after {results['minutes']} minutes.")
+    runs.keep(chosen.out / "bench", results, text)
+    print(f"{text}\nWritten to {chosen.out} after {results['minutes']} minutes.")
 
 
 if __name__ == "__main__":

@@ -1,29 +1,37 @@
-"""What `bench` measures: bases, what is done with them (functions without arguments), and clocks and meters."""
+"""What `bench` and `full_size` measure: bases with random weights, and what is done with them, without arguments."""
 
 from __future__ import annotations
 
-import re
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from data.make.runs import reset_peak, resident_peak
 from persres_lite import Residuals, load_base
 from persres_lite.bases import encode_prompt, settings_of
 from persres_lite.evaluation import usual_ways
 from persres_lite.support.checkpoint import State, snapshot
-from persres_lite.support.paths import data_dir
 from persres_lite.training import TrainingSet, _step, diffusion_loss
 
 WORDS = "sks cat"
 PROMPT = f"a photo of a {WORDS} on the beach"
+
+FULL = 320
+"""Channels of the first level, of SD 1.4 and of XL."""
 
 
 @dataclass
@@ -45,36 +53,93 @@ def toybox(device: torch.device) -> Subject:
 
 def sd14_shape(device: torch.device) -> Subject:
     """Stable Diffusion 1.4's U-Net, 859,520,964 random weights: time and memory do not depend on what they say."""
-    unet = random_unet(device)
-    toy = data_dir() / "toybox-sd" / "tokenizer"
-    tokenizer = CLIPTokenizer.from_pretrained(toy, model_max_length=77)
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        hidden_size=768,
-        num_attention_heads=12,
-        num_hidden_layers=1,  # the text is encoded once
-    )
-    base = StableDiffusionPipeline(
-        vae=AutoencoderTiny(scaling_factor=1.0),  # not measured: pictures stay latents
-        text_encoder=CLIPTextModel(text).eval().requires_grad_(False),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).to(device)
-    base.set_progress_bar_config(disable=True)
+    base, about = random_pipeline(FULL, device, torch.float32), "SD 1.4's U-Net with random weights, at"
     if device.type == "cpu":  # a quarter of the usual positions, so that it ends in minutes
-        return Subject(base, "SD 1.4's U-Net with random weights, at 256 x 256", size=256, batch=1, images=1, steps=1)
-    return Subject(base, "SD 1.4's U-Net with random weights, at 512 x 512", size=512, batch=4, images=1, steps=10)
+        return Subject(base, f"{about} 256 x 256", size=256, batch=1, images=1, steps=1)
+    return Subject(base, f"{about} 512 x 512", size=512, batch=4, images=1, steps=10)
 
 
 MODELS: dict[str, Callable[[torch.device], Subject]] = {"toybox": toybox, "sd-1.4-shape": sd14_shape}
+
+
+def random_pipeline(width: int, device: torch.device, dtype: torch.dtype, kind: str = "sd-1.4") -> Any:
+    """The pipeline of `kind` with random weights; its words are Toybox's tokenizer's, for nothing is fetched.
+
+    Parameters
+    ----------
+    width : int
+        Channels of the U-Net's first level, 320 in the real one; the others grow with it.
+    kind : str
+        "sd-1.4" or "sdxl".
+    """
+    tokenizer = load_base("toybox").tokenizer
+    tokenizer.model_max_length = 77
+    torch.manual_seed(0)
+    layers = 12 if width == FULL else 1
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    text = CLIPTextModel(_text_config(tokenizer, 768, layers, width))
+    parts: dict[str, Any] = {"tokenizer": tokenizer, "vae": _autoencoder(width, kind), "text_encoder": text}
+    pipeline: Any
+    if kind == "sdxl":
+        second = CLIPTextModelWithProjection(_text_config(tokenizer, 1280, 1, width))
+        parts |= {"tokenizer_2": tokenizer, "text_encoder_2": second, "scheduler": EulerDiscreteScheduler(**noise)}
+        pipeline = StableDiffusionXLPipeline(unet=_xl_unet(width), add_watermarker=False, **parts)
+    else:
+        levels = tuple(width * factor for factor in (1, 2, 4, 4))
+        parts["unet"] = random_unet(torch.device("cpu"), block_out_channels=levels, attention_head_dim=8)
+        parts["scheduler"] = DDIMScheduler(**noise, clip_sample=False, set_alpha_to_one=False)
+        none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipeline = StableDiffusionPipeline(**parts, **none)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval().to(dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def _text_config(tokenizer: Any, channels: int, layers: int, width: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=49408 if width == FULL else len(tokenizer),
+        hidden_size=channels,
+        projection_dim=channels,
+        intermediate_size=4 * channels,
+        num_hidden_layers=layers,
+        num_attention_heads=channels // 64,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _autoencoder(width: int, kind: str) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=tuple(width * 4 * factor // 10 // 32 * 32 or 32 for factor in (1, 2, 4, 4)),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=1024 if kind == "sdxl" else 512,
+        scaling_factor=0.13025 if kind == "sdxl" else 0.18215,
+    )
+
+
+def _xl_unet(width: int) -> UNet2DConditionModel:
+    """XL's: three levels, without attention on the first, ten transformer layers under one projection on the last."""
+    return random_unet(
+        torch.device("cpu"),
+        sample_size=128,
+        block_out_channels=(width, 2 * width, 4 * width),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=tuple(max(1, width * factor // 64) for factor in (1, 2, 4)),  # heads of 64 channels
+        cross_attention_dim=768 + 1280,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=6 * 256 + 1280,
+    )
 
 
 def random_unet(device: torch.device, **config: Any) -> UNet2DConditionModel:
@@ -110,44 +175,36 @@ def attention_lora(unet: UNet2DConditionModel) -> list[torch.nn.Parameter]:
 
 def training_step(subject: Subject, method: str) -> Callable[[], object]:
     """A function that does one training step of `method`, on a U-Net of its own that shares the frozen weights."""
-    base, unet = subject.base, subject.base.unet
-    device = unet.device
+    base, device = subject.base, subject.base.unet.device
     side = subject.size // base.vae_scale_factor
-    latents = torch.randn(2, 4, unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, base.unet.config.in_channels, side, side, generator=generator)
     with torch.no_grad():
         text = encode_prompt(base, PROMPT, subject.size)
     scheduler = DDPMScheduler.from_config(base.scheduler.config)
-    generator = torch.Generator().manual_seed(0)
-    other = twin(unet)
+    unet = twin(base.unet)
     if method == "residuals":
-        residuals = Residuals(other, rank=settings_of(base).recipe["rank"])
+        residuals = Residuals(unet, rank=settings_of(base).recipe["rank"])
         learned = residuals.named_parameters()
-        optimizer = torch.optim.Adam(learned.values(), lr=1e-4)
+        optimizer: Any = torch.optim.Adam(learned.values(), lr=1e-4)
         state = State(learned, optimizer, generator, torch.amp.GradScaler(device.type, enabled=False), [])
-        data = TrainingSet(latents, None, None)
-        attached = ExitStack()
-        attached.enter_context(residuals.attached(other))  # for as long as the function below lives, which holds it
+        data, attached = TrainingSet(latents, None, None), ExitStack()
+        attached.enter_context(residuals.attached(unet))
 
-        def step(attached: ExitStack = attached) -> None:
-            _step(other, scheduler, data, text, state, subject.batch, None)
+        def step(attached: ExitStack = attached) -> None:  # which it holds for as long as it lives
+            _step(unet, scheduler, data, text, state, subject.batch, None)
             snapshot(state)
 
         return step
     noise, timesteps = torch.randn_like(latents[0]), torch.randint(0, 1000, (4,), generator=generator)
-    batch = [tensor[: subject.batch].to(device) for tensor in (latents[0], noise, timesteps)]
+    first, noise, timesteps = (tensor[: subject.batch].to(device) for tensor in (latents[0], noise, timesteps))
 
     def loss() -> torch.Tensor:
-        return diffusion_loss(other, scheduler, batch[0], text, batch[1], batch[2])
+        return diffusion_loss(unet, scheduler, first, text, noise, timesteps)
 
     if method == "floor":
-
-        @torch.no_grad()
-        def two_passes() -> None:
-            loss()
-            loss()
-
-        return two_passes
-    trained = attention_lora(other) if method == "lora" else list(other.requires_grad_(True).parameters())
+        return torch.no_grad()(lambda: (loss(), loss()))
+    trained = attention_lora(unet) if method == "lora" else list(unet.requires_grad_(True).parameters())
     optimizer = torch.optim.AdamW(trained, lr=1e-6)
 
     def adam_step() -> None:
@@ -172,62 +229,34 @@ def sampling_run(subject: Subject, method: str, residuals: Residuals) -> Callabl
     return run
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, the device's work included."""
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def take_turns(
     runs: dict[str, Callable[[], object]], repeats: int, device: torch.device, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each method in each round; the order rotates, so that no method always follows the same one."""
+    """Seconds of each method in each round, the device's work included; the order rotates, so that no method always
+    follows the same one.
+    """
     names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(warm_up + repeats):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            taken = seconds(runs[name], device)
+            start = time.perf_counter()
+            runs[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             if number >= warm_up:
-                times[name].append(taken)
+                times[name].append(time.perf_counter() - start)
     return times
 
 
-def measure_memory(subject: Subject, method: str) -> float:
-    """What `peak_memory` asks of its process."""
-    device = subject.base.unet.device
-    step = training_step(subject, method)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = float(torch.cuda.memory_allocated())
-    else:
-        before = reset_peak()
-    for _ in range(2):  # Adam makes its moments in the first
-        step()
-    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_peak()) - before
+def start_memory(device: torch.device) -> float:
+    """Forget the peak so far; returns the bytes in use, on a GPU by CUDA's own counter."""
+    if device.type != "cuda":
+        return reset_peak()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return float(torch.cuda.memory_allocated())
 
 
-def reset_peak() -> float:
-    """Forget the peak so far, where the system allows it (Linux), and return what it is now, in bytes."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # another system, or one that forbids it: then loading counts if it needed more than the steps
-        pass
-    return resident_peak()
-
-
-def resident_peak() -> float:
-    """The most memory that the process has had since the last `reset_peak`, in bytes."""
-    try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        found = None
-    if found:
-        return 1024.0 * int(found[1])
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(peak if sys.platform == "darwin" else 1024 * peak)
+def peak_memory(device: torch.device) -> float:
+    """The most bytes since `start_memory`."""
+    return float(torch.cuda.max_memory_allocated()) if device.type == "cuda" else resident_peak()

@@ -9,7 +9,6 @@ model, the residual everywhere, and LAG with its mask.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -24,6 +23,7 @@ from persres_lite.course.figures import grid, outline_picture
 from persres_lite.course.figures.style import DPI, Drawing
 from persres_lite.evaluation import Comparison, background_distance
 from persres_lite.masks import resize
+from persres_lite.support.files import whole_file
 from persres_lite.support.paths import data_dir
 from persres_lite.toybox.judge import Judge
 
@@ -92,17 +92,11 @@ def main(arguments: list[str] | None = None) -> int:
     comparison = compare(base, residuals, concept, places, [chosen.seed], progress=False)
     print(f"Drew {len(places)} prompts three times, each time from the same noise:")
     print("\n".join(report(judge, concept, places, comparison)))
-    save(draw(concept, places, comparison), chosen.out)
+    with whole_file(chosen.out) as unfinished:
+        picture = draw(concept, places, comparison)
+        picture.savefig(unfinished, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.05)
     print(f"Picture: {chosen.out} ({time.perf_counter() - begun:.0f} s in all)")
     return 0
-
-
-def save(drawing: Drawing, path: Path) -> None:
-    """Write the figure as a PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    drawing.savefig(unfinished, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.05)
-    os.replace(unfinished, path)
 
 
 if __name__ == "__main__":

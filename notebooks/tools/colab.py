@@ -23,10 +23,8 @@ from nbformat import NotebookNode
 from data.make import runs
 from notebooks.tools import notebooks
 
-DEFAULT = ("00", "04")
-LIBRARIES = {"tests/test_evaluation.py": "1", "tests/test_lora.py": "0"}
-"""Tests of what the libraries do for us, and whether they are told that there is no network: diffusers 0.39 then
-refuses even a LoRA file on disk."""
+LIBRARIES = ("bases", "training", "localize", "lora", "evaluation")
+"""Whose tests show what the libraries do for us."""
 
 
 def installed() -> dict[str, str]:
@@ -42,16 +40,12 @@ def listed(root: Path = notebooks.ROOT) -> dict[str, str]:
 
 def complaints(notebook: NotebookNode) -> list[str]:
     """What a run said that it should not: more or less than one line in the first cell, or anything on stderr."""
-    found = []
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    found, code = [], runs.code_cells(notebook)
     said = "".join(output.get("text", f"<{output.output_type}>") for output in code[0].outputs)
     if not re.fullmatch(r"Base: toybox\. Device: \w+\. Python [^\n]+\.\n", said):
         found.append(f"the first cell says {said!r}")
-    for number, cell in enumerate(code, start=1):
-        text = "".join(output.text for output in cell.outputs if output.get("name") == "stderr")
-        if text.strip():
-            found.append(f"code cell {number} complains: {text.strip()}")
-    return found
+    stderr = {number: runs.printed(cell, "stderr").strip() for number, cell in enumerate(code, start=1)}
+    return found + [f"code cell {number} complains: {text}" for number, text in stderr.items() if text]
 
 
 def alone(path: Path, address: str) -> list[str]:
@@ -77,29 +71,28 @@ def without_installing(address: str) -> list[str]:
 
 def main(names: list[str] | None = None) -> int:
     """Run everything and print what is wrong; returns the exit code."""
-    names = names or list(DEFAULT)
     for variable in ("PYTHONPATH", "PERSRES_BASE"):
         os.environ.pop(variable, None)
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # old kernels warn of their own debugger
-    before, colabs = installed(), listed()
-    others = [
-        f"{name} {before.get(name)} for {wanted}" for name, wanted in colabs.items() if before.get(name) != wanted
-    ]
+    before = installed()
+    pairs = [(name, before.get(name), wanted) for name, wanted in listed().items()]
+    others = [f"{name} {found} for {wanted}" for name, found, wanted in pairs if found != wanted]
     print("Versions as on Colab" + (f", but {', '.join(others)}." if others else "."), flush=True)
     problems = []
     with tempfile.TemporaryDirectory() as folder:
         bare = Path(folder) / "persres-lite.git"
         subprocess.run(["git", "clone", "--quiet", "--bare", str(notebooks.ROOT), str(bare)], check=True)
         problems += without_installing(bare.as_uri())
-        for path in notebooks.notebook_paths(names=names):
-            print(path.name, flush=True)
+        for path in notebooks.counted(notebooks.notebook_paths(names=names)):
             problems += [f"{path.name}: {complaint}" for complaint in alone(path, bare.as_uri())]
-    for name, offline in LIBRARIES.items():
-        tests = [sys.executable, "-m", "pytest", "--quiet", name]
-        done = subprocess.run(tests, cwd=notebooks.ROOT, env={**os.environ, "HF_HUB_OFFLINE": offline})
-        problems += [f"{name} failed"] if done.returncode else []
-    after = installed()
-    problems += [f"{name} was changed" for name in sorted(before.keys() | after) if before.get(name) != after.get(name)]
+    for name in LIBRARIES:
+        # diffusers 0.39 refuses even a LoRA file on disk if it is told that there is no network.
+        env = {**os.environ, "HF_HUB_OFFLINE": "0" if name == "lora" else "1"}
+        tests = [sys.executable, "-m", "pytest", "--quiet", f"tests/test_{name}.py"]
+        problems += (
+            [f"the tests of {name} failed"] if subprocess.run(tests, cwd=notebooks.ROOT, env=env).returncode else []
+        )
+    problems += [f"{name} was changed" for name, _ in sorted(set(before.items()) ^ set(installed().items()))]
     print("\n".join(problems) or "all well: nothing was installed, and nothing complained")
     return 1 if problems else 0
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import nbformat
 from nbformat import NotebookNode
 
+from data.make import runs
+
 _FOLDED = r"<details>\s*<summary>{}</summary>{}</details>"
 UNANSWERED, CORRECT = "Not answered yet", "Correct"
 
@@ -29,6 +31,14 @@ class Exercise:
     """Right answers in other styles than the solution's: as a loop, in NumPy, with another function."""
 
 
+PARTS = {
+    "a line '**Difficulty:** ●○○ · **Minutes:** 5'": r"\*\*Difficulty:\*\* [●○]{3} · \*\*Minutes:\*\* \d+",
+    "a hint '<details><summary>Hint</summary> … </details>'": _FOLDED.format("Hint", ".+?"),
+    "a folded solution with a ```python block": _FOLDED.format("Solution", r".+?```python\n.+?```.*?"),
+}
+"""What an exercise's text must have."""
+
+
 def exercises(notebook: NotebookNode) -> list[Exercise]:
     """The exercises of a notebook, in order.
 
@@ -42,28 +52,21 @@ def exercises(notebook: NotebookNode) -> list[Exercise]:
         heading = re.match(r"### Exercise (\d+\.\d+)", cell.source) if cell.cell_type == "markdown" else None
         if heading is None:
             continue
-        number, text = heading.group(1), cell.source
-        reader = notebook.cells[index + 1] if index + 1 < len(notebook.cells) else None
-        if reader is None or reader.cell_type != "code" or "exercise" not in reader.metadata.get("tags", []):
-            raise ValueError(f"exercise {number}: the next cell must be a code cell with the tag 'exercise'")
-        for part, pattern in {
-            "a line '**Difficulty:** ●○○ · **Minutes:** 5'": r"\*\*Difficulty:\*\* [●○]{3} · \*\*Minutes:\*\* \d+",
-            "a hint '<details><summary>Hint</summary> … </details>'": _FOLDED.format("Hint", ".+?"),
-            "a folded solution with a ```python block": _FOLDED.format("Solution", r".+?```python\n.+?```.*?"),
-        }.items():
-            if not re.search(pattern, text, re.DOTALL):
-                raise ValueError(f"exercise {number}: its text lacks {part}")
+        number, text = heading[1], cell.source
+        lacks = [part for part, pattern in PARTS.items() if not re.search(pattern, text, re.DOTALL)]
+        reader = notebook.cells[index + 1] if index + 1 < len(notebook.cells) else cell
+        if "exercise" not in reader.metadata.get("tags", []):
+            lacks.append("a code cell with the tag 'exercise' after it")
         solution = re.search(r"<summary>Solution</summary>.+?```python\n(.+?)\n```", text, re.DOTALL)
         check = re.search(r"^check\..*", reader.source, re.MULTILINE | re.DOTALL)
         about = reader.metadata.get("persres", {})
-        wrong = tuple(_with_sentence(each) for each in about.get("wrong", []))
-        right = tuple(about.get("right", []))
-        if check is None or not wrong:
-            raise ValueError(
-                f"exercise {number}: its cell needs a line 'check.…(…)', and metadata.persres.wrong a wrong answer"
-            )
-        assert solution is not None  # the pattern above has found it
-        found.append(Exercise(number, index + 1, text, solution.group(1), check.group(0), wrong, right))
+        if solution is None or check is None or not about.get("wrong"):
+            lacks.append("a line 'check.…(…)' in its cell, and a wrong answer in its metadata.persres.wrong")
+        if lacks:
+            raise ValueError(f"exercise {number} lacks {lacks[0]}")
+        assert solution is not None and check is not None
+        wrong = tuple((each, "") if isinstance(each, str) else (each["code"], each["says"]) for each in about["wrong"])
+        found.append(Exercise(number, index + 1, text, solution[1], check[0], wrong, tuple(about.get("right", []))))
     return found
 
 
@@ -93,20 +96,13 @@ def with_solutions(notebook: NotebookNode) -> NotebookNode:
 def unproved(executed: NotebookNode) -> list[str]:
     """What an executed `with_solutions` notebook did not say: each stub 'Not answered yet', each solution 'Correct'."""
     problems = []
-    for cell in executed.cells:
-        if cell.cell_type != "code":
-            continue
-        printed = "".join(output.get("text", "") for output in cell.outputs if output.output_type == "stream")
-        solution = cell.metadata.get("persres", {}).get("solution")
-        if "exercise" in cell.metadata.get("tags", []) and UNANSWERED not in printed:
+    for cell in runs.code_cells(executed):
+        solution, said = cell.metadata.get("persres", {}).get("solution"), runs.printed(cell)
+        if "exercise" in cell.metadata.get("tags", []) and UNANSWERED not in said:
             problems.append(f"the exercise cell {cell.source.splitlines()[0]!r} does not print {UNANSWERED!r}")
-        if solution and CORRECT not in printed:
+        if solution and CORRECT not in said:
             problems.append(f"the solution of exercise {solution} does not print {CORRECT!r}")
     return problems
-
-
-def _with_sentence(wrong: str | dict[str, str]) -> tuple[str, str]:
-    return (wrong, "") if isinstance(wrong, str) else (wrong["code"], wrong["says"])
 
 
 def _refused(exercise: Exercise, number: int, wrong: str, says: str) -> NotebookNode:

@@ -29,66 +29,40 @@ from notebooks.tools import exercises, links, teaching
 from persres_lite.support.files import whole_file
 
 ROOT = Path(__file__).resolve().parents[2]
-BRANCH = "main"
 
-FIRST_CELL = """\
-BASE = None  # the frozen model: None takes the environment variable PERSRES_BASE, else "toybox"; with a GPU: "sd-1.4"
-
-# In a clone this finds the package. On Colab, or in an empty folder, it fetches the project first.
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-here = Path.cwd()
-homes = [folder for folder in (here, *here.parents, here / "persres-lite") if (folder / "persres_lite").is_dir()]
-if not homes and importlib.util.find_spec("persres_lite") is None:
-    address = os.environ.get("PERSRES_REPOSITORY", "{address}")
-    homes = [here / "persres-lite"]
-    if subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, str(homes[0])]).returncode:
-        raise RuntimeError(f"Could not fetch {{address}}: is there a network, and is git installed?")
-sys.path[:0] = [str(home) for home in homes[:1]]
-
-from persres_lite.course.start import start
-
-HOME, BASE = start(BASE)"""
-
-BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab}/{path})"
+COLAB = "https://colab.research.google.com/github/"
+BADGE = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({COLAB}{{}}/blob/main/notebooks/{{}})"
 
 
 def public_address(root: Path = ROOT) -> str:
-    """The repository's one public address: the ``Repository`` entry of ``pyproject.toml``, without a final slash or
-    ``.git``.
+    """The repository's one public address: the ``Repository`` entry of ``pyproject.toml``.
 
     Raises
     ------
     ValueError
         If the entry is missing or is not on GitHub, which the Colab badges need.
     """
-    match = re.search(
-        r'^\s*"?Repository"?\s*=\s*"([^"]+)"', (root / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
+    found = re.search(
+        r'^Repository = "(https://github\.com/[\w.-]+/[\w.-]+?)(?:\.git)?/?"$',
+        (root / "pyproject.toml").read_text(encoding="utf-8"),
+        re.MULTILINE,
     )
-    address = match.group(1).rstrip("/").removesuffix(".git") if match else ""
-    if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", address):
-        raise ValueError(
-            f'pyproject.toml needs Repository = "https://github.com/owner/name" under [project.urls]; found {address!r}'
-        )
-    return address
+    if found is None:
+        raise ValueError('pyproject.toml needs Repository = "https://github.com/owner/name" under [project.urls].')
+    return found[1]
 
 
 def first_cell(address: str) -> str:
-    """The first code cell, the same in every notebook."""
-    return FIRST_CELL.format(address=address)
+    """The first code cell, the same in every notebook: that of lesson 00, with the address in it."""
+    (cell,) = [
+        cell for cell in read(notebook_paths()[0]).cells if cell.metadata.get("persres", {}).get("role") == "setup"
+    ]
+    return re.sub(r'"https://github\.com/[^"]+"', f'"{address}"', cell.source)
 
 
 def badge(address: str, name: str) -> str:
     """The Colab badge of ``notebooks/<name>``."""
-    colab = (
-        address.replace("https://github.com/", "https://colab.research.google.com/github/")
-        + f"/blob/{BRANCH}/notebooks"
-    )
-    return BADGE.format(colab=colab, path=name)
+    return BADGE.format(address.removeprefix("https://github.com/"), name)
 
 
 def stamped(notebook: NotebookNode, name: str, address: str) -> NotebookNode:
@@ -98,8 +72,14 @@ def stamped(notebook: NotebookNode, name: str, address: str) -> NotebookNode:
     where they stand; where they are missing, the badge is put first and the set-up after the opening.
     """
     result = nbformat.from_dict(notebook)
-    _place(result, 0, "badge", nbformat.v4.new_markdown_cell, badge(address, name))
-    _place(result, 2, "setup", nbformat.v4.new_code_cell, first_cell(address))
+    wanted = {"badge": (0, "markdown", badge(address, name)), "setup": (2, "code", first_cell(address))}
+    for role, (place, kind, source) in wanted.items():
+        found = [cell for cell in result.cells if cell.metadata.get("persres", {}).get("role") == role]
+        if not found:
+            make = getattr(nbformat.v4, f"new_{kind}_cell")
+            result.cells.insert(place, make(metadata={"persres": {"role": role}}, id=role))
+            found = [result.cells[place]]
+        found[0].source = source
     return result
 
 
@@ -109,7 +89,7 @@ def restamp(text: str, address: str) -> str:
     if match is None:
         return text
     new = address.removeprefix("https://github.com/")
-    return re.sub(rf"(github(?:\.com)?/){re.escape(match.group(1))}(?![\w-])", rf"\g<1>{new}", text)
+    return re.sub(rf"(github(?:\.com)?/){re.escape(match[1])}(?![\w-])", rf"\g<1>{new}", text)
 
 
 def notebook_paths(root: Path = ROOT, names: list[str] | None = None) -> list[Path]:
@@ -121,15 +101,13 @@ def notebook_paths(root: Path = ROOT, names: list[str] | None = None) -> list[Pa
         If a name fits no notebook.
     """
     paths = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    if not names:
-        return paths
-    chosen = [path for path in paths if any(path.name.startswith(Path(name).name) for name in names)]
-    for name in names:
-        if not any(path.name.startswith(Path(name).name) for path in paths):
-            raise FileNotFoundError(
-                f"No notebook begins with {name!r}; there are {', '.join(path.stem for path in paths) or 'none'}."
-            )
-    return chosen
+    wanted = {
+        Path(name).name: [path for path in paths if path.name.startswith(Path(name).name)] for name in names or []
+    }
+    for name, found in wanted.items():
+        if not found:
+            raise FileNotFoundError(f"No notebook begins with {name!r}; there are {[path.stem for path in paths]}.")
+    return sorted({path for found in wanted.values() for path in found}) if names else paths
 
 
 def read(path: Path) -> NotebookNode:
@@ -137,111 +115,98 @@ def read(path: Path) -> NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
-def write(path: Path, text: str) -> bool:
-    """Write a text file whole or not at all; say whether it changed."""
-    if path.exists() and path.read_text(encoding="utf-8") == text:
-        return False
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return True
+def write(files: dict[Path, str], root: Path) -> None:
+    """Write text files, each whole or not at all, and say which have changed."""
+    for path, text in files.items():
+        same = path.exists() and path.read_text(encoding="utf-8") == text
+        print(f"{'unchanged' if same else 'written  '} {path.relative_to(root)}")
+        if not same:
+            with whole_file(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
 
 def stamp_files(root: Path = ROOT) -> dict[Path, str]:
     """What `stamp` writes: every notebook and the README, with the text that each should hold."""
     address = public_address(root)
     wanted = {path: nbformat.writes(stamped(read(path), path.name, address)) + "\n" for path in notebook_paths(root)}
-    readme = root / "README.md"
-    if readme.exists():
-        wanted[readme] = restamp(readme.read_text(encoding="utf-8"), address)
-    return wanted
+    return wanted | {root / "README.md": restamp((root / "README.md").read_text(encoding="utf-8"), address)}
 
 
 def table_file(root: Path = ROOT) -> dict[Path, str]:
     """What `table` writes: the README with the table of notebooks between its two markers."""
-    readme = root / "README.md"
     results = root / runs.GPU_RESULTS
     gpu = json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
     rows = runs.table([(path, read(path)) for path in notebook_paths(root)], gpu)
-    return {readme: runs.between(readme.read_text(encoding="utf-8"), "notebooks", rows)}
+    return {root / "README.md": runs.between((root / "README.md").read_text(encoding="utf-8"), "notebooks", rows)}
 
 
 def teaching_files(kind: str, root: Path = ROOT, names: list[str] | None = None) -> dict[Path, str]:
     """What `student`, `answers` or `slides` writes below ``build``."""
-    read_ones = {path: read(path) for path in notebook_paths(root, names)}
-    if kind == "student":
-        made = {path.name: nbformat.writes(teaching.student(each)) + "\n" for path, each in read_ones.items()}
-        made |= {page.name: page.read_text(encoding="utf-8") for page in sorted((root / "notebooks").glob("*.md"))}
-        return {root / "build" / "student" / name: text for name, text in made.items()}
+    books = {path: read(path) for path in notebook_paths(root, names)}
+    build = root / "build"
     if kind == "answers":
-        return {root / "build" / "answers.md": teaching.answer_key(list(read_ones.values()))}
-    by_number = {path.name[:2]: each for path, each in read_ones.items()}
-    return {root / "build" / "slides.html": teaching.page(teaching.slides(by_number))}
+        return {build / "answers.md": teaching.answer_key(list(books.values()))}
+    if kind == "slides":
+        made = teaching.slides({path.name[:2]: book for path, book in books.items()})
+        return {build / "slides.html": teaching.page(made)}
+    pages = {page.name: page.read_text(encoding="utf-8") for page in sorted((root / "notebooks").glob("*.md"))}
+    pages |= {path.name: nbformat.writes(teaching.student(book)) + "\n" for path, book in books.items()}
+    return {build / "student" / name: text for name, text in pages.items()}
+
+
+def problems(root: Path = ROOT) -> list[str]:
+    """What is not as the commands would leave it, and what links nowhere."""
+    wanted = [*stamp_files(root).items(), *table_file(root).items()]
+    stale = {path.relative_to(root) for path, text in wanted if path.read_text(encoding="utf-8") != text}
+    return links.broken(root, public_address(root)) + [f"{path}: run stamp, then table" for path in sorted(stale)]
+
+
+COMMANDS = ("check", "stamp", "run", "solve", "table", "student", "answers", "slides", "links")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Carry out one command; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "command",
-        nargs="?",
-        default="check",
-        choices=["check", "stamp", "run", "solve", "table", "student", "answers", "slides", "links"],
-    )
+    parser.add_argument("command", nargs="?", default="check", choices=COMMANDS)
     parser.add_argument("names", nargs="*", help="only these notebooks, by the beginning of their names: 00 04")
     options = parser.parse_args(arguments)
-    if options.command in ("run", "solve"):
-        chosen = notebook_paths(ROOT, options.names)
-        return sum(_run(path) if options.command == "run" else _solve(path) for path in _counted(chosen)) and 1
-    if options.command in ("stamp", "table"):
-        for path, text in (stamp_files(ROOT) if options.command == "stamp" else table_file(ROOT)).items():
-            print(f"{'written  ' if write(path, text) else 'unchanged'} {path.relative_to(ROOT)}")
-        return 0
-    if options.command in ("student", "answers", "slides"):
-        for path, text in teaching_files(options.command, ROOT, options.names).items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            print(f"{'written  ' if write(path, text) else 'unchanged'} {path.relative_to(ROOT)}")
-        return 0
-    problems = links.broken(ROOT, public_address(ROOT))
-    if options.command == "check":
-        wanted = [*stamp_files(ROOT).items(), *table_file(ROOT).items()]
-        stale = {path.relative_to(ROOT): None for path, text in wanted if path.read_text(encoding="utf-8") != text}
-        problems += [f"{path}: run stamp, then table" for path in stale]
-    print("\n".join(problems) or "all well")
-    return 1 if problems else 0
+    command = options.command
+    if command in ("run", "solve"):
+        one = _run if command == "run" else _solve
+        return min(1, sum(one(path) for path in counted(notebook_paths(ROOT, options.names))))
+    if command in ("check", "links"):
+        found = problems(ROOT) if command == "check" else links.broken(ROOT, public_address(ROOT))
+        print("\n".join(found) or "all well")
+        return 1 if found else 0
+    files = {"stamp": stamp_files, "table": table_file}
+    write(files[command](ROOT) if command in files else teaching_files(command, ROOT, options.names), ROOT)
+    return 0
 
 
 def _run(path: Path) -> int:
     done = runs.run(read(path), path.parent, on_cell=_progress)
-    write(path, nbformat.writes(done) + "\n")
-    print(f"\r  {runs.time_and_memory(done)}", flush=True)
+    write({path: nbformat.writes(done) + "\n"}, ROOT)
+    print(f"  {runs.time_and_memory(done)}", flush=True)
     return 0
 
 
 def _solve(path: Path) -> int:
     done = runs.execute(exercises.with_solutions(read(path)), path.parent, on_cell=_progress)
-    problems = exercises.unproved(done)
-    print("\r  " + ("\n  ".join(problems) or "every solution passes, every wrong answer is refused"), flush=True)
-    return len(problems)
+    found = exercises.unproved(done)
+    print("  " + ("\n  ".join(found) or "every solution passes, every wrong answer is refused"), flush=True)
+    return len(found)
 
 
-def _counted(paths: list[Path]) -> Iterator[Path]:
+def counted(paths: list[Path]) -> Iterator[Path]:
+    """Say before each notebook which one it is."""
     for number, path in enumerate(paths, start=1):
-        print(f"[{number}/{len(paths)}] {path.name}", flush=True)
+        print(f"[{number}/{len(paths)}] {path.stem}", flush=True)
         yield path
 
 
 def _progress(number: int, count: int) -> None:
     if sys.stdout.isatty():
-        print(f"\r  cell {number} of {count} ", end="", flush=True)
-
-
-def _place(notebook: NotebookNode, position: int, role: str, make, source: str) -> None:
-    for cell in notebook.cells:
-        if cell.metadata.get("persres", {}).get("role") == role:
-            cell.source = source
-            return
-    cell = make(source, metadata={"persres": {"role": role}}, id=role)
-    notebook.cells.insert(position, cell)
+        print(f"  cell {number} of {count} ", end="\r", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,25 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from nbconvert.filters import markdown2html
 from nbformat import NotebookNode
 from PIL import Image
 
+from data.make import runs
 from notebooks.tools import exercises
 
 SOLUTION = re.compile(r"\n*<details>\s*<summary>Solution</summary>.*?</details>", re.DOTALL)
 FOLDED = re.compile(r"\n*<details>.*?</details>", re.DOTALL)
-MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$([^$\n]+?)\$", re.DOTALL)
-PICTURES = ("image/png", "image/jpeg")
+CODE = r"(?P<code>```.*?```|`[^`\n]+`)"
+LINK = re.compile(rf"{CODE}|(?<!!)\[(?P<words>[^\]]+)\]\((?!https?:)[^)\s]+\)", re.DOTALL)
+REFERENCE = r" \[[1-9]\d*(?:, ?[1-9]\d*)*\](?!\()"
+MATH = r"\$\$(?P<display>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^$\n]+?)\$"
+SPECIAL = re.compile(rf"{CODE}|{MATH}|{REFERENCE}", re.DOTALL)
+PREDICT = "**Predict before you run.**"
+PAGE = Path(__file__).with_name("slides.html")
 
 MINUTES = {"00": 10, "02": 25, "04": 20, "05": 35}
 """The plan of the 90 minutes, by lesson, as the README has it; of the other lessons only what these need."""
@@ -44,7 +51,7 @@ class Slide:
 
     title: str
     text: str = ""
-    pictures: Sequence[tuple[str, str, str]] = field(default=())
+    pictures: Sequence[tuple[str, str, str]] = ()
     """MIME type, base64 and alternative text of each."""
     kind: str = "text"
     notes: str = ""
@@ -65,24 +72,19 @@ def student(notebook: NotebookNode) -> NotebookNode:
         If a solution is left over: it stands in another form than every exercise's.
     """
     result = deepcopy(notebook)
-    result.cells = [each for each in result.cells if each.metadata.get("persres", {}).get("role") != "badge"]
+    result.cells = [cell for cell in result.cells if cell.metadata.get("persres", {}).get("role") != "badge"]
     for cell in result.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-            about = {key: value for key, value in cell.metadata.get("persres", {}).items() if key not in ANSWERS}
-            cell.metadata.pop("persres", None)
-            if about:
-                cell.metadata["persres"] = about
-        elif cell.source.startswith("### Exercise "):
+            for answer in ("wrong", "right"):
+                cell.metadata.get("persres", {}).pop(answer, None)
+            continue
+        if cell.source.startswith("### Exercise "):
             cell.source = SOLUTION.sub("", cell.source)
             if "Solution</summary>" in cell.source:
                 raise ValueError(f"A solution is left in {cell.source.splitlines()[0]!r}: fold it as in the others.")
-        if cell.cell_type == "markdown":
-            cell.source = cell.source.replace("](../", "](../../")
+        cell.source = cell.source.replace("](../", "](../../")
     return result
-
-
-ANSWERS = ("wrong", "right")
 
 
 def answers(notebook: NotebookNode) -> str:
@@ -104,10 +106,7 @@ def answers(notebook: NotebookNode) -> str:
 
 def without_links(text: str) -> str:
     """Markdown with its links into the notebooks and the package reduced to their words; code stays as it is."""
-    return CODE_OR_LINK.sub(lambda match: match[0] if match["code"] else match["words"], text)
-
-
-CODE_OR_LINK = re.compile(r"(?P<code>```.*?```|`[^`\n]+`)|(?<!!)\[(?P<words>[^\]]+)\]\((?!https?:)[^)\s]+\)", re.DOTALL)
+    return LINK.sub(lambda match: match["words"] or match[0], text)
 
 
 def answer_key(notebooks: Sequence[NotebookNode]) -> str:
@@ -131,60 +130,60 @@ def results(notebook: NotebookNode) -> Iterator[Slide]:
     """In reading order: the first equations, figures, questions that a figure answers, exercises that fit the lesson's
     minutes as "your turn", what there is to move by hand, and what a cell's metadata ask for.
     """
-    number = _title(notebook)[:2]
-    heading, asked, minutes, explained = _title(notebook), 0, EXERCISES.get(number, 0), False
+    heading, number = _title(notebook), _title(notebook)[:2]
+    left = {"minutes": EXERCISES.get(number, 0), "questions": QUESTIONS, "equations": 1}
     asking = False  # whether the next figure answers a question that has a slide
     for place, cell in enumerate(notebook.cells[2:], start=2):
         wish = cell.metadata.get("persres", {}).get("slide")
         if cell.cell_type == "markdown":
-            headings = re.findall(r"^#{2,3} (.+)$", cell.source, re.MULTILINE)
-            exercise = re.match(r"### Exercise ([\d.]+): (.+)", cell.source)
-            if headings and not exercise:
-                heading = headings[-1]
-            if wish:
-                yield Slide(wish, FOLDED.sub("", cell.source), kept=True)
-            elif exercise:
-                needs = re.search(r"\*\*Minutes:\*\* (\d+)", cell.source)
-                if wish is not False and needs and int(needs[1]) <= minutes:
-                    minutes -= int(needs[1])
-                    statement = FOLDED.sub("", cell.source.split("\n", 1)[1]).strip()
-                    yield Slide(f"Your turn: {exercise[2]} ({exercise[1]})", statement, kind="turn", kept=True)
-            elif wish is not False and _has_equations(cell) and not explained:
-                explained = True
-                yield _equations(cell, "In equations")
-            elif PREDICT in cell.source and wish is not False and asked < QUESTIONS and _answered(notebook, place):
-                asked, asking = asked + 1, True
-                yield Slide(heading, _question(cell.source), kind="turn", kept=True)
+            if not cell.source.startswith("### Exercise"):
+                heading = (re.findall(r"^#{2,3} (.+)$", cell.source, re.MULTILINE) or [heading])[-1]
+            made = _said(notebook, place, heading, left) if wish is None else None
+            if made or wish:
+                yield made or Slide(wish, FOLDED.sub("", cell.source), kept=True)
+            asking = asking or bool(made and PREDICT in made.text)
             continue
         shown = list(_pictures(cell))
         if wish or (shown and wish is not False):
             text = "" if shown else f"```python\n{cell.source}\n```"
             yield Slide(wish or heading, text, shown, notes=_notes(notebook, place), kept=bool(wish) or asking)
             asking = False
-        elif number in EXERCISES and wish is not False and re.search(r"\bexplorers\.\w+\(", cell.source):
-            before = FOLDED.sub("", notebook.cells[place - 1].source).strip()
-            if notebook.cells[place - 1].cell_type == "markdown" and PREDICT not in before:
-                yield Slide(
-                    f"Try it: {heading[:1].lower()}{heading[1:]}", _paragraphs(before)[-1], kind="turn", kept=True
-                )
+        elif number in EXERCISES and wish is None and "explorers." in cell.source:
+            before = notebook.cells[place - 1]
+            if before.cell_type == "markdown" and PREDICT not in before.source:
+                title = f"Try it: {heading[:1].lower()}{heading[1:]}"
+                yield Slide(title, _paragraphs(FOLDED.sub("", before.source))[-1], kind="turn", kept=True)
 
 
-PREDICT = "**Predict before you run.**"
+def _said(notebook: NotebookNode, place: int, heading: str, left: dict[str, int]) -> Slide | None:
+    """The slide of a text, if it is an exercise, the first equations or a question, and some of its kind are left."""
+    cell = notebook.cells[place]
+    exercise = re.match(r"### Exercise ([\d.]+): ([^\n]+)\n(.*?\*\*Minutes:\*\* (\d+).*)", cell.source, re.DOTALL)
+    if exercise:
+        if int(exercise[4]) > left["minutes"]:
+            return None
+        left["minutes"] -= int(exercise[4])
+        title = f"Your turn: {exercise[2]} ({exercise[1]})"
+        return Slide(title, FOLDED.sub("", exercise[3]).strip(), kind="turn", kept=True)
+    if _has_equations(cell) and left["equations"]:
+        left["equations"] = 0
+        return _equations(cell, "In equations")
+    if PREDICT in cell.source and left["questions"] and _answered(notebook, place):
+        left["questions"] -= 1
+        return Slide(heading, _question(cell.source), kind="turn", kept=True)
+    return None
+
 
 Rule = Callable[[NotebookNode], Iterator[Slide]]
-RULES: tuple[tuple[str, Rule], ...] = (
-    ("00", aim),
-    ("00", results),
-    ("01", equations),
-    ("02", aim),
-    ("02", results),
-    ("03", equations),
-    ("04", aim),
-    ("04", results),
-    ("05", aim),
-    ("05", results),
-)
-"""Which slides a lesson gives, in order: (its number, a function of the notebook)."""
+RULES: dict[str, tuple[Rule, ...]] = {
+    "00": (aim, results),
+    "01": (equations,),
+    "02": (aim, results),
+    "03": (equations,),
+    "04": (aim, results),
+    "05": (aim, results),
+}
+"""Which slides a lesson gives, by its number: functions of the notebook."""
 
 
 def slides(notebooks: dict[str, NotebookNode]) -> list[Slide]:
@@ -205,14 +204,12 @@ def slides(notebooks: dict[str, NotebookNode]) -> list[Slide]:
         elif found := re.search(r"\*\*Aim:\*\*\s*(.+?)(?=\n\n|\Z)", _opening(notebook), re.DOTALL):
             later.append(f"| {_title(notebook)} | {found[1].strip()} |")
     made = [Slide("Personalized residuals in 90 minutes", "\n".join([*plan, "", PAPER, "", KEYS]), kind="lesson")]
-    for number, rule in RULES:
+    for number, rules in RULES.items():
         if number in notebooks:
+            found = [slide for rule in rules for slide in rule(notebooks[number])]
             lesson = _title(notebooks[number])
-            found_here = _thinned(list(rule(notebooks[number])), FIGURES.get(number, 0))
-            made += [replace(slide, lesson=lesson) for slide in found_here]
-    if later[2:]:
-        made.append(Slide("Afterwards", "\n".join(later), kind="lesson"))
-    return made
+            made += [replace(slide, lesson=lesson) for slide in _thinned(found, FIGURES.get(number, 0))]
+    return [*made, Slide("Afterwards", "\n".join(later), kind="lesson")] if later[2:] else made
 
 
 PAPER = (
@@ -236,7 +233,7 @@ def page(made: Sequence[Slide]) -> str:
             f'<section class="{slide.kind}" id="s{number}"><h2>{to_html(slide.title, inline=True)}</h2>'
             f'<div class="body">{body}</div>{notes}<footer>{lesson}{number} / {len(made)}</footer></section>'
         )
-    return PAGE.replace("{sections}", "\n".join(sections))
+    return PAGE.read_text(encoding="utf-8").replace("{sections}", "\n".join(sections))
 
 
 def _figure(kind: str, data: str, alt: str) -> str:
@@ -254,21 +251,16 @@ def to_html(text: str, inline: bool = False) -> str:
     """
     drawn: list[str] = []
 
-    def keep(match: re.Match[str]) -> str:
-        drawn.append(drawn_equation(match[1] or match[2], display=match[1] is not None))
+    def special(match: re.Match[str]) -> str:
+        if match["code"]:
+            return match["code"]
+        latex = match["display"] or match["inline"]
+        if latex is None:  # numbers of references
+            return ""
+        drawn.append(drawn_equation(latex, display=match["display"] is not None))
         return f"EQUATION{len(drawn) - 1}HERE"
 
-    code: list[str] = []
-
-    def aside(match: re.Match[str]) -> str:
-        code.append(match[0])
-        return f"CODE{len(code) - 1}HERE"
-
-    text = re.sub(r"```.*?```|`[^`\n]+`", aside, text, flags=re.DOTALL)
-    text = MATH.sub(keep, text)
-    text = re.sub(r" \[[1-9]\d*(?:, ?[1-9]\d*)*\](?!\()", "", without_links(text))
-    text = re.sub(r"CODE(\d+)HERE", lambda match: code[int(match[1])], text)
-    made = markdown2html(text)
+    made = markdown2html(SPECIAL.sub(special, without_links(text)))
     made = re.sub(r'<a class="anchor-link".*?</a>', "", made)
     made = re.sub(r"EQUATION(\d+)HERE", lambda match: drawn[int(match[1])], made)
     return re.sub(r"^\s*<p>(.*)</p>\s*$", r"\1", made, flags=re.DOTALL) if inline else made
@@ -375,7 +367,7 @@ def _title(notebook: NotebookNode) -> str:
 
 def _pictures(cell: NotebookNode) -> Iterator[tuple[str, str, str]]:
     for output in cell.get("outputs", []):
-        for kind in PICTURES:
+        for kind in runs.FIGURES:
             if kind in output.get("data", {}):
                 alt = output.get("metadata", {}).get("alt") or output.metadata.get(kind, {}).get("alt", "")
                 yield kind, "".join(output.data[kind]).replace("\n", ""), alt
@@ -383,99 +375,8 @@ def _pictures(cell: NotebookNode) -> Iterator[tuple[str, str, str]]:
 
 def _thinned(made: list[Slide], most: int) -> list[Slide]:
     """At most so many figures, evenly from first to last; all that is to be kept, and all text."""
-    figures = [slide for slide in made if slide.pictures]
-    free = [slide for slide in figures if not slide.kept]
-    some = _spread(free, max(0, most - len(figures) + len(free)))
-    return [slide for slide in made if slide.kept or not slide.pictures or any(slide is each for each in some)]
-
-
-def _spread(values: list[Slide], number: int) -> list[Slide]:
-    if len(values) <= number:
-        return list(values)
-    return [values[round(place * (len(values) - 1) / max(1, number - 1))] for place in range(number)]
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Personalized residuals in 90 minutes</title>
-<style>
-* { box-sizing: border-box }
-body { margin: 0; background: #fff; color: #222; font: 2.9vh/1.4 system-ui, "Segoe UI", Helvetica, Arial, sans-serif }
-section { display: none; flex-direction: column; height: 100vh; padding: 5vh 6vw 3vh; position: relative }
-section.shown { display: flex }
-h2 { margin: 0 0 2.5vh; font-size: 1.5em; line-height: 1.2; color: #0072b2 }
-.lesson h2 { font-size: 1.9em; margin-top: 8vh }
-.turn h2 { color: #b34700 }
-.body { flex: 1; min-height: 0; overflow: auto }
-.body > :first-child { margin-top: 0 }
-.body:has(> figure) { display: flex; flex-direction: column }
-figure { margin: 0; flex: 1; min-height: 0; display: flex; flex-direction: column; justify-content: center }
-figure.high { flex-direction: row; align-items: center; gap: 3vw }
-figure img { min-height: 0; min-width: 0; max-width: 100%; width: 100%; height: 100%; object-fit: contain }
-figure.high img { width: auto; flex: 0 1 auto }
-figcaption { flex: 1 0 14em }
-.display { display: block; text-align: center; margin: .7em 0; font-size: 1.4em }
-.tag { font-size: .7em; margin-left: 2em }
-summary { cursor: pointer; color: #b34700 }
-.equation { max-width: 100% }
-code, pre { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .9em }
-table { border-collapse: collapse }
-td, th { padding: .25em .9em; border-bottom: 1px solid #ccc; text-align: left }
-aside { display: none; position: absolute; inset: auto 0 0 0; max-height: 60vh; overflow: auto; padding: 1vh 6vw 4vh;
-  background: #fff6d5; border-top: 1px solid #ccc; font-size: .85em }
-.notes aside { display: block }
-footer { position: absolute; right: 2vw; bottom: 1.5vh; color: #777; font-size: .6em }
-@media print {
-  @page { size: 297mm 167mm; margin: 0 }
-  body { font-size: 4.6mm }
-  .notes aside { display: none }
-  section { display: flex; height: 166mm; padding: 10mm 14mm; page-break-after: always }
-}
-</style>
-</head>
-<body>
-{sections}
-<script>
-const all = [...document.querySelectorAll("section")];
-let at = Math.max(0, all.findIndex(each => "#" + each.id === location.hash));
-function fit(section) {  // the largest letters with which the text needs no scrolling
-  const body = section.querySelector(".body");
-  if (body.querySelector("figure")) return;
-  for (let size = 140; size >= 50; size -= 5) {
-    body.style.fontSize = size + "%";
-    if (body.scrollHeight <= body.clientHeight && body.scrollWidth <= body.clientWidth) return;
-  }
-}
-function fitAll() {
-  all.forEach(each => { each.classList.add("shown"); fit(each); each.classList.remove("shown") });
-  all[at].classList.add("shown");
-}
-function show(number) {
-  at = Math.min(all.length - 1, Math.max(0, number));
-  all.forEach((each, index) => each.classList.toggle("shown", index === at));
-  history.replaceState(null, "", "#" + all[at].id);
-}
-document.addEventListener("keydown", event => {
-  if (["ArrowRight", "ArrowDown", "PageDown", " "].includes(event.key)) show(at + 1);
-  else if (["ArrowLeft", "ArrowUp", "PageUp"].includes(event.key)) show(at - 1);
-  else if (event.key === "Home") show(0);
-  else if (event.key === "End") show(all.length - 1);
-  else if (event.key === "n" || event.key === "N") document.body.classList.toggle("notes");
-  else return;
-  event.preventDefault();
-});
-window.addEventListener("hashchange", () => show(all.findIndex(each => "#" + each.id === location.hash)));
-document.addEventListener("click", event => {
-  if (!event.target.closest("a, details, aside")) show(at + (event.clientX < innerWidth / 4 ? -1 : 1));
-});
-document.addEventListener("toggle", event => fit(event.target.closest("section")), true);
-window.addEventListener("resize", fitAll);
-show(at);
-fitAll();
-</script>
-</body>
-</html>
-"""
+    free = [number for number, slide in enumerate(made) if slide.pictures and not slide.kept]
+    room = max(0, most - sum(bool(slide.pictures and slide.kept) for slide in made))
+    if len(free) > room:
+        free = [free[round(place * (len(free) - 1) / max(1, room - 1))] for place in range(room)]
+    return [slide for number, slide in enumerate(made) if slide.kept or not slide.pictures or number in free]
