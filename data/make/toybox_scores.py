@@ -32,7 +32,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from data.make.inverse import read
 from data.make.pretraining.dataset import ACCESSORIES as LARGER
 from data.make.pretraining.dataset import draw_scenes, scenes_of, to_float
-from data.make.runs import between
+from data.make.runs import between, keep, markdown
 from persres_lite.attention import record_attention
 from persres_lite.bases import load_base
 from persres_lite.masks import median
@@ -246,13 +246,13 @@ def score_loss(base: Any, count: int = 384, batch: int = 48) -> dict[str, float]
     return losses
 
 
-def markdown(frame: pd.DataFrame, head: str, digits: int = 3) -> list[str]:
-    """A table with the index first; empty where a value is missing."""
-    lines = [f"| {head} | {' | '.join(map(str, frame.columns))} |", "|---" * (1 + len(frame.columns)) + "|"]
-    for name, row in zip(frame.index, frame.to_numpy(), strict=True):
-        cells = [x if isinstance(x, str) else "" if np.isnan(x) else f"{x:.{digits}f}".rstrip("0") for x in row]
-        lines.append(f"| {name} | {' | '.join(cell.rstrip('.') for cell in cells)} |")
-    return lines
+def table_of(frame: pd.DataFrame, head: str) -> list[str]:
+    """A table in Markdown with the index first; empty where a value is missing."""
+    rows = [
+        [name, *("" if np.isnan(x) else f"{x:.5g}" if x > 10 else f"{x:.3f}" for x in row)]
+        for name, *row in frame.itertuples()
+    ]
+    return [*markdown([head, *frame.columns], rows).splitlines(), ""]
 
 
 def score(base: Any, judge: Judge, scenes: list[Scene]) -> tuple[pd.DataFrame, list[Image.Image]]:
@@ -292,11 +292,11 @@ def all_scores(base: Any, judge: Judge, data: Path, results: Path) -> tuple[dict
     drawn = [draw(scene, SIZE, 4, world_of(base)).image for scene in scenes_of("train", 0, 32)]
     rows = [as_images(np.stack(drawn[row : row + 8])) for row in range(0, 32, 8)]
     sheet(rows).save(results / f"{name_of(base)}-world.png", optimize=True)
-    table = markdown(frame, f"{len(scenes)} captions that name all there is to see")
-    table += ["", *markdown(pd.DataFrame({"": attention}), "share of the toy inside the class word's median mask")]
-    table += ["", *markdown(pd.DataFrame({"accuracy": known}), "the judge, on fresh renders")]
+    table = table_of(frame, f"{len(scenes)} captions that name all there is to see")
+    table += table_of(pd.DataFrame({"": attention}), "share of the toy inside the class word's median mask")
+    table += table_of(pd.DataFrame({"accuracy": known}), "the judge, on fresh renders")
     said = ", ".join(f"{value:.3f} on {name}" for name, value in loss.items())
-    table += ["", f"Diffusion loss: {said} (384 of each). Four pictures of 25 guided steps: {took:.1f} s."]
+    table += [f"Diffusion loss: {said} (384 of each). Four pictures of 25 guided steps: {took:.1f} s."]
     kept = {"pictures": json.loads(frame.to_json()), "judge": known, "attention": attention, "loss": loss}
     return kept | {"prompts": [full_caption(scene) for scene in scenes]}, table
 
@@ -319,7 +319,9 @@ def read_all(label: str, images: list[Image.Image], scenes: list[Scene], larger:
     for image, scene in tqdm(list(zip(images, scenes, strict=True)), desc=label):
         toy = scene.toys[0]
         found = read(image, toy, scene.place, scene.style, larger)
-        row = {part: getattr(found, part) == getattr(toy, part) for part in ("main", "second", "pattern", "accessory")}
+        row = {
+            part: getattr(found.toy, part) == getattr(toy, part) for part in ("main", "second", "pattern", "accessory")
+        }
         row |= {"kind": toy.kind, "style": scene.style or "in no style", "rank": found.rank, "error": found.error}
         rows.append({"pictures": label, **row})
     return rows
@@ -348,7 +350,7 @@ def judge_table(rows: list[dict]) -> list[str]:
     groups = pd.concat([frame, styled]).groupby("pictures", sort=False)
     table = groups[["own paint first", "rank", "main", "second", "pattern", "accessory", "error"]].mean()
     table.insert(0, "count", groups.size().astype(float))
-    return markdown(table, "pictures")
+    return table_of(table, "pictures")
 
 
 def main() -> None:
@@ -368,8 +370,7 @@ def main() -> None:
         kept, table = all_scores(base, Judge(data), data, args.results)
         card = args.base / "README.md"
         card.write_text(between(card.read_text(), "scores", "\n".join(table)))
-    place.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
-    place.with_suffix(".md").write_text("\n".join([f"Made by `{command}`.", "", *table, ""]))
+    keep(place, kept, "\n".join([f"Made by `{command}`.", "", *table, ""]))
     print("\n".join(table))
 
 
