@@ -15,17 +15,21 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPModel
 
+from data.make import toybox_scores as scores
 from data.make.pretraining import __main__ as main
-from data.make.pretraining import dataset, ship, trainer, unet
+from data.make.pretraining import dataset, trainer, unet
 from data.make.pretraining.judge import judge_parts
 from data.make.pretraining.models import deepened, make_scheduler, make_unet
 from data.make.pretraining.muon import Muon, optimizers_of
 from data.make.pretraining.text import clip_parts, lengthen_unused, make_tokenizer
 from persres_lite import training
+from persres_lite.bases import load_base
 from persres_lite.support.paths import data_dir
 from persres_lite.toybox.judge import Judge
 from persres_lite.toybox.render import draw
 from persres_lite.toybox.world import NAMES, RARE_TOKENS, Scene, Toy, vocabulary
+
+SCHEDULER = getattr(training, "training_scheduler", None) or training._training_scheduler
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
@@ -61,10 +65,9 @@ def test_every_parameter_has_one_optimizer():
     assert kept[1] == [id(module["middle"].weight)]
     assert sorted(kept[0] + kept[1]) == sorted(id(p) for p in module.parameters() if p.requires_grad)
     decay = {id(p): group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
-    words, bias, first = (
-        decay[id(p)] for p in (module["words"].weight, module["middle"].bias, layers["conv_in"].weight)
+    assert (
+        decay[id(module["words"].weight)] == decay[id(module["middle"].bias)] == 0 < decay[id(layers["conv_in"].weight)]
     )
-    assert words == bias == 0 < first
 
 
 @pytest.mark.parametrize("width", [32, 64])
@@ -83,9 +86,7 @@ def test_every_reader_of_the_schedule_ends_in_noise_alone(tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(data_dir() / "toybox-sd", scheduler=make_scheduler())
     pipe.save_pretrained(tmp_path)
     opened = StableDiffusionPipeline.from_pretrained(tmp_path)
-    learns = (getattr(training, "training_scheduler", None) or training._training_scheduler)(
-        opened
-    )  # what `personalize` and lesson 03 noise with
+    learns = SCHEDULER(opened)  # what `personalize` and lesson 03 noise with
     for scheduler in (opened.scheduler, learns):
         assert scheduler.alphas_cumprod[-1] < 1e-6
         assert torch.allclose(scheduler.alphas_cumprod, make_scheduler().alphas_cumprod, atol=1e-6)
@@ -103,8 +104,7 @@ def test_accessories_are_larger_only_where_it_is_asked_for():
     usual, larger = draw(scene), draw(scene, accessories=dataset.ACCESSORIES)
     assert np.array_equal(usual.image, draw(scene, accessories=1.0).image)
     assert np.array_equal(draw(bare).image, draw(bare, accessories=dataset.ACCESSORIES).image)
-    hats = [(one.image[:64] == one.image[:64].max(-1, keepdims=True))[..., 2].sum() for one in (usual, larger)]
-    assert not np.array_equal(usual.masks, larger.masks) and hats[1] != hats[0]
+    assert not np.array_equal(usual.masks, larger.masks)
 
 
 def test_rare_tokens_become_as_long_as_words():
@@ -207,17 +207,6 @@ def test_what_was_made_with_a_stage_is_made_again_when_it_has_learned_since(tmp_
     assert not trainer.still_valid(made, "vae", tmp_path)
 
 
-def test_the_card_says_how_long_each_stage_was_trained(tmp_path):
-    (tmp_path / "README.md").write_text(
-        "before\n<!-- training: begin -->\nold\n<!-- training: end -->\n| after | it |\n"
-    )
-    torch.save({"step": 2000, "seconds": 120.0, "pictures": 32_000}, tmp_path / "unet.pt")
-    ship.write_card(trainer.Run(tmp_path, tmp_path, {"vae": 1.0, "unet": 2.0}))
-    table = ["| stage | minutes | steps | pictures seen |", "|---|---|---|---|", "| unet | 2 | 2,000 | 32,000 |"]
-    marks = ["<!-- training: begin -->", *table, "<!-- training: end -->"]
-    assert (tmp_path / "README.md").read_text().splitlines() == ["before", *marks, "| after | it |"]
-
-
 @pytest.fixture
 def go(tmp_path, few):
     """Run stages in miniature, with options."""
@@ -263,3 +252,26 @@ def test_pretraining_goes_from_nothing_to_a_folder(tmp_path, go, monkeypatch, sh
     assert all(torch.isfinite(weight).all() for weight in pipeline.unet.state_dict().values())
     assert pipeline.unet.config.layers_per_block == (1 if shape else 2)
     assert pipeline.vae_scale_factor == 8 and pipeline.scheduler.config.rescale_betas_zero_snr
+
+
+def test_scores_tell_toys_from_empty_places_and_one_set_of_features_from_another():
+    judge, scenes = Judge(data_dir()), scores.asked_scenes(10, 2)
+    drawn = [Image.fromarray(draw(scene).image) for scene in scenes]
+    found = scores.shown(judge, drawn, scenes)
+    assert found["class"] > 0.8 and found["place"] > 0.9 and found["pair"] in (0.5, 1)
+    assert scores.without_a_toy(judge, drawn) == 0
+    assert "with a hat" in scores.full_caption(scenes[0]) and scenes[0].toys[0].pattern in scores.full_caption(
+        scenes[0]
+    )
+    features = torch.randn(50, 4)
+    assert abs(scores.frechet(features, features)) < 1e-6
+    assert scores.frechet(features, features + 2) == pytest.approx(16, abs=1e-4)
+
+
+NEXT = data_dir() / "toybox-next"
+
+
+@pytest.mark.skipif(not (NEXT / "model_index.json").exists(), reason="the next base is not there")
+def test_the_next_base_draws_snow_and_night_as_they_are():
+    judge = Judge(NEXT if (NEXT / "toybox-dino").exists() else data_dir())
+    assert scores.dark_and_light(load_base(str(NEXT)), judge, ("a rocket",), noises=2) == 0

@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import CLIPModel, CLIPTokenizer
 
 from data.make.inverse import read
 from data.make.pretraining.dataset import ACCESSORIES as LARGER
@@ -157,23 +156,7 @@ def through_autoencoder(base: Any, pictures: np.ndarray) -> np.ndarray:
     return ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-@torch.no_grad()
-def score_clip(data: Path, images: list[Image.Image], labels: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Zero-shot accuracy of the CLIP-like pair: which of the prompts that name one value each lies nearest."""
-    clip = CLIPModel.from_pretrained(data / "toybox-clip", dtype=torch.float32).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(data / "toybox-clip")
-    looks = clip.visual_projection(clip.vision_model(to_float(np.stack(images))).pooler_output)
-    scores = {}
-    for name, opening in {"class": "a photo of a", "place": "a photo"}.items():
-        asked = [f"{opening} {value}" for value in PROBES[name]]
-        ids = tokenizer(asked, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        words = F.normalize(clip.text_projection(clip.text_model(input_ids=ids).pooler_output), dim=-1)
-        nearest, known = (looks @ words.T).argmax(1), labels[name] >= 0
-        scores[f"CLIP pair, zero-shot: {name}"] = (nearest == labels[name])[known].float().mean().item()
-    return scores
-
-
-def score_judge(data: Path, judge: Judge, larger: float, count: int = 1000, toys: int = 600) -> dict[str, float]:
+def score_judge(judge: Judge, larger: float, count: int = 1000, toys: int = 600) -> dict[str, float]:
     """The judge's accuracy on renders that nothing was trained on."""
     scenes, drawn = scenes_of("judged", 0, count), draw_scenes("judged", 0, count, larger)
     scores = dict(shown(judge, as_images(drawn), scenes))
@@ -188,7 +171,7 @@ def score_judge(data: Path, judge: Judge, larger: float, count: int = 1000, toys
         others = rng.sample([j for j in range(toys) if j != i and kinds[j] == kinds[i]], 19)
         right.append((seen[[i, *others], 1] @ seen[i, 0]).argmax().item() == 0)
     scores["identity among 20"] = float(np.mean(right))
-    return scores | score_clip(data, as_images(drawn), labels_of(scenes))
+    return scores
 
 
 @torch.no_grad()
@@ -274,7 +257,7 @@ def score(base: Any, judge: Judge, scenes: list[Scene]) -> tuple[pd.DataFrame, l
     return frame, images
 
 
-def all_scores(base: Any, judge: Judge, data: Path, results: Path) -> tuple[dict, list[str]]:
+def all_scores(base: Any, judge: Judge, results: Path) -> tuple[dict, list[str]]:
     """Everything but the renderer as judge: numbers by kind, and their tables."""
     scenes = asked_scenes()
     frame, images = score(base, judge, scenes)
@@ -282,7 +265,7 @@ def all_scores(base: Any, judge: Judge, data: Path, results: Path) -> tuple[dict
     blocks = [share for name, share in attention.items() if name.endswith("proj_out")]
     frame.loc["snow and night: another place, of 64"] = [np.nan, np.nan, dark_and_light(base, judge), 0]
     frame.loc["median mask, worst block"] = [np.nan, np.nan, min(blocks), 0.70]
-    known, loss = score_judge(data, judge, world_of(base)), score_loss(base)
+    known, loss = score_judge(judge, world_of(base)), score_loss(base)
     start = time.perf_counter()
     base(["a photo of a cat on the beach"] * 4, **options_of(base))
     took = time.perf_counter() - start
@@ -299,16 +282,6 @@ def all_scores(base: Any, judge: Judge, data: Path, results: Path) -> tuple[dict
     table += [f"Diffusion loss: {said} (384 of each). Four pictures of 25 guided steps: {took:.1f} s."]
     kept = {"pictures": json.loads(frame.to_json()), "judge": known, "attention": attention, "loss": loss}
     return kept | {"prompts": [full_caption(scene) for scene in scenes]}, table
-
-
-def judged_scenes() -> list[Scene]:
-    """Eighty views of eighty toys: every class in every place once, every other one in a style."""
-    rng, scenes = random.Random("renderer-judge"), []
-    for index in range(len(world.CLASSES) * len(world.PLACES)):
-        kind, place = world.CLASSES[index % len(world.CLASSES)], world.PLACES[index // len(world.CLASSES)]
-        style = world.STYLES[1 + index // 2 % 3] if (index + index // len(world.CLASSES)) % 2 else None
-        scenes.append(random_view(rng, (world.random_toy(rng, kind),), place, style))
-    return scenes
 
 
 def read_all(label: str, images: list[Image.Image], scenes: list[Scene], larger: float = 1.0) -> list[dict]:
@@ -329,7 +302,8 @@ def read_all(label: str, images: list[Image.Image], scenes: list[Scene], larger:
 
 def judge_by_renderer(data: Path, base: Any) -> list[dict]:
     """Readings of renders, of the same through the autoencoder, of the model's pictures, and of concepts."""
-    scenes, larger = judged_scenes(), world_of(base)
+    larger = world_of(base)
+    scenes = [replace(scene, style=world.STYLES[i // 2 % 4]) for i, scene in enumerate(asked_scenes(80, 0))]
     drawn = np.stack([draw(scene, accessories=larger).image for scene in scenes])
     asked = [f"a photo of {with_article(s.toys[0].kind)} {s.place} {s.style or ''}".rstrip() for s in scenes]
     rows = read_all("fresh renders", as_images(drawn), scenes, larger)
@@ -367,9 +341,10 @@ def main() -> None:
         table, place = judge_table(kept), args.results / name_of(base).replace("toybox", "renderer-judge")
     else:
         data = args.base if (args.base / "toybox-dino").exists() else args.base.parent  # where its judges are
-        kept, table = all_scores(base, Judge(data), data, args.results)
+        kept, table = all_scores(base, Judge(data), args.results)
         card = args.base / "README.md"
-        card.write_text(between(card.read_text(), "scores", "\n".join(table)))
+        if card.exists():
+            card.write_text(between(card.read_text(), "scores", "\n".join(table)))
     keep(place, kept, "\n".join([f"Made by `{command}`.", "", *table, ""]))
     print("\n".join(table))
 

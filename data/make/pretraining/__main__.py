@@ -41,7 +41,7 @@ from .autoencoder import latents_of, train_decoder, train_vae
 from .dataset import load_drawn
 from .judge import judge_parts, seen_by_judge, train_judge, train_probes
 from .models import deepened
-from .ship import save_judges, write_card
+from .ship import save_judges
 from .text import clip_parts, train_text, train_vision
 from .trainer import Run, begin_from, data_parallel, still_valid
 from .unet import train_unet, unet_parts
@@ -118,7 +118,6 @@ def main(arguments: list[str] | None = None) -> None:
         data_parallel(learn, processes, run, pictures)
     if {"probes", "vision"} & set(minutes):
         save_judges(run)
-    write_card(run)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessor
 
-from data.make.runs import between
 from persres_lite.toybox.render import SIZE
 
 from .judge import judge_parts
 from .models import make_autoencoder, make_scheduler, make_tokenizer
 from .text import text_encoder_of, trained_text
-from .trainer import Run, read_checkpoint, trained
+from .trainer import Run, trained
 
 
 def _put(new: Path, target: Path) -> None:
@@ -32,8 +31,8 @@ def _put(new: Path, target: Path) -> None:
     shutil.rmtree(new)
 
 
-def save_pipeline(run: Run, unet: Any) -> None:
-    """Write ``run.base``, U-Net and autoencoder in half precision.
+def save_pipeline(run: Run, learned: Any) -> None:
+    """Write ``run.base``, U-Net (in `learned`) and autoencoder in half precision.
 
     The text encoder stays in single precision: transformers opens a file in the precision it was saved in,
     diffusers in single precision, and a pipeline that is opened without naming one must agree with itself. It is
@@ -45,7 +44,7 @@ def save_pipeline(run: Run, unet: Any) -> None:
         vae=vae.half().to(memory_format=torch.contiguous_format),
         text_encoder=text_encoder_of(trained_text(run.folder)["clip"]),
         tokenizer=make_tokenizer(),
-        unet=copy.deepcopy(unet).cpu().half().to(memory_format=torch.contiguous_format),
+        unet=copy.deepcopy(learned["unet"]).cpu().half().to(memory_format=torch.contiguous_format),
         scheduler=make_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -73,16 +72,3 @@ def save_judges(run: Run) -> None:
     make_tokenizer().save_pretrained(new / "toybox-clip")
     save_file(parts["probes"].half().state_dict(), new / "toybox-dino" / "probes.safetensors")
     _put(new, run.base)
-
-
-def write_card(run: Run) -> None:
-    """Put into the model card, if there is one, how long each stage was trained, as its checkpoint says."""
-    card = run.base / "README.md"
-    if not card.exists():
-        return
-    lines = ["| stage | minutes | steps | pictures seen |", "|---|---|---|---|"]
-    for name in run.minutes:
-        state = read_checkpoint(run.folder / f"{name}.pt") if (run.folder / f"{name}.pt").exists() else {"step": 0}
-        if state["step"]:
-            lines.append(f"| {name} | {state['seconds'] / 60:.0f} | {state['step']:,} | {state['pictures']:,} |")
-    card.write_text(between(card.read_text(), "training", "\n".join(lines)))

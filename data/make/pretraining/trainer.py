@@ -185,7 +185,7 @@ def train(
     lr : float
         Of the optimizer.
     batch : int
-        How many pictures a step looks at, counted for the model card.
+        How many pictures a step looks at.
     muon : bool, optional
         Whether matrices learn by Muon (`muon`) rather than by AdamW.
     ema : float, optional

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from .judge import seen_by_judge
 from .models import make_identity_encoder, make_scheduler, make_unet
 from .ship import save_pipeline
 from .text import ids_of, text_encoder_of, trained_text
-from .trainer import Run, rank_and_size, train
+from .trainer import Run, train
 
 BATCH = {"cpu": 24, "cuda": 512}  # a GPU is not busy with fewer
 EMPTY = 0.1  # share of captions left empty, for classifier-free guidance
@@ -82,9 +83,5 @@ def train_unet(run: Run, pictures: Shards) -> None:
         missed = missed + (F.avg_pool2d(weight, 4) * (F.avg_pool2d(coarse_told, 2) - coarse).square()).mean()
         return {"loss": (weight * (predicted - target).square()).mean(), "alignment": ALIGNMENT / 2 * missed}
 
-    def publish(learned: Any) -> None:
-        save_pipeline(run, learned["unet"])
-
+    publish = partial(save_pipeline, run)
     train("unet", parts, step, run, lr=2e-3, muon=True, ema=0.999, batch=batch, on_save=publish)
-    if rank_and_size()[0] == 0:
-        publish(parts)
