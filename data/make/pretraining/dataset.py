@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from persres_lite.support.files import whole_file
 from persres_lite.toybox.render import SIZE, draw
 from persres_lite.toybox.world import Scene, random_toy, random_view, scene_by_index
 
@@ -74,9 +75,8 @@ class Shards:
 
 
 def _write_shard(path: Path, split: str, start: int, stop: int) -> None:
-    with open(path.with_suffix(".part"), "wb") as file:
-        np.save(file, draw_scenes(split, start, stop))
-    os.replace(path.with_suffix(".part"), path)
+    with whole_file(path) as new:
+        np.save(new, draw_scenes(split, start, stop))
 
 
 def load_drawn(folder: Path, split: str, count: int) -> Shards:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
+from persres_lite.support.files import whole_file
 from persres_lite.toybox.judge import PROBES, LinearProbes, labels_of, summary_of
 from persres_lite.toybox.world import CLASSES
 
@@ -107,9 +107,8 @@ def of_every_picture(run: Run, pictures: Shards, stage: str, names: list[str], b
         steps = tqdm(range(0, len(pictures), 100), desc=f"pictures for {stage}")
         made = [[x.half().contiguous().cpu() for x in of(pictures[start : start + 100])] for start in steps]
         for path, parts in zip(paths, zip(*made, strict=True), strict=True):
-            with open(path.with_suffix(".part"), "wb") as file:
-                np.save(file, torch.cat(parts).numpy())
-            os.replace(path.with_suffix(".part"), path)
+            with whole_file(path) as new:
+                np.save(new, torch.cat(parts).numpy())
     return {name: np.load(path, mmap_mode="r") for name, path in zip(names, paths, strict=True)}
 
 

@@ -18,6 +18,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
+from persres_lite.support.files import whole_file
+
 from .muon import faster_type, optimizers_of
 
 
@@ -59,16 +61,6 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=kind is torch.bfloat16)
 
 
-def averaged(module: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of `module`, with a short memory at the start."""
-
-    @torch.no_grad()
-    def update(averages, parameters, count):
-        torch._foreach_lerp_(averages, parameters, 1 - min(decay, (1 + float(count)) / (10 + float(count))))
-
-    return AveragedModel(module, multi_avg_fn=update)
-
-
 def _begin(rank: int, processes: int, meeting: str, work: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
@@ -106,11 +98,6 @@ def _share(gradients: list[torch.Tensor], seconds: float) -> float:
     return float(seconds)
 
 
-def _write(state: dict, path: Path) -> None:
-    torch.save(state, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """What a stage has left: "module", "average", how many steps, seconds and pictures it took."""
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -137,7 +124,8 @@ def begin_from(name: str, module: nn.Module, folder: Path) -> None:
     """Let stage `name`, if it has not begun, begin from what `module` holds."""
     path = folder / f"{name}.pt"
     if not path.exists():
-        _write({"step": 0, "seconds": 0.0, "pictures": 0, "module": module.state_dict()}, path)
+        with whole_file(path) as new:
+            torch.save({"step": 0, "seconds": 0.0, "pictures": 0, "module": module.state_dict()}, new)
 
 
 def still_valid(made: Path, name: str, folder: Path) -> bool:
@@ -151,6 +139,63 @@ def only_learning(module: nn.Module, *parts: nn.Module) -> None:
     module.requires_grad_(False)
     for part in parts:
         part.requires_grad_(True)
+
+
+class Learner:
+    """What learns in a stage and how far it has come; it goes on from the stage's checkpoint.
+
+    Attributes
+    ----------
+    module, average : Module
+        With the last weights, and with their moving average if there is one: it forgets fast at the start.
+    step, seconds, pictures : int, float, int
+        What the stage took so far, over all runs.
+    """
+
+    def __init__(self, path: Path, module: nn.Module, device: torch.device, lr: float, muon: bool, ema: float | None):
+        state = read_checkpoint(path) if path.exists() else {}
+        if state:
+            module.load_state_dict(state["module"])
+        self.path, self.module = path, module.to(device).train()
+        self.step, self.seconds, self.pictures = (state.get(key, 0) for key in ("step", "seconds", "pictures"))
+        self.optimizers = optimizers_of(module, lr, muon)
+        self.average = AveragedModel(module, multi_avg_fn=self._follow) if ema else module
+        self.decay = ema or 0.0
+        if self.step:
+            for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(kept)
+            if ema:
+                self.average.module.load_state_dict(state["average"])
+                self.average.n_averaged.fill_(self.step)
+        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.learning = [parameter for group in self.groups for parameter in group["params"]]
+        for parameter in self.learning:
+            parameter.grad = torch.zeros_like(parameter)  # also where a process has nothing to say of it
+
+    @torch.no_grad()
+    def _follow(self, averages: list[torch.Tensor], parameters: list[torch.Tensor], count: Any) -> None:
+        torch._foreach_lerp_(averages, parameters, 1 - min(self.decay, (1 + self.step) / (10 + self.step)))
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all."""
+        kept = {"step": self.step, "seconds": self.seconds, "pictures": self.pictures}
+        kept |= {"module": self.module.state_dict(), "optimizers": [one.state_dict() for one in self.optimizers]}
+        if self.decay:
+            kept["average"] = self.average.module.state_dict()
+        with whole_file(self.path) as new:
+            torch.save(kept, new)
+
+    def learn(self, share: float) -> None:
+        """One step from the gradients that are there, at this share of the highest rate."""
+        nn.utils.clip_grad_norm_(self.learning, 1.0)
+        for group in self.groups:
+            group["lr"] = group["peak"] * share
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+        if self.decay:
+            self.average.update_parameters(self.module)
+        self.step += 1
 
 
 def train(
@@ -193,61 +238,28 @@ def train(
     on_save : callable, optional
         Called after each checkpoint with the averaged module.
     """
-    path, budget = run.folder / f"{name}.pt", 60 * run.minutes[name]
-    run.folder.mkdir(parents=True, exist_ok=True)
-    state = read_checkpoint(path) if path.exists() else {"step": 0, "seconds": 0.0, "pictures": 0}
-    number, spent, seen = state["step"], state["seconds"], state["pictures"]
-    if "module" in state:
-        module.load_state_dict(state["module"])
-    module.to(run.device).train()
-    average = averaged(module, ema) if ema else None
-    optimizers = optimizers_of(module, lr, muon)
-    if number:
-        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        if average:
-            average.module.load_state_dict(state["average"])
-            average.n_averaged.fill_(number)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    learning = [parameter for group in groups for parameter in group["params"]]
-    for parameter in learning:
-        parameter.grad = torch.zeros_like(parameter)  # also where a process has nothing to say of it
-    rank, size = rank_and_size()
-
-    def save() -> None:
-        kept = {"step": number, "seconds": spent, "pictures": seen, "module": module.state_dict()}
-        kept["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-        if average:
-            kept["average"] = average.module.state_dict()
-        _write(kept, path)
-        if on_save:
-            on_save(average.module if average else module)
-
-    saved, shown = spent, tqdm(total=round(budget), initial=round(spent), desc=name, unit="s", disable=rank > 0)
-    last = time.perf_counter()
-    while spent < budget:
-        torch.manual_seed(number * size + rank)
-        share = min(1, (number + 1) / 100) * min(1, (1 - spent / budget) / 0.4)
-        for group in groups:
-            group["lr"] = group["peak"] * share
-        losses = step(number)
+    budget, (rank, size) = 60 * run.minutes[name], rank_and_size()
+    learner = Learner(run.folder / f"{name}.pt", module, run.device, lr, muon, ema)
+    saved, last = learner.seconds, time.perf_counter()
+    bar = tqdm(total=round(budget), initial=round(saved), desc=name, unit="s", disable=rank > 0)
+    while learner.seconds < budget:
+        torch.manual_seed(learner.step * size + rank)
+        share = min(1, (learner.step + 1) / 100) * min(1, (1 - learner.seconds / budget) / 0.4)
+        losses = step(learner.step)
         torch.stack(list(losses.values())).sum().backward()
         before, last = last, time.perf_counter()
-        took = _share([parameter.grad for parameter in learning], last - before)
-        nn.utils.clip_grad_norm_(learning, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
-        if average:
-            average.update_parameters(module)
-        number, seen, spent = number + 1, seen + batch * size, spent + took
-        shown.update(round(spent) - shown.n)
-        if number % 20 == 0:
-            shown.set_postfix(step=number, **{key: f"{value.item():.4f}" for key, value in losses.items()})
-        if rank == 0 and (spent - saved > run.every or spent >= budget):
-            saved = spent
-            save()
-    shown.close()
-    if average:
-        module.load_state_dict(average.module.state_dict())
+        learner.seconds += _share([parameter.grad for parameter in learner.learning], last - before)
+        learner.learn(share)
+        learner.pictures += batch * size
+        bar.update(round(learner.seconds) - bar.n)
+        if learner.step % 20 == 0:
+            bar.set_postfix(step=learner.step, **{key: f"{value.item():.4f}" for key, value in losses.items()})
+        if rank == 0 and (learner.seconds - saved > run.every or learner.seconds >= budget):
+            saved = learner.seconds
+            learner.save()
+            if on_save:
+                on_save(learner.average.module if ema else module)
+    bar.close()
+    if ema:
+        module.load_state_dict(learner.average.module.state_dict())
     module.eval()
