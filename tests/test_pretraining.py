@@ -255,7 +255,7 @@ def test_scores_tell_toys_from_empty_places_and_one_set_of_features_from_another
     judge, scenes = Judge(data_dir()), scores.asked_scenes(10, 2)
     drawn = [Image.fromarray(draw(scene).image) for scene in scenes]
     found = scores.shown(judge, drawn, scenes)
-    assert found["class"] > 0.8 and found["place"] > 0.9 and found["pair"] in (0.5, 1)
+    assert found["class"] > 0.8 and found["place"] > 0.9 and found["pair"] in (0.5, 1) and found["style"] == 1
     assert scores.without_a_toy(judge, drawn) == 0
     assert "with a hat" in scores.full_caption(scenes[0]) and scenes[0].toys[0].pattern in scores.full_caption(
         scenes[0]

@@ -113,8 +113,9 @@ def as_images(pictures: np.ndarray) -> list[Image.Image]:
 def shown(judge: Judge, images: list[Image.Image], scenes: list[Scene]) -> pd.Series:
     """Share of the pictures in which the judge reads what the scenes have, by attribute, where they settle it."""
     rows, labels = judge.read(images), labels_of(scenes)
-    right = pd.DataFrame({name: [row[name] for row in rows] for name in PROBES})
-    right = right == pd.DataFrame({name: [values[i] for i in labels[name]] for name, values in PROBES.items()})
+    right = pd.DataFrame(
+        {n: [row[n] == values[i] for row, i in zip(rows, labels[n], strict=True)] for n, values in PROBES.items()}
+    )
     right = right.where(pd.DataFrame({name: labels[name] >= 0 for name in PROBES}))
     two = [len(scene.toys) == 2 for scene in scenes]
     kinds = [{toy.kind for toy in scene.toys} for scene in scenes]
