@@ -61,9 +61,9 @@ gpu: $(READY)  ## every notebook on Stable Diffusion 1.4 (or PERSRES_BASE=sd-2.1
 bench: $(READY)  ## time and memory of sampling and training, against the alternatives
 	$(BIN)/python -m data.make.bench $(ARGS)
 
-pretrain: $(READY)  ## make Toybox from nothing and score it (seven hours; stops and resumes at any point)
+pretrain: $(READY)  ## make the next Toybox from nothing and score it (seven hours; stops and resumes at any point)
 	$(BIN)/python -m data.make.pretraining $(ARGS)
-	$(BIN)/python -m data.make.toybox_scores
+	$(BIN)/python -m data.make.toybox_scores --base data/toybox-next
 
 results: $(READY)  ## every table of data/results anew, from the shipped weights, but that of `make bench` (hours)
 	$(BIN)/python -m data.make.toybox_scores

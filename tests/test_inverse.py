@@ -32,17 +32,15 @@ def renders():
 
 def test_own_paint_is_ranked_first_on_fresh_renders(renders):
     assert sum(reading.rank == 1 for _, _, reading in renders) >= 10
-    for part, least in (("main", 9), ("second", 9), ("pattern", 9), ("accessory", 9)):
-        right = [getattr(reading, part) == getattr(scene.toys[0], part) for scene, _, reading in renders]
-        assert sum(right) >= least, part
+    for part in ("main", "second", "pattern", "accessory"):
+        right = [getattr(reading.toy, part) == getattr(scene.toys[0], part) for scene, _, reading in renders]
+        assert sum(right) >= 9, part
 
 
 def test_the_view_that_is_found_is_the_one_that_was_drawn(renders):
-    yaws, overlaps = [], []
-    for scene, _, reading in renders:
-        yaws.append(abs(scene.toys[0].yaw - reading.scene.toys[0].yaw))
-        one, two = (draw(view).masks[0] > 127 for view in (scene, reading.scene))
-        overlaps.append((one & two).sum() / (one | two).sum())
+    yaws = [abs(scene.toys[0].yaw - reading.toy.yaw) for scene, _, reading in renders]
+    views = [[draw(view).masks[0] > 127 for view in (scene, reading.scene)] for scene, _, reading in renders]
+    overlaps = [(one & two).sum() / (one | two).sum() for one, two in views]
     assert np.median(yaws) < 0.1 and np.median(overlaps) > 0.9
 
 
@@ -51,56 +49,38 @@ def test_another_paint_than_the_drawn_one_is_not_ranked_first(renders):
     for scene, image, reading in renders[:3]:
         other = world.near_misses(scene.toys[0])[0]
         asked = read(image, other, scene.place, scene.style)
-        assert (asked.scene, asked.error) == (
-            reading.scene,
-            reading.error,
-        )  # what is asked for does not guide the search
+        assert (asked.scene, asked.error) == (reading.scene, reading.error)  # what is asked for guides no search
         firsts += asked.rank == 1
     assert firsts <= 1
 
 
 def test_a_toy_that_is_not_there_leaves_a_larger_error(renders):
-    own, empty = [], []
-    for scene, _, reading in renders[:3]:
-        away = Image.fromarray(
-            draw(replace(scene, shift=(0.0, 0.0), toys=(world.Toy("rocket", "cyan", "pink"),))).image
-        )
-        own.append(reading.error)
+    rocket = (world.Toy("rocket", "cyan", "pink"),)
+    empty = []
+    for scene, _, _ in renders[:3]:
+        away = Image.fromarray(draw(replace(scene, shift=(0.0, 0.0), toys=rocket)).image)
         empty.append(read(away, scene.toys[0], scene.place, scene.style).error)
-    assert np.mean(empty) > 1.5 * np.mean(own)
+    assert np.mean(empty) > 1.5 * np.mean([reading.error for _, _, reading in renders[:3]])
 
 
 def test_concepts_are_recognized_in_a_reference():
-    shipped, ranks = concepts.all_shipped(), []
+    ranks = []
     for name in ("plum-cat", "comet-rocket", "berry-mug"):
-        toy, place = shipped[name]
-        scene = concepts.views(name, toy, place)[0]
+        toy, place = concepts.all_shipped()[name]
         image = Image.open(data_dir() / "concepts" / name / "0.png")
-        ranks.append(read(image, toy, scene.place).rank)
+        ranks.append(read(image, toy, concepts.views(name, toy, place)[0].place).rank)
     assert sum(rank == 1 for rank in ranks) >= 2
-
-
-@pytest.mark.parametrize("place, style", [("on the moon", None), ("on the beach", "in oil")])
-def test_places_and_styles_that_do_not_exist_are_refused(place, style):
-    with pytest.raises(ValueError, match="must be one of"):
-        read(Image.new("RGB", (128, 128)), world.Toy("cat", "red", "blue"), place, style)
-
-
-def test_judged_scenes_cover_the_world():
-    scenes = scores.judged_scenes()
-    assert len({(scene.toys[0].kind, scene.place) for scene in scenes}) == len(scenes) == 80
-    count = [sum(scene.style == style for scene in scenes) for style in world.STYLES]
-    assert count[0] == 40 and min(count) >= 10
 
 
 def test_rows_of_the_renderer_as_judge_can_be_written(renders):
     scene, image, reading = renders[0]
-    (row,) = json.loads(json.dumps(scores.read_all([image], [scene], "one")))
+    (row,) = json.loads(json.dumps(scores.read_all("one", [image], [scene])))
     assert (row["rank"], row["error"]) == (reading.rank, reading.error)
-    assert row["pattern"] == (reading.pattern == scene.toys[0].pattern)
+    assert row["pattern"] == (reading.toy.pattern == scene.toys[0].pattern)
 
 
 def test_table_of_the_renderer_as_judge_has_shares_and_means():
-    row = {"kind": "cat", "style": None, "rank": 1, "main": True, "second": True, "pattern": True, "accessory": True}
-    rows = {"somewhere": [{**row, "error": 0.1}, {**row, "rank": 4, "main": False, "error": 0.3}]}
-    assert scores.judge_table(rows)[-1] == "| somewhere | 2 | 0.50 | 2.50 | 0.50 | 1.00 | 1.00 | 1.00 | 0.200 |"
+    row = {"pictures": "somewhere", "kind": "cat", "style": "in sepia", "rank": 1, "main": True}
+    row |= {"second": True, "pattern": True, "accessory": True}
+    table = scores.judge_table([{**row, "error": 0.1}, {**row, "rank": 4, "main": False, "error": 0.3}])
+    assert table[2].replace(" ", "") == "|somewhere|2.000|0.500|2.500|0.500|1.000|1.000|1.000|0.200|"

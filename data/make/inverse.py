@@ -8,7 +8,7 @@ picture, then by steps downhill on pictures of reduced size. So the search favor
 toy's own and its near misses compared, all in the same view.
 
 >>> reading = read(image, toy, "on the beach")
->>> reading.rank, reading.pattern, draw(reading.scene).image
+>>> reading.rank, reading.toy.pattern, draw(reading.scene).image
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -24,33 +24,16 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from persres_lite.toybox.render import (
-    DARK,
-    FOCAL,
-    GLOSS,
-    MAIN,
-    SECOND,
-    Part,
-    _blocked,
-    _distance,
-    _light,
-    _marked,
-    _normal,
-    _outline,
-    _palette,
-    _place,
-    _styled,
-    _turn,
-    build,
-)
-from persres_lite.toybox.world import ACCESSORIES, COLORS, PATTERNS, PLACES, STYLES, Scene, Toy, near_misses
+from persres_lite.toybox import render
+from persres_lite.toybox.render import DARK, FOCAL, GLOSS, MAIN, SECOND, Part, _outline, _styled, _turn, build
+from persres_lite.toybox.world import ACCESSORIES, COLORS, PATTERNS, Scene, Toy, near_misses
 
 COARSE, MIDDLE, FINE = 32, 48, 96  # pixels along each side of the pictures that are compared
 UNEXPLAINED = 0.3  # squared distance of colors beyond which a pixel counts as explained by nothing
 UNLIKELY = 0.03  # what a pixel left to the place costs at least: a place has many colors, so to match one says little
 NOON = 1.15  # height of the sun in its direction (x, NOON, z)
 _RGB = np.array(list(COLORS.values()), np.float32)
-_FIXED = _palette(Toy("cat", "white", "black"))  # of any toy: only its dark and white parts are asked for
+_FIXED = render._palette(Toy("cat", "white", "black"))  # of any toy: only its dark and white parts are asked for
 
 # A pose: yaw, the camera's elevation (radians), the logarithm of its distance, where the toy's middle stands in the
 # picture (right and up, in half pictures), and the sun's x and z.
@@ -59,35 +42,20 @@ _LEAST = np.array([-1.0, 0.05, 0.9, -0.9, -0.9, -0.9, 0.4])
 _MOST = np.array([1.0, 0.36, 2.6, 0.9, 0.9, 0.9, 1.0])
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What a picture shows of a toy.
+class Reading(NamedTuple):
+    """What a picture shows of a toy."""
 
-    Attributes
-    ----------
-    rank : int
-        Place of the toy's own paint among its near misses, 1 the best; equal errors count against it.
-    main, second, pattern, accessory : str
-        What explains the picture best, of all there are. The accessory may be None.
-    scene : Scene
-        The view that was found, with that paint and accessory; `render.draw` shows it.
-    error : float
-        Root of the mean squared difference of colors in [0, 1] over the pixels of the toy, in the best paint.
-    """
-
-    rank: int
-    main: str
-    second: str
-    pattern: str
-    accessory: str | None
-    scene: Scene
-    error: float
+    rank: int  # place of the toy's own paint among its near misses, 1 the best; equal errors count against it
+    toy: Toy  # with the paint and the accessory that explain the picture best, of all there are
+    scene: Scene  # that toy in the view that was found: `render.draw` shows it
+    error: float  # root of the mean squared difference of colors in [0, 1] over the toy's pixels, in the best paint
 
 
 class _Body(NamedTuple):
     """A toy without paint, in its own coordinates."""
 
     toy: Toy
+    larger: float  # how much larger than usual its accessory is
     parts: list[Part]
     outline: np.ndarray  # (P, 3)
     middle: np.ndarray  # what the camera looks at, the same whatever the toy wears
@@ -116,11 +84,10 @@ class _Seen(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def _body(kind: str, accessory: str | None, proportions: tuple[float, float, float]) -> _Body:
-    toy = Toy(kind, "white", "black", "plain", accessory, proportions)
-    bare = _outline(build(replace(toy, accessory=None)))
-    parts = build(toy)
-    return _Body(toy, parts, _outline(parts), np.array((0, bare[:, 1].max() / 2, 0)))
+def _body(toy: Toy, larger: float = 1.0) -> _Body:
+    """Of a toy that has no paint of its own."""
+    bare, parts = (_outline(build(replace(toy, accessory=None))), build(toy, larger))
+    return _Body(toy, larger, parts, _outline(parts), np.array((0, bare[:, 1].max() / 2, 0)))
 
 
 def _camera(body: _Body, pose: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -158,7 +125,7 @@ def _see(body: _Body, poses: np.ndarray, size: int, shadows: bool = False) -> _S
         nearest = np.where(direction[:, 1] < -1e-3, -origin[:, 1] / direction[:, 1], np.inf)  # the ground
     which = np.full(len(nearest), -1)
     for index, part in enumerate(body.parts):
-        distance = _distance(part, origin, direction)
+        distance = render._distance(part, origin, direction)
         nearer = distance < nearest
         nearest[nearer], which[nearer] = distance[nearer], index
     hit = which >= 0
@@ -166,7 +133,7 @@ def _see(body: _Body, poses: np.ndarray, size: int, shadows: bool = False) -> _S
     surface = origin[hit] + direction * nearest[hit][:, None].astype(np.float32)
     normal = np.empty_like(surface)
     for index in np.unique(which):
-        normal[which == index] = _normal(body.parts[index], surface[which == index])
+        normal[which == index] = render._normal(body.parts[index], surface[which == index])
 
     ends = np.searchsorted(pose, np.arange(len(poses) + 1))
     shade, gloss = np.empty(len(which), np.float32), np.empty(len(which), np.float32)
@@ -174,12 +141,14 @@ def _see(body: _Body, poses: np.ndarray, size: int, shadows: bool = False) -> _S
         mine = slice(start, end)
         sun = _turn(1, values[0]) @ (values[5], NOON, values[6])
         sun = (sun / np.linalg.norm(sun)).astype(np.float32)
-        shaded = _blocked(body.parts, surface[mine] + normal[mine] * 0.02, sun) if shadows else np.zeros(end - start)
+        shaded = (
+            render._blocked(body.parts, surface[mine] + normal[mine] * 0.02, sun) if shadows else np.zeros(end - start)
+        )
         lit = 1 - shaded.astype(np.float32)
-        shade[mine], gloss[mine] = _light(normal[mine], direction[mine], sun, lit)
+        shade[mine], gloss[mine] = render._light(normal[mine], direction[mine], sun, lit)
     paint = np.array([part.paint for part in body.parts])[which]
     points = surface / np.array(body.toy.proportions, np.float32)
-    marked = np.stack([_marked(replace(body.toy, pattern=pattern), points) for pattern in PATTERNS])
+    marked = np.stack([render._marked(replace(body.toy, pattern=pattern), points) for pattern in PATTERNS])
     marked &= paint == MAIN
     regions = np.stack([(paint == MAIN) & ~marked, (paint == SECOND) | marked], 1)
     return _Seen(ends, row, column, paint, regions, shade, GLOSS * gloss)
@@ -199,7 +168,7 @@ def _place_colors(place: str, style: str | None) -> tuple[np.ndarray, np.ndarray
         rays = x[:, None] * (1, 0, 0) + (y + rng.uniform(-0.4, 0.4))[:, None] * up + FOCAL * forward
         rays = (rays / np.linalg.norm(rays, axis=-1, keepdims=True)).astype(np.float32)
         origin = (np.array((0, 0.7, 0)) - distance * forward).astype(np.float32)
-        color, ground, brightness = _place(Scene((), place, seed=rng.randrange(2**31)), origin, rays)
+        color, ground, brightness = render._place(Scene((), place, seed=rng.randrange(2**31)), origin, rays)
         above.append(color[np.isinf(ground)])
         below += [color[np.isfinite(ground)] * shadow for shadow in (1, 0.8, 0.6, 0.45)]
 
@@ -264,9 +233,7 @@ def _cost(look: _Look, body: _Body, poses: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=16)
-def _templates(
-    kind: str, accessory: str | None, proportions: tuple[float, float, float]
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _templates(toy: Toy, larger: float) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """A toy in coarse poses, each cropped to its pixels.
 
     Returns
@@ -275,8 +242,7 @@ def _templates(
         For each the pose, the first row and column of the crop, and the shade (2 + 2 patterns, h, w): over the dark and
         the white parts, then over the regions of main and second color in each pattern.
     """
-    body = _body(kind, accessory, proportions)
-    found = []
+    body, found = _body(toy, larger), []
     height = body.outline[:, 1].max()
     for yaw in np.linspace(-0.7, 0.7, 5):
         for fill in (0.42, 0.50, 0.59, 0.69, 0.80):
@@ -305,7 +271,7 @@ def _coarse(look: _Look, body: _Body, count: int) -> list[np.ndarray]:
     fixed, paints, pixels = shown(_FIXED[DARK:]), shown(_RGB), look.pixels - black
     own = (pixels**2).sum(-1) - look.cost
     found = []
-    for pose, corner, shades in _templates(body.toy.kind, body.toy.accessory, body.toy.proportions):
+    for pose, corner, shades in _templates(body.toy, body.larger):
         windows = sliding_window_view(pixels, shades.shape[1:], (0, 1))  # (down, right, 3, h, w)
         seen = np.tensordot(windows, shades, ((3, 4), (1, 2))).swapaxes(2, 3)  # (down, right, regions, 3)
         power = (shades**2).sum((1, 2))
@@ -343,7 +309,7 @@ def _refined(cost_of: Callable, pose: np.ndarray, rounds: int, scale: float) -> 
     return float(cost.min()), pose
 
 
-def read(image: Image.Image, toy: Toy, place: str, style: str | None = None) -> Reading:
+def read(image: Image.Image, toy: Toy, place: str, style: str | None = None, larger: float = 1.0) -> Reading:
     """Find a toy in a picture, rank its paint among its near misses, and read its attributes.
 
     Parameters
@@ -355,27 +321,23 @@ def read(image: Image.Image, toy: Toy, place: str, style: str | None = None) -> 
         before the ranking, its pose none at all.
     place, style : str
         What the picture was asked for: one of `PLACES`, one of `STYLES` (or None).
-
-    Raises
-    ------
-    ValueError
-        If place or style is not one of the world's.
+    larger : float, optional
+        How much larger than usual accessories are in the picture's world.
     """
-    if place not in PLACES or style not in STYLES:
-        raise ValueError(f"{place!r}, {style!r}: the place must be one of {PLACES}, the style one of {STYLES}.")
     coarse, middle, fine = (_look(image, size, place, style) for size in (COARSE, MIDDLE, FINE))
+    bare = Toy(toy.kind, "white", "black", proportions=toy.proportions)
+    bodies = {accessory: _body(replace(bare, accessory=accessory), larger) for accessory in ACCESSORIES}
 
     def refined(look, pose, rounds, scale, accessory=toy.accessory):
-        body = _body(toy.kind, accessory, toy.proportions)
-        return _refined(lambda poses: _cost(look, body, poses), pose, rounds, scale)
+        return _refined(lambda poses: _cost(look, bodies[accessory], poses), pose, rounds, scale)
 
-    begun = _coarse(coarse, _body(toy.kind, toy.accessory, toy.proportions), 6)
+    begun = _coarse(coarse, bodies[toy.accessory], 6)
     nearer = sorted((refined(coarse, pose, 2, 0.8) for pose in begun), key=itemgetter(0))
     _, pose = min((refined(middle, pose, 2, 0.5) for _, pose in nearer[:2]), key=itemgetter(0))
     _, pose = refined(middle, pose, 3, 0.3)
     worn = {accessory: refined(middle, pose, 1, 0.15, accessory) for accessory in ACCESSORIES}
     accessory = min(worn, key=lambda one: worn[one][0])
-    pose, body = worn[accessory][1], _body(toy.kind, accessory, toy.proportions)
+    pose, body = worn[accessory][1], bodies[accessory]
 
     seen = _see(body, pose[None], FINE, shadows=True)
     colors, fixed, _ = _errors(fine, seen)
@@ -393,12 +355,5 @@ def read(image: Image.Image, toy: Toy, place: str, style: str | None = None) -> 
     yaw, tilt, *_, x, z = map(float, pose)
     shown = replace(toy, main=main, second=second, pattern=pattern, accessory=accessory, yaw=yaw, name=None)
     scene = Scene((shown,), place, style, tilt, float(high[1] - low[1]) / 2, tuple((low + high) / 2), (x, NOON, z))
-    return Reading(
-        rank=1 + sum(bool(error_of(other) <= error_of(toy)) for other in near_misses(toy)),
-        main=main,
-        second=second,
-        pattern=pattern,
-        accessory=accessory,
-        scene=scene,
-        error=float(np.sqrt((table.min() + fixed[0]) / max(len(seen.row), 1))),
-    )
+    rank = 1 + sum(bool(error_of(other) <= error_of(toy)) for other in near_misses(toy))
+    return Reading(rank, shown, scene, float(np.sqrt((table.min() + fixed[0]) / max(len(seen.row), 1))))

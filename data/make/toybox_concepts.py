@@ -138,7 +138,7 @@ def by_renderer(images: list[Image.Image], toy: Toy, places: list[str], count: i
     """Ranks of the toy's own paint, and by part whether it is read as it is, in `count` pictures, seed by seed."""
     order = [place * len(SEEDS) + seed for seed in range(len(SEEDS)) for place in range(len(places))][:count]
     found = [read(images[index], toy, places[index // len(SEEDS)]) for index in order]
-    parts = {f"{part} read": [float(getattr(one, part) == getattr(toy, part)) for one in found] for part in PARTS}
+    parts = {f"{part} read": [float(getattr(one.toy, part) == getattr(toy, part)) for one in found] for part in PARTS}
     return {"rank": [one.rank for one in found], **parts}
 
 

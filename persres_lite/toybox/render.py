@@ -242,10 +242,17 @@ def _accessory(toy: Toy) -> list[Part]:
     return []
 
 
-def build(toy: Toy) -> list[Part]:
-    """The parts of a toy in its own coordinates, standing on the ground at the origin, stretched but not turned."""
-    stretch = np.diag(toy.proportions)
-    parts = PARTS[toy.kind]() + _accessory(toy)
+def build(toy: Toy, accessories: float = 1.0) -> list[Part]:
+    """The parts of a toy in its own coordinates, standing on the ground at the origin, stretched but not turned.
+
+    What it wears is `accessories` times as large as usual.
+    """
+    stretch, head = np.diag(toy.proportions), np.array(_HEAD[toy.kind])
+    worn = [
+        Part(p.solid, accessories * p.matrix, p.center + (accessories - 1) * (p.center - head), p.paint, p.top)
+        for p in _accessory(toy)
+    ]
+    parts = PARTS[toy.kind]() + worn
     return [Part(p.solid, stretch @ p.matrix, stretch @ p.center, p.paint, p.top) for p in parts]
 
 
@@ -498,7 +505,7 @@ def _shade(color, ground, parts, points, sun, origin, direction, offsets) -> Non
     color[near] *= (1 - 0.45 * hidden)[:, None]
 
 
-def draw(scene: Scene, size: int = SIZE, supersample: int = 2) -> Picture:
+def draw(scene: Scene, size: int = SIZE, supersample: int = 2, accessories: float = 1.0) -> Picture:
     """Draw a scene.
 
     Parameters
@@ -509,6 +516,8 @@ def draw(scene: Scene, size: int = SIZE, supersample: int = 2) -> Picture:
         Width and height in pixels.
     supersample : int
         Rays per pixel along each side.
+    accessories : float
+        How much larger than usual hats, flags and bows are; the next base is trained on 4/3.
 
     Returns
     -------
@@ -516,7 +525,7 @@ def draw(scene: Scene, size: int = SIZE, supersample: int = 2) -> Picture:
         Its `image` (size, size, 3) and `masks` (toys, size, size).
     """
     offsets = (0.0,) if len(scene.toys) == 1 else (-0.78, 0.78)
-    groups = [_placed(build(toy), toy.yaw, x) for toy, x in zip(scene.toys, offsets, strict=True)]
+    groups = [_placed(build(toy, accessories), toy.yaw, x) for toy, x in zip(scene.toys, offsets, strict=True)]
     parts = [part for group in groups for part in group]
     owner = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     points = _outline(parts)

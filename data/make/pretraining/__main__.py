@@ -2,19 +2,23 @@
 
 Run by ``python -m data.make.pretraining``.
 
-Stages, each with a fixed budget of minutes and a checkpoint that it goes on from after a kill:
+Stages, each with a budget of minutes and a checkpoint that it goes on from after a kill (with no checkpoint a stage
+begins anew):
 
 ``judge``       the identity encoder, with linear probes for class, colors, pattern and place
-``probes``    those probes for longer, on the finished encoder
+``probes``      those probes for longer, on the finished encoder
 ``text``        the text encoder, contrastively with what that encoder sees
 ``vision``      an image encoder toward the text encoder: together they are the CLIP-like judge
 ``vae``         the autoencoder
 ``decoder``     its second half for longer, on the latents of the first
 ``unet``        the denoiser, on latents made once, with the frozen text encoder
 
-The autoencoder and the denoiser learn in one process a core. Where there is a GPU, every stage learns on it, in larger
-batches, and may have fewer minutes (``--unet-minutes 30``); what ships was made without one, and no run on one
-is on record.
+All learn in one process a core, of one thread each. Where there is a GPU, they learn on it, in larger batches and in
+bfloat16. Ten minutes of one make a longer training of the U-Net than any so far; what it has learned is written out
+every two minutes::
+
+    python -m data.make.pretraining --further --stage unet=10
+    python -m data.make.pretraining --further --stage unet=10 --widths 128 256
 
 The text encoder comes before the U-Net and stays frozen because that is what Stable Diffusion does, and because learned
 together with the U-Net it had not learned colors when the other way had. It learns from the identity encoder, not from
@@ -33,81 +37,87 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from transformers import CLIPModel, ResNetModel
 
-from data.make.pretraining.models import make_autoencoder
-
 from .autoencoder import latents_of, train_decoder, train_vae
-from .dataset import draw_scenes, load_drawn
-from .judge import VIEWS, judge_parts, seen_by_judge, train_judge, train_probes
-from .ship import save_judges, write_card
+from .dataset import load_drawn
+from .judge import judge_parts, seen_by_judge, train_judge, train_probes
+from .models import deepened
+from .ship import save_judges
 from .text import clip_parts, train_text, train_vision
-from .trainer import begin_from, data_parallel
+from .trainer import Run, begin_from, data_parallel, still_valid
 from .unet import train_unet, unet_parts
 
 MINUTES = {"judge": 20.0, "probes": 2.0, "text": 8.0, "vision": 20.0, "vae": 60.0, "decoder": 30.0, "unet": 240.0}
-PICTURES = 60_000
+LEARN = (train_judge, train_probes, train_text, train_vision, train_vae, train_decoder, train_unet)
+FROM = {"probes": "judge", "vision": "text", "decoder": "vae"}
 
 
-def adopt(data: Path, folder: Path) -> None:
-    """Begin from the shipped weights: leave them in `folder` as if each stage had just begun, where it has not yet.
+def adopt(run: Run, shipped: Path) -> None:
+    """Begin from finished weights: leave them in ``run.folder`` as if each stage had just begun, where it has not yet.
 
-    Their latents stay the same, so that the U-Net may be trained further without the other stages. Stages that go on
-    from another one (``probes``, ``vision``, ``decoder``) find there what is shipped of theirs, too.
+    The latents stay the same, so that the U-Net may be trained further without the other stages. A U-Net with one layer
+    a block is `deepened` where two are wanted; of other widths it begins from nothing. The judges are those in the
+    folder, or else beside it. Stages that go on from another one (`FROM`) are left to begin from that.
     """
-    parts: dict[str, Any] = {"judge": judge_parts(), "text": clip_parts(), "vae": make_autoencoder()}
-    parts["unet"] = unet_parts()
-    shipped = StableDiffusionPipeline.from_pretrained(data / "toybox-sd", dtype=torch.float32)
-    parts["text"]["clip"].load_state_dict(CLIPModel.from_pretrained(data / "toybox-clip").state_dict())
-    parts["text"]["clip"].text_model.load_state_dict(shipped.text_encoder.state_dict())  # in single precision
-    parts["judge"]["encoder"].load_state_dict(ResNetModel.from_pretrained(data / "toybox-dino").state_dict())
-    parts["judge"]["probes"].load_state_dict(load_file(data / "toybox-dino" / "probes.safetensors"))
-    parts["vae"].load_state_dict(shipped.vae.state_dict())
-    parts["unet"]["unet"].load_state_dict(shipped.unet.state_dict())
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, module in parts.items():
-        begin_from(name, module, folder)
+    base: Any = StableDiffusionPipeline.from_pretrained(shipped, dtype=torch.float32)
+    clip, dino = (
+        next(folder for folder in (shipped / name, shipped.parent / name) if (folder / "config.json").exists())
+        for name in ("toybox-clip", "toybox-dino")
+    )
+    text, judge = clip_parts(), judge_parts()
+    text["clip"].load_state_dict(CLIPModel.from_pretrained(clip).float().state_dict())
+    text["clip"].text_model.load_state_dict(base.text_encoder.state_dict())  # in single precision
+    judge["encoder"].load_state_dict(ResNetModel.from_pretrained(dino).float().state_dict())
+    judge["probes"].load_state_dict(load_file(dino / "probes.safetensors"))
+    begun = {"judge": judge, "text": text, "vae": base.vae}
+    if tuple(base.unet.config.block_out_channels) == run.widths:
+        begun["unet"] = unet_parts(deepened(base.unet) if run.layers > base.unet.config.layers_per_block else base.unet)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    for name, module in begun.items():
+        begin_from(name, module, run.folder)
+
+
+def budgets(words: list[str] | None) -> dict[str, float]:
+    """Minutes by stage, from words such as "unet" and "unet=10"; all stages where there are none."""
+    chosen = dict(word.partition("=")[::2] for word in words or MINUTES)
+    return {name: float(chosen[name] or MINUTES[name]) for name in MINUTES if name in chosen}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("build/toybox-128"), help="pictures and checkpoints")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="where the finished models go")
-    parser.add_argument("--stage", choices=list(MINUTES), action="append", help="only this one (may be repeated)")
-    parser.add_argument("--further", action="store_true", help="begin from the shipped weights, not from nothing")
-    usual = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=usual, help=f"by default {usual} here")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="and processes of the longest stages")
-    parser.add_argument("--pictures", type=int, default=PICTURES, help=f"of the training set, {PICTURES:,} by default")
-    parser.add_argument("--views", type=int, default=VIEWS, help=f"toys that the judge sees twice, {VIEWS:,}")
-    for name, budget in MINUTES.items():
-        parser.add_argument(f"--{name}-minutes", type=float, default=budget, help=f"budget, {budget:g} by default")
+    parser.add_argument("--folder", type=Path, default=Path("build/pretraining"), help="pictures and checkpoints")
+    parser.add_argument("--base", type=Path, default=Path("data/toybox-next"), help="where the finished models go")
+    parser.add_argument("--stage", action="append", metavar="NAME[=MINUTES]", help="only this one (may be repeated)")
+    parser.add_argument("--further", action="store_true", help="begin from --base (or toybox-sd), not from nothing")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that learn as one, without a GPU")
+    parser.add_argument("--pictures", type=int, default=Run.pictures, help="of the training set, %(default)s")
+    parser.add_argument("--views", type=int, default=Run.views, help="that show the judge toys twice, %(default)s")
+    parser.add_argument("--layers", type=int, choices=[1, 2], default=Run.layers, help="a block of the U-Net")
+    parser.add_argument("--widths", type=int, nargs=2, default=Run.widths, help="of the U-Net's two levels")
     args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
-    folder, wanted, device = args.folder, args.stage or list(MINUTES), torch.device(args.device)
-    processes = args.threads if device.type == "cpu" else 1
-    minutes = {name: getattr(args, f"{name}_minutes") for name in MINUTES}
-    pictures = load_drawn(draw_scenes, args.pictures, folder / "pictures", "train")
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    minutes, shape = budgets(args.stage), {"layers": args.layers, "widths": tuple(args.widths)}
+    run = Run(args.folder, args.base, minutes, device, args.pictures, args.views, **shape)
+    pictures = load_drawn(run.folder / "pictures", "train", run.pictures)
     if args.further:
-        adopt(args.data, folder)
+        adopt(run, run.base if (run.base / "model_index.json").exists() else run.base.with_name("toybox-sd"))
 
-    if "judge" in wanted:
-        train_judge(folder, pictures, minutes["judge"], args.views, device)
-    if "probes" in wanted:
-        train_probes(folder, pictures, minutes["probes"], device)
-    if "text" in wanted:
-        train_text(folder, pictures, minutes["text"], device)
-    if "vision" in wanted:
-        train_vision(folder, pictures, minutes["vision"], device)
-    if "vae" in wanted:
-        data_parallel(train_vae, processes, folder, pictures, minutes["vae"], device)
-    if "decoder" in wanted:
-        train_decoder(folder, pictures, minutes["decoder"], device)
-    if {"probes", "vision"} & set(wanted):
-        save_judges(args.data, folder)
-    if "unet" in wanted:
-        latents_of(pictures, folder, device), seen_by_judge(pictures, folder, device)  # once, before the processes part
-        del pictures  # every process opens its own
-        data_parallel(train_unet, processes, folder, args.data, minutes["unet"], args.pictures, device)
-        write_card(args.data, folder, list(MINUTES), args.further)
+    processes = args.processes if device.type == "cpu" else 1
+    for name, learn in zip(MINUTES, LEARN, strict=True):
+        if name not in minutes:
+            continue
+        # What every process reads is made once, before they part.
+        if name == "judge":
+            load_drawn(run.folder / "pictures", "views", run.views)
+        if name in ("probes", "text", "unet"):
+            seen_by_judge(run, pictures)
+        if name in ("decoder", "unet"):
+            latents_of(run, pictures)
+        if name in FROM and not still_valid(run.folder / f"{name}.pt", FROM[name], run.folder):
+            (run.folder / f"{name}.pt").unlink(missing_ok=True)
+        data_parallel(learn, processes, run, pictures)
+    if {"probes", "vision"} & set(minutes):
+        save_judges(run)
 
 
 if __name__ == "__main__":

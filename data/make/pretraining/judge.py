@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,14 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from data.make.pretraining.models import make_identity_encoder
+from persres_lite.support.files import whole_file
 from persres_lite.toybox.judge import PROBES, LinearProbes, labels_of, summary_of
-from persres_lite.toybox.world import CLASSES, scene_by_index
+from persres_lite.toybox.world import CLASSES
 
-from .dataset import Shards, draw_views, load_drawn, to_float, views_by_index
-from .trainer import CPU, faster_precision, only_learning, still_valid, train, trained
-
-VIEWS = 10_000  # toys seen twice, if nothing else is asked for
+from .dataset import Shards, load_drawn, scenes_of, to_float
+from .models import make_identity_encoder
+from .trainer import Run, only_learning, still_valid, train, trained
 
 
 def judge_parts() -> nn.ModuleDict:
@@ -30,20 +28,27 @@ def judge_parts() -> nn.ModuleDict:
 
 def misread(named: dict[str, torch.Tensor], answers: dict[str, torch.Tensor]) -> torch.Tensor:
     """Cross-entropy of the probes, summed over those that any picture of the batch settles."""
+    answers = {name: answers[name].to(named[name].device) for name in PROBES}
     settled = [name for name in PROBES if (answers[name] >= 0).any()]
     return torch.stack([F.cross_entropy(named[name], answers[name], ignore_index=-1) for name in settled]).sum()
 
 
-def train_judge(folder: Path, pictures: Shards, minutes: float, toys_twice: int, device: torch.device = CPU) -> None:
+def contrast(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor | float, same: torch.Tensor) -> torch.Tensor:
+    """The contrastive loss (Radford et al., 2021) of rows that belong together where `same` (n, n) is 1."""
+    logits = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T * scale
+    target = same / same.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def train_judge(run: Run, pictures: Shards) -> None:
     """The identity encoder, contrastively on two views of each toy, and the linear probes on its features."""
     torch.manual_seed(1)
     both = judge_parts()
     encoder, probes = both["encoder"], both["probes"]
-    scenes = [scene_by_index(i) for i in range(len(pictures))]
+    scenes = scenes_of("train", 0, len(pictures))
     labels = labels_of(scenes)
-    views = load_drawn(draw_views, toys_twice, folder / "pictures", "views")
-    viewed = [scene for i in range(toys_twice) for scene in views_by_index(i)]
-    view_labels = labels_of(viewed)
+    views = load_drawn(run.folder / "pictures", "views", run.views)
+    view_labels = labels_of(scenes_of("views", 0, len(views)))
     kinds = view_labels["class"][::2].numpy()
     by_kind = [np.flatnonzero(kinds == kind) for kind in range(len(CLASSES))]
     pairs = torch.tensor([i for i, scene in enumerate(scenes) if len(scene.toys) == 2])
@@ -53,55 +58,36 @@ def train_judge(folder: Path, pictures: Shards, minutes: float, toys_twice: int,
         # A third of the pictures shows two toys: which is where is the hardest thing to read, and rarer than that.
         chosen = torch.randint(0, len(pictures), (batch,))
         chosen[: batch // 6] = pairs[torch.randint(0, len(pairs), (batch // 6,))]
-        drawn = pictures[chosen]
         kind = number % len(by_kind)  # telling toys of one class apart is the task, so a batch holds one class
-        pair = np.random.default_rng(torch.initial_seed()).choice(by_kind[kind], toys, replace=False)
-        both_views = torch.from_numpy(np.stack([2 * pair, 2 * pair + 1], 1).ravel())
-        seen_twice = views[pair].reshape(-1, *drawn.shape[1:])
-        images = torch.cat([to_float(drawn[..., :3]), to_float(seen_twice[..., :3])]).to(device)
-        light, shift = torch.randn(2, len(images), 1, 1, 1, device=device)
-        images = images * (1 + 0.1 * light) + 0.05 * shift
-        with faster_precision(device):
-            images = images.contiguous(memory_format=torch.channels_last)
+        toy = np.random.default_rng(torch.initial_seed()).choice(by_kind[kind], toys, replace=False)
+        twice = torch.from_numpy(np.stack([2 * toy, 2 * toy + 1], 1).ravel())
+        drawn = np.concatenate([pictures[chosen], views[twice]])
+        images = to_float(drawn[..., :3], run.device)
+        light, shift = torch.randn(2, len(images), 1, 1, 1, device=run.device)
+        with run.faster_precision():
+            images = (images * (1 + 0.1 * light) + 0.05 * shift).contiguous(memory_format=torch.channels_last)
             hidden = [h.float() for h in encoder(images, output_hidden_states=True).hidden_states]
         named = probes(hidden)
-        # The views are of one class, which they would teach by rote: it is read from the mixed pictures alone.
-        answers = {name: torch.cat([labels[name][chosen], view_labels[name][both_views]]) for name in PROBES}
-        answers["class"][batch:] = -1
-        answers = {name: answer.to(device) for name, answer in answers.items()}
-        masks = np.concatenate([drawn[..., 3], seen_twice[..., 3]])
-        covered = F.avg_pool2d(torch.from_numpy(masks).to(device).float()[:, None] / 255, masks.shape[-1] // 16)[:, 0]
-        losses = {
+        answers = {name: torch.cat([labels[name][chosen], view_labels[name][twice]]) for name in PROBES}
+        answers["class"][batch:] = -1  # the views are of one class, which they would teach by rote
+        covered = torch.from_numpy(drawn[..., 3]).to(run.device).float()[:, None] / 255
+        covered = F.avg_pool2d(covered, covered.shape[-1] // 16)[:, 0]
+        seen = hidden[-1][batch:].mean((2, 3))
+        return {
             "probes": misread(named, answers),
             "mask": F.binary_cross_entropy_with_logits(named["mask"], covered) * 2,
+            "identity": contrast(seen[0::2], seen[1::2], 1 / 0.07, torch.eye(toys, device=run.device)),
         }
-        seen = F.normalize(hidden[-1][batch:].mean((2, 3)), dim=-1)
-        similarity = seen[0::2] @ seen[1::2].T / 0.07
-        target = torch.arange(toys, device=device)
-        losses["identity"] = (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
-        return losses
 
-    train(
-        "judge",
-        both,
-        step,
-        minutes=minutes,
-        lr=1.5e-3,
-        weight_decay=0.05,
-        ema=0.998,
-        pictures=batch + 2 * toys,
-        folder=folder,
-        device=device,
-    )
+    train("judge", both, step, run, lr=1.5e-3, ema=0.998, batch=batch + 2 * toys)
 
 
-def look(encoder: Any, images: np.ndarray) -> dict[str, torch.Tensor]:
-    """What the identity encoder makes of pictures: "summary" (n, 2 x 592), and the maps after its second and its third
-    stage, "fine" (n, 96, 8, 8) and "coarse" (n, 160, 4, 4).
+def look(encoder: Any, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the identity encoder makes of pictures: a summary (n, 2 x 592), and the maps after its second and its third
+    stage, (n, 96, 8, 8) and (n, 160, 4, 4).
     """
-    x = to_float(images, encoder.device)
-    hidden = encoder(x, output_hidden_states=True).hidden_states
-    return {"summary": summary_of(hidden), "fine": hidden[2], "coarse": hidden[3]}
+    hidden = encoder(to_float(images, encoder.device), output_hidden_states=True).hidden_states
+    return summary_of(hidden), hidden[2], hidden[3]
 
 
 def by_channel(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,47 +97,54 @@ def by_channel(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def seen_by_judge(pictures: Shards, folder: Path, device: torch.device = CPU) -> dict[str, np.ndarray]:
-    """`look` at every picture: computed once, each channel with mean 0 and deviation 1 on the first 2,000, kept on disk
-    in half precision and opened without being read; made again when the encoder has learned since.
+def of_every_picture(run: Run, pictures: Shards, stage: str, names: list[str], begin: Callable) -> dict[str, Any]:
+    """What the function that `begin()` returns makes of all pictures, a hundred at a time: arrays by name, kept on disk
+    in half precision until `stage` learns again, and opened without being read.
     """
-    paths = {name: folder / f"judged-{name}.npy" for name in ("summary", "fine", "coarse")}
-    if not all(still_valid(path, "judge", folder) for path in paths.values()):
-        encoder = trained("judge", judge_parts(), folder)["encoder"].to(device)
-        scales = {name: by_channel(x) for name, x in look(encoder, pictures[:2000][..., :3]).items()}
-        kept: dict[str, list[np.ndarray]] = {name: [] for name in paths}
-        for start in tqdm(range(0, len(pictures), 200), desc="judging"):
-            for name, x in look(encoder, pictures[start : start + 200][..., :3]).items():
-                mean, deviation = scales[name]
-                kept[name].append(((x - mean) / deviation).half().contiguous().cpu().numpy())
-        for name, path in paths.items():
-            with open(path.with_suffix(".part"), "wb") as file:
-                np.save(file, np.concatenate(kept[name]))
-            os.replace(path.with_suffix(".part"), path)
-    return {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
+    paths = [run.folder / f"{name}.npy" for name in names]
+    if not all(still_valid(path, stage, run.folder) for path in paths):
+        of = begin()
+        steps = tqdm(range(0, len(pictures), 100), desc=f"pictures for {stage}")
+        made = [[x.half().contiguous().cpu() for x in of(pictures[start : start + 100])] for start in steps]
+        for path, parts in zip(paths, zip(*made, strict=True), strict=True):
+            with whole_file(path) as new:
+                np.save(new, torch.cat(parts).numpy())
+    return {name: np.load(path, mmap_mode="r") for name, path in zip(names, paths, strict=True)}
 
 
-def train_probes(folder: Path, pictures: Shards, minutes: float, device: torch.device = CPU) -> None:
+def seen_by_judge(run: Run, pictures: Shards) -> dict[str, np.ndarray]:
+    """`look` at every picture, each channel with mean 0 and deviation 1 on the first 2,000."""
+
+    def begin():
+        encoder = trained("judge", judge_parts(), run.folder)["encoder"].to(run.device)
+        scales = [by_channel(x) for x in look(encoder, pictures[:2000][..., :3])]
+
+        def of(some: np.ndarray):
+            seen = look(encoder, some[..., :3])
+            return [(x - mean) / deviation for x, (mean, deviation) in zip(seen, scales, strict=True)]
+
+        return of
+
+    return of_every_picture(run, pictures, "judge", ["summary", "fine", "coarse"], begin)
+
+
+def train_probes(run: Run, pictures: Shards) -> None:
     """The probes alone, on what the finished encoder sees: a linear layer has soon learned all that it can."""
     torch.manual_seed(6)
-    parts = trained("judge", judge_parts(), folder).to(device)
+    parts = trained("judge", judge_parts(), run.folder).to(run.device)
     probes: Any = parts["probes"]
     with torch.no_grad():
-        mean, deviation = by_channel(look(parts["encoder"], pictures[:2000][..., :3])["summary"])
+        mean, deviation = by_channel(look(parts["encoder"], pictures[:2000][..., :3])[0])
     probes.scale.running_mean.copy_(mean[0])
     probes.scale.running_var.copy_(deviation[0].square())
     only_learning(parts, probes.linear)
-    scenes = [scene_by_index(i) for i in range(len(pictures))]
-    labels = {name: answers.to(device) for name, answers in labels_of(scenes).items()}
-    summary = torch.from_numpy(np.array(seen_by_judge(pictures, folder, device)["summary"])).to(device)
-    batch = 512
+    labels = labels_of(scenes_of("train", 0, len(pictures)))
+    summary, batch = seen_by_judge(run, pictures)["summary"], 512
 
     def step(number: int) -> dict[str, torch.Tensor]:
-        chosen = torch.randint(0, len(pictures), (batch,)).to(device)
-        named = probes.named(F.dropout(summary[chosen].float(), 0.1))
+        chosen = torch.randint(0, len(pictures), (batch,))
+        seen = torch.from_numpy(summary[chosen.numpy()]).to(run.device).float()
+        named = probes.named(F.dropout(seen, 0.1))
         return {"probes": misread(named, {name: labels[name][chosen] for name in PROBES})}
 
-    train(
-        "probes", parts, step, minutes=minutes, lr=1e-3, weight_decay=0.05, pictures=batch, folder=folder,
-        needs=("judge",), device=device,
-    )  # fmt: skip
+    train("probes", parts, step, run, lr=1e-3, batch=batch)

@@ -7,26 +7,25 @@ import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPTextModel
 
-from data.make.pretraining.models import make_clip, make_identity_encoder, make_tokenizer
 from persres_lite.toybox.judge import PROBES, LinearProbes, labels_of
-from persres_lite.toybox.world import NAMES, caption, scene_by_index, vocabulary
+from persres_lite.toybox.world import NAMES, Scene, caption, vocabulary
 
-from .dataset import Shards, to_float
-from .judge import misread, seen_by_judge
-from .trainer import CPU, faster_precision, only_learning, train, trained
+from .dataset import Shards, scenes_of, to_float
+from .judge import contrast, misread, seen_by_judge
+from .models import make_clip, make_identity_encoder, make_tokenizer
+from .trainer import Run, only_learning, train, trained
 
 
 def clip_parts() -> nn.ModuleDict:
     """The contrastive pair, and two layers that help it to learn and are thrown away: one that takes the identity
     encoder's summary to where text features are, and one that names attributes.
     """
-    clip = make_clip(make_tokenizer())
+    clip = make_clip()
     with torch.no_grad():
         clip.logit_scale.fill_(math.log(14))
     width = 2 * LinearProbes(make_identity_encoder().config).width
@@ -35,7 +34,7 @@ def clip_parts() -> nn.ModuleDict:
     return nn.ModuleDict({"clip": clip, "looks": looks, "attributes": attributes})
 
 
-def short_caption(scene, rng: random.Random) -> str:
+def short_caption(scene: Scene, rng: random.Random) -> str:
     """What the contrastive stage reads: often one attribute alone, so that each is learned, else a caption as the
     U-Net gets it.
 
@@ -58,42 +57,40 @@ def short_caption(scene, rng: random.Random) -> str:
     return caption(scene, rng)
 
 
-def contrast(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor, captions: list[str]) -> torch.Tensor:
-    """The contrastive loss (Radford et al., 2021) of matching rows; equal captions count as equally right."""
-    logits = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T * scale.exp().clamp(max=60)
+def ids_of(captions: list[str], device: torch.device) -> torch.Tensor:
+    """(n, 24) token ids, as the pipeline makes them."""
+    ids = make_tokenizer()(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return ids.to(device)
+
+
+def compared(clip: Any, looks: torch.Tensor, captions: list[str]) -> torch.Tensor:
+    """The contrastive loss of projected pictures and their captions; equal captions count as equally right."""
+    words = clip.text_projection(clip.text_model(input_ids=ids_of(captions, looks.device)).pooler_output)
     names = {text: i for i, text in enumerate(captions)}
-    key = torch.tensor([names[text] for text in captions], device=a.device)
-    same = (key[:, None] == key[None]).float()
-    target = same / same.sum(1, keepdim=True)
-    return -((target * logits.log_softmax(1)).sum(1).mean() + (target * logits.T.log_softmax(1)).sum(1).mean()) / 2
+    key = torch.tensor([names[text] for text in captions], device=looks.device)
+    return contrast(looks, words, clip.logit_scale.exp().clamp(max=60), (key[:, None] == key[None]).float())
 
 
-def train_text(folder: Path, pictures: Shards, minutes: float, device: torch.device = CPU) -> None:
+def train_text(run: Run, pictures: Shards) -> None:
     """The text encoder, contrastively with the identity encoder's summary of the picture (locked-image tuning: Zhai et
     al., 2022, arXiv 2111.07991).
     """
     torch.manual_seed(0)
-    parts, tokenizer = clip_parts(), make_tokenizer()
+    parts = clip_parts()
     clip: Any = parts["clip"]
     only_learning(parts, clip.text_model, clip.text_projection, parts["looks"])
     clip.logit_scale.requires_grad_(True)
-    scenes = [scene_by_index(i) for i in range(len(pictures))]
-    summary = torch.from_numpy(np.array(seen_by_judge(pictures, folder, device)["summary"])).to(device)
-    batch = 256
+    scenes = scenes_of("train", 0, len(pictures))
+    summary, batch = seen_by_judge(run, pictures)["summary"], 256
 
     def step(number: int) -> dict[str, torch.Tensor]:
         rng = random.Random(torch.initial_seed())
         chosen = torch.randint(0, len(pictures), (batch,))
         captions = [short_caption(scenes[i], rng) for i in chosen]
-        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
-        looks = parts["looks"](F.dropout(summary[chosen.to(device)].float(), 0.1))
-        words = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
-        return {"contrast": contrast(looks, words, clip.logit_scale, captions)}
+        seen = torch.from_numpy(summary[chosen.numpy()]).to(run.device).float()
+        return {"contrast": compared(clip, parts["looks"](F.dropout(seen, 0.1)), captions)}
 
-    train(
-        "text", parts, step, minutes=minutes, lr=1e-3, weight_decay=0.05, pictures=batch, folder=folder,
-        needs=("judge",), device=device,
-    )  # fmt: skip
+    train("text", parts, step, run, lr=1e-3, batch=batch)
 
 
 @torch.no_grad()
@@ -118,42 +115,35 @@ def trained_text(folder: Path) -> Any:
     return parts
 
 
-def train_vision(folder: Path, pictures: Shards, minutes: float, device: torch.device = CPU) -> None:
+def train_vision(run: Run, pictures: Shards) -> None:
     """The image half of the CLIP-like judge, toward the finished text half."""
     torch.manual_seed(5)
-    parts, tokenizer = trained_text(folder), make_tokenizer()
+    parts = trained_text(run.folder)
     clip: Any = parts["clip"]
     clip.set_attn_implementation("eager")  # faster to train than fused attention at this size
-    attributes = parts["attributes"]
-    only_learning(parts, clip.vision_model, clip.visual_projection, attributes)
-    scenes = [scene_by_index(i) for i in range(len(pictures))]
-    labels = {name: answers.to(device) for name, answers in labels_of(scenes).items()}
-    batch = 128
+    only_learning(parts, clip.vision_model, clip.visual_projection, parts["attributes"])
+    scenes = scenes_of("train", 0, len(pictures))
+    labels, batch = labels_of(scenes), 128
 
     def step(number: int) -> dict[str, torch.Tensor]:
         rng = random.Random(torch.initial_seed())
         chosen = torch.randint(0, len(pictures), (batch,))
-        images = to_float(pictures[chosen][..., :3], device).roll((rng.randint(-6, 6), rng.randint(-6, 6)), (2, 3))
+        images = to_float(pictures[chosen][..., :3], run.device).roll((rng.randint(-6, 6), rng.randint(-6, 6)), (2, 3))
         captions = [short_caption(scenes[i], rng) for i in chosen]
-        ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
-        with faster_precision(device):
+        with run.faster_precision():
             seen = clip.vision_model(pixel_values=images).pooler_output.float()
-        words = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
         # Naming the attributes directly is a help for the image encoder alone.
-        parts_of = attributes(seen).split([len(v) for v in PROBES.values()], dim=1)
-        named = dict(zip(PROBES, parts_of, strict=True))
+        named = parts["attributes"](seen).split([len(values) for values in PROBES.values()], dim=1)
+        answers = {name: labels[name][chosen] for name in PROBES}
         return {
-            "contrast": contrast(clip.visual_projection(seen), words, clip.logit_scale, captions),
-            "attributes": 0.3 * misread(named, {name: labels[name][chosen.to(device)] for name in PROBES}),
+            "contrast": compared(clip, clip.visual_projection(seen), captions),
+            "attributes": 0.3 * misread(dict(zip(PROBES, named, strict=True)), answers),
         }
 
-    train(
-        "vision", parts, step, minutes=minutes, lr=1e-3, weight_decay=0.05, pictures=batch, folder=folder,
-        needs=("text",), device=device,
-    )  # fmt: skip
+    train("vision", parts, step, run, lr=1e-3, batch=batch)
 
 
-def text_encoder_of(clip) -> CLIPTextModel:
+def text_encoder_of(clip: Any) -> CLIPTextModel:
     """The text half of the pair as Stable Diffusion's text encoder, frozen."""
     encoder = CLIPTextModel(clip.config.text_config)
     encoder.load_state_dict(clip.text_model.state_dict())
