@@ -1,27 +1,17 @@
 """What a large base costs, said before it is spent: hours on a processor, and memory on a GPU.
 
-The memory is counted from the configurations alone. What training keeps for its backward pass is the inputs of those
-layers that need them: of a ResNet block both normalizations and both activations, of a transformer block its three
-normalizations, both attentions and the gated layer. Nothing is kept before the first residual, whose layers no gradient
-reaches, and of frozen layers the weights alone. With checkpointing it is the inputs of the blocks, and what one of them
-needs when it is computed again.
-
-This is what is alive, not what a process holds. On a processor glibc keeps much of what was freed between the inputs
-of the blocks: measured without a GPU, a checkpointed step takes twice what is estimated, unless the environment
-variable ``MALLOC_MMAP_THRESHOLD_`` says 65536, by which what is freed goes back to the system.
+The memory is a table, for pictures of each base's own size in half precision. What fits less is no reason to plan:
+`persres_lite.personalize` begins with whole steps and goes on in smaller pieces when memory runs out.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from persres_lite.bases import BASES, settings_of
 
@@ -37,31 +27,26 @@ PICTURES = 12.5
 """Learning a concept by the paper's recipe takes as long as so many pictures: 600 passes there and back."""
 
 GIB = 2**30
-SLACK = 1.15
-"""What an allocator holds beyond what is asked of it: blocks that fit nothing else."""
-CONTEXT = 0.5
-"""GiB that CUDA and its libraries take before anything else."""
 
-_CROSS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-_SD = {"block_out_channels": (320, 640, 1280, 1280), "down_block_types": _CROSS, "layers_per_block": 2}
-_VAE = {"block_out_channels": (128, 256, 512, 512)}
-#: By family: the U-Net's and the autoencoder's configuration, as far as it matters here, and the number of parameters
-#: of the U-Net, the autoencoder and the text encoders.
-KNOWN: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
-    "sd-1.4": ({**_SD, "cross_attention_dim": 768}, _VAE, 859_520_964 + 83_653_863 + 123_060_480),
-    "sd-2.1": ({**_SD, "cross_attention_dim": 1024}, _VAE, 865_910_724 + 83_653_863 + 340_387_840),
-    "sdxl": (
-        {
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "transformer_layers_per_block": (1, 2, 10),
-            "layers_per_block": 2,
-        },
-        {**_VAE, "force_upcast": True},
-        2_567_463_684 + 83_653_863 + 123_060_480 + 694_659_840,
-    ),
+
+class Memory(NamedTuple):
+    """What a base needs of an empty GPU in half precision; twice as much in fp32."""
+
+    parameters: int  # of all its models, two bytes each
+    sample: float  # GiB, a picture at a time
+    train: float  # GiB, four pictures at once, as the recipe has it
+    least: float  # GiB, one picture at a time with checkpointed gradients
+
+
+#: Weights, activations, 15 % that an allocator holds beyond what is asked of it and half a GiB of CUDA itself. The
+#: activations of a training step were counted from the layers, and measured for SD 1.4 (2.85 GiB where 2.42 were
+#: counted, data/results/full-size.md) and for a narrower XL (3.86 for 3.58, data/results/sdxl-reduced.md).
+NEEDS = {
+    "sd-1.4": Memory(1_066_235_307, sample=3.2, train=6.1, least=3.1),
+    "sd-2.1": Memory(1_289_952_427, sample=4.2, train=10.6, least=3.9),
+    "sdxl": Memory(3_468_837_387, sample=11.4, train=30.1, least=8.7),
 }
-KNOWN["sd-1.5"] = KNOWN["sd-1.4"]
+NEEDS["sd-1.5"] = NEEDS["sd-1.4"]
 
 
 def without_gpu(base: str | os.PathLike) -> str | None:
@@ -91,187 +76,13 @@ def without_gpu(base: str | os.PathLike) -> str | None:
 def picture_size(base: str | os.PathLike) -> int:
     """Side of a base's pictures in pixels, as far as that is known before it is loaded: otherwise SD 1.4's."""
     try:  # what is wrong with a folder is said by the one who loads it
-        side = json.loads((Path(base) / "unet" / "config.json").read_text(encoding="utf-8"))["sample_size"]
-        return 8 * int(side)
+        return 8 * int(json.loads((Path(base) / "unet" / "config.json").read_text(encoding="utf-8"))["sample_size"])
     except (OSError, ValueError, TypeError, KeyError):
         pass
     try:
         return settings_of(os.fspath(base)).size
     except ValueError:
         return BASES["sd-1.4"].size
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What a base needs on its device, in GiB, apart from what an allocator and a driver add.
-
-    Attributes
-    ----------
-    weights : float
-        Of all its models.
-    training : float
-        Of one training step, on top.
-    sampling : float
-        Of one step of sampling, on top.
-    decoding : float
-        Of turning latents into pictures, on top.
-    """
-
-    weights: float
-    training: float
-    sampling: float
-    decoding: float
-
-    @property
-    def to_train(self) -> float:
-        """GiB that training needs on an empty GPU, with what comes on top of it."""
-        return SLACK * (self.weights + self.training) + CONTEXT
-
-    @property
-    def to_sample(self) -> float:
-        """GiB that sampling needs on an empty GPU, with what comes on top of it."""
-        return SLACK * (self.weights + max(self.sampling, self.decoding)) + CONTEXT
-
-
-def memory(
-    unet: Mapping[str, Any],
-    vae: Mapping[str, Any],
-    parameters: int,
-    *,
-    size: int,
-    bytes: int = 2,
-    batch: int = 4,
-    checkpointing: bool = False,
-    pictures: int = 1,
-    decoded: int = 1,
-    scale_factor: int = 8,
-) -> Memory:
-    """Estimate a base's memory from its configurations.
-
-    Parameters
-    ----------
-    unet, vae : dict
-        The configurations of U-Net and autoencoder.
-    parameters : int
-        Numbers in all its models.
-    size : int
-        Side of the pictures, in pixels.
-    bytes : int
-        Of a number: 2 in half precision, 4 in fp32.
-    batch : int
-        Pictures that go through the U-Net at once in training.
-    checkpointing : bool
-        Whether blocks are computed again in the backward pass.
-    pictures : int
-        Pictures sampled at once; guidance makes two of each.
-    decoded : int
-        Pictures decoded at once: 1 with a sliced autoencoder.
-    scale_factor : int
-        Pixels to a side of a latent.
-    """
-    side = -(-size // scale_factor)
-    kept, recomputed, most, started = 0.0, 0.0, 0.0, False
-    skips = 0.0
-    for kind, given, width, positions, depth in _blocks(unet, side * side):
-        here = width * positions
-        if kind == "skip":
-            skips += here
-            continue
-        if kind == "resnet":
-            inside, entry, working = 2 * (given + width) * positions, given * positions, 3 * max(given, width)
-        else:
-            inside, entry, working = (2 + 21 * depth) * here, (2 + depth) * here, 20 * width
-        if not started and kind == "attention":  # of the first, only what its projection reads
-            started, inside, entry = True, here, here
-        if started:
-            kept += entry if checkpointing else inside
-            recomputed = max(recomputed, inside / max(1, depth) if checkpointing else 0)
-        most = max(most, working * positions)
-    pixels = vae.get("block_out_channels", (0,))[:2][-1] * 3 * size * size
-    exact = 4 if vae.get("force_upcast") else bytes
-    return Memory(
-        weights=parameters * bytes / GIB,
-        training=(kept + recomputed + most) * batch * bytes / GIB,
-        sampling=(skips + most) * 2 * pictures * bytes / GIB,
-        decoding=pixels * decoded * exact / GIB,
-    )
-
-
-def _blocks(unet: Mapping[str, Any], positions: int) -> Iterator[tuple[str, int, int, int, int]]:
-    """The blocks of a U-Net in order: kind, channels in, channels out, positions, transformer blocks inside.
-
-    A "skip" is what is kept for the way up.
-    """
-    widths, kinds = list(unet["block_out_channels"]), list(unet["down_block_types"])
-    levels = len(widths)
-    layers, depths = (
-        list(value) if isinstance(value, list | tuple) else [value] * levels
-        for value in (unet.get("layers_per_block", 2), unet.get("transformer_layers_per_block", 1))
-    )
-    skips = [widths[0]]
-    width = widths[0]
-    yield "skip", width, width, positions, 0
-    for level in range(levels):
-        for _ in range(layers[level]):
-            yield "resnet", width, widths[level], positions, 0
-            width = widths[level]
-            if "CrossAttn" in kinds[level]:
-                yield "attention", width, width, positions, depths[level]
-            yield "skip", width, width, positions, 0
-            skips.append(width)
-        if level < levels - 1:
-            positions //= 4
-            yield "skip", width, width, positions, 0
-            skips.append(width)
-    yield "resnet", width, width, positions, 0
-    if unet.get("mid_block_type", "UNetMidBlock2DCrossAttn") == "UNetMidBlock2DCrossAttn":
-        yield "attention", width, width, positions, depths[-1]
-        yield "resnet", width, width, positions, 0
-    for level in reversed(range(levels)):
-        for _ in range(layers[level] + 1):
-            yield "resnet", width + skips.pop(), widths[level], positions, 0
-            width = widths[level]
-            if "CrossAttn" in kinds[level]:
-                yield "attention", width, width, positions, depths[level]
-        if level > 0:
-            positions *= 4
-    yield "resnet", width, 0, positions, 0  # the last normalization and activation
-
-
-def memory_of(base: Any, **options: Any) -> Memory | None:
-    """The memory of a base that is loaded, or of a name or folder whose configuration is known; else None.
-
-    Parameters
-    ----------
-    base : pipeline, str or path
-        A base, or what `load_base` would load.
-    **options : Any
-        As for `memory`: batch, checkpointing, pictures, decoded, size, bytes.
-    """
-    if isinstance(base, str | os.PathLike):
-        found = KNOWN.get(os.fspath(base)) or _in_folder(Path(base))
-        if found is None:
-            return None
-        return memory(*found, **{"size": picture_size(base), **options})
-    models = [part for part in base.components.values() if isinstance(part, torch.nn.Module)]
-    parameters = sum(parameter.numel() for model in models for parameter in model.parameters())
-    given = {"size": settings_of(base).size, "bytes": base.unet.dtype.itemsize, "scale_factor": base.vae_scale_factor}
-    return memory(base.unet.config, base.vae.config, parameters, **given | options)
-
-
-def _in_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], int] | None:
-    """What `KNOWN` holds, of a folder in diffusers' layout; what is wrong with one is said by who loads it."""
-    try:
-        unet, vae = (json.loads((folder / part / "config.json").read_text("utf-8")) for part in ("unet", "vae"))
-        parameters = 0
-        for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-            for path in (folder / part).glob("*.safetensors"):
-                with safe_open(path, "pt") as file:
-                    parameters += sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())
-        list(_blocks(unet, 1))
-        return unet, vae, parameters
-    except (OSError, ValueError, TypeError, LookupError, SafetensorError):
-        return None
 
 
 def room() -> float | None:
@@ -282,58 +93,34 @@ def room() -> float | None:
     return (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) / GIB
 
 
-def fitting(base: Any, batch: int, free: float | None, **options: Any) -> dict[str, Any]:
-    """How to train so that it fits: as it is, or else with the least memory that there is.
-
-    Parameters
-    ----------
-    base : pipeline, str or path
-        As for `memory_of`. A loaded base's weights count as being on the GPU already.
-    batch : int
-        Pictures in a training step.
-    free : float or None
-        GiB that are free, see `room`; None is without limit.
-    **options : Any
-        Of `memory`, such as bytes.
-
-    Returns
-    -------
-    dict
-        at_once, the pictures that go through the U-Net together, and gradient_checkpointing: arguments of
-        `persres_lite.personalize`.
-    """
-    as_it_is = {"at_once": batch, "gradient_checkpointing": False}
-    need = memory_of(base, batch=batch, **options)
-    if need is None or free is None:
-        return as_it_is
-    loaded = not isinstance(base, str | os.PathLike)
-    if (SLACK * need.training if loaded else need.to_train) <= free:
-        return as_it_is
-    return {"at_once": 1, "gradient_checkpointing": True}
+def in_pieces(base: str | os.PathLike) -> bool:
+    """Whether this machine's GPU is too small to train a base by whole steps, as far as that is known."""
+    free = room()
+    return free is not None and base in NEEDS and NEEDS[os.fspath(base)].train > free
 
 
 def on_gpu(base: str | os.PathLike) -> str | None:
-    """Say in a sentence what a large base needs of this machine's GPU, and how it will fit; None without one.
+    """Say in a sentence what a large base needs of this machine's GPU, and how it will fit.
 
     Parameters
     ----------
     base : str or path
         A base's name, folder or hub id; nothing is loaded.
+
+    Returns
+    -------
+    str or None
+        None without a GPU, or if nothing is known of the base.
     """
-    free = room()
-    if free is None or picture_size(base) < LARGE:
+    free, need = room(), NEEDS.get(os.fspath(base))
+    if free is None or need is None:
         return None
-    batch = BASES["sd-1.4"].recipe["batch_size"]
-    plan = fitting(base, batch, free)
-    need = memory_of(base, batch=plan["at_once"], checkpointing=plan["gradient_checkpointing"])
-    if need is None:
-        return None
-    how = "as it is" if plan["at_once"] == batch else f"with gradient checkpointing and 1 picture at a time of {batch}"
+    how = f"down to {need.least} GiB in smaller pieces" if in_pieces(base) else "as it is"
     said = (
-        f"Estimated GPU memory in half precision: {need.to_sample:.1f} GiB to sample, {need.to_train:.1f} GiB to train "
-        f"{how}; {free:.1f} GiB are free."
+        f"GPU memory in half precision: {need.sample} GiB to sample, {need.train} GiB to train, {how}; {free:.1f} GiB "
+        "are free."
     )
-    if max(need.to_sample, need.to_train) > free:
+    if max(need.sample, need.least) > free:
         said += " That may not fit: close what else uses the GPU, or choose a smaller base."
     return said
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,16 +60,14 @@ def export_lora(residuals: Residuals, path: str | Path, format: Format = "diffus
     Raises
     ------
     ValueError
-        If the format is unknown, or V*'s embedding was learned: a LoRA file has no place for it.
+        If V*'s embedding was learned (a LoRA file has no place for it), or the file is not named as one.
     """
-    if format not in ("diffusers", "kohya"):
-        raise ValueError(f"Unknown format {format!r}: choose 'diffusers' or 'kohya'.")
+    path = Path(path)
     if residuals.token_embeddings:
         raise ValueError(
             "The token's embedding was learned too (train_token), and a LoRA file has no place for it: "
             "personalize without train_token to export."
         )
-    path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors: other tools go by the ending.")
     tensors: dict[str, Tensor] = {}
@@ -83,8 +81,7 @@ def export_lora(residuals: Residuals, path: str | Path, format: Format = "diffus
             key = "lora_unet_" + name.replace(".", "_")
             alpha = torch.tensor(float(rank))
             tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": alpha}
-    metadata = {PREFIX + name: str(value) for name, value in residuals.metadata.items()}
-    metadata |= _family(residuals)
+    metadata = {PREFIX + name: str(value) for name, value in residuals.metadata.items()} | _labels(residuals, path.stem)
     metadata |= _peft_metadata(residuals.ranks) if format == "diffusers" else _kohya_metadata(residuals.ranks)
     write_tensors(path, tensors, metadata)
     return how_to_use(residuals, path, format)
@@ -92,7 +89,7 @@ def export_lora(residuals: Residuals, path: str | Path, format: Format = "diffus
 
 def how_to_use(residuals: Residuals, path: str | Path, format: Format = "diffusers") -> str:
     """The message that goes with an exported file."""
-    words = " ".join(residuals.metadata.get(name, "") for name in ("token", "macro_class")).strip()
+    words = _words(residuals)
     base, path = residuals.metadata.get("base", "the same base"), Path(path)
     if format == "diffusers":
         load = f'Load it with pipe.load_lora_weights("{path}") onto {base}'
@@ -129,15 +126,14 @@ def import_lora(path: str | Path, base: Any, *, only_proj_out: bool = False) -> 
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it is damaged or no LoRA, changes other layers too, lacks a projection of this base, has factors of another
-        width or kind than this base, holds what gives its factors another meaning than A B (DoRA, a bias, an alpha
-        that is no positive number), or is PEFT's own and the adapter_config.json with its alphas is not beside it.
+        If it is damaged or no plain LoRA (DoRA, a bias), changes other layers too, was made for another base, or is
+        PEFT's own and the adapter_config.json with its alphas is not beside it.
     """
     tensors, metadata = read_tensors(path)
     if metadata.get("format") == FORMAT:
         raise ValueError(f"{path} holds residuals already: load it with Residuals.load.")
     modules = find_proj_outs(unet_of(base))
-    factors, alphas, others = _sorted_out(path, tensors, _spellings(unet_of(base), modules))
+    factors, others = _sorted_out(path, tensors, _spellings(unet_of(base), modules))
     config = _peft_config(Path(path), tensors, metadata)
     if not factors:
         where = f"its {len(others)} tensors belong elsewhere" if others else "it is empty"
@@ -147,11 +143,9 @@ def import_lora(path: str | Path, base: Any, *, only_proj_out: bool = False) -> 
             f"{path} holds {len(others)} tensors that belong elsewhere, the first {others[0]!r}, and would be another "
             "LoRA without them: pass only_proj_out=True (--only-proj-out) to take the output projections alone."
         )
-    missing = [name for name in modules if set(factors.get(name, ())) != {"A", "B"}]
+    missing = [name for name in modules if not {"A", "B"} <= factors.get(name, {}).keys()]
     if missing:
         raise ValueError(f"{path} lacks the factors of {len(missing)} output projections, the first {missing[0]!r}.")
-    if alphas and config:
-        raise ValueError(f"{path} states its alphas twice, as tensors and as metadata: delete one of the two.")
     for name, pair in factors.items():
         A, B = pair["A"], pair["B"]
         width, *kernel = plain_layer(modules[name]).weight.shape[1:]  # m, and 1 x 1 for a convolution
@@ -162,12 +156,14 @@ def import_lora(path: str | Path, base: Any, *, only_proj_out: bool = False) -> 
                 f"{(width, width, *kernel)} here: it is damaged, or made for another base (SD 1.x and 2.x files do not "
                 "cross-load)."
             )
-        alpha = alphas.get(name) or _peft_alpha(path, config, name, rank)
+        alpha = pair["alpha"].item() if "alpha" in pair else _peft_alpha(path, config, name, rank)
+        if not (isinstance(alpha, (int, float)) and 0 < alpha < 1e6):  # tools disagree on what zero means
+            raise ValueError(f"{path} has the alpha {str(alpha)[:80]!r} for {name!r}, where a positive number belongs.")
         A, B = A.flatten(1).float() * (alpha / rank), B.flatten(1).float()
         if rank > width:
             A, B = A @ B, torch.eye(width)
         refuse_absurd(path, name, A, B)
-        pair |= {"A": A, "B": B}
+        factors[name] = {"A": A, "B": B}
     residuals = Residuals(base, rank={name: pair["B"].shape[0] for name, pair in factors.items()})
     for name, pair in factors.items():
         residuals.A[name].data.copy_(pair["A"])
@@ -238,7 +234,7 @@ def adapter_layers(base: Any, adapter: str) -> dict[str, nn.Module]:
     return {name: layer.lora_B[adapter] for name, layer in layers.items()}
 
 
-def _spellings(unet: Any, names: Iterable[str]) -> dict[str, str]:
+def _spellings(unet: Any, names: dict[str, Any]) -> dict[str, str]:
     """How files spell each projection: diffusers, PEFT, kohya, and by the block numbers of the original model."""
     spelled: dict[str, str] = {}
     each = getattr(getattr(unet, "config", None), "layers_per_block", None)
@@ -260,14 +256,13 @@ def _spellings(unet: Any, names: Iterable[str]) -> dict[str, str]:
 
 def _sorted_out(
     path: str | Path, tensors: dict[str, Tensor], spellings: dict[str, str]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, float], list[str]]:
-    """Factors by module and paper's letter, alphas by module, and the names that belong to none of the modules.
+) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """A, B (the paper's letters) and alpha by module, and the names that belong to none of the modules.
 
     Whatever else stands below a projection changes what its factors mean (DoRA's magnitudes, a bias, LoCon's middle
     factor, the factors of LoHa and LoKr) and is refused, also where the rest of a file is left out.
     """
     factors: dict[str, dict[str, Tensor]] = {}
-    alphas: dict[str, float] = {}
     others = []
     for key, tensor in tensors.items():
         head = next((head for head in spellings if key.startswith(head)), None)
@@ -276,31 +271,46 @@ def _sorted_out(
             continue
         module, what = spellings[head], key.removeprefix(head)
         found = _FACTOR.fullmatch(what)
-        letter = "B" if found and (found["peft"] == "A" or found["old"] == "down") else "A"  # of the paper
-        if what == ".alpha":
-            twin = module in alphas
-            alphas[module] = _alpha(path, module, tensor.item() if tensor.numel() == 1 else None)
-        elif found and tensor.is_floating_point():
-            twin = letter in factors.setdefault(module, {})
-            factors[module][letter] = tensor
-        else:
+        letter = "B" if found and (found["peft"] == "A" or found["old"] == "down") else "A"
+        letter = "alpha" if what == ".alpha" and tensor.numel() == 1 else letter
+        known = letter == "alpha" or found and tensor.is_floating_point()
+        if not known or letter in factors.setdefault(module, {}):
             raise ValueError(
                 f"{path} is no plain LoRA: {key!r} ({str(tensor.dtype).removeprefix('torch.')}) gives the factors of "
                 f"{module!r} another meaning than A B, so they cannot be taken without it."
             )
-        if twin:
-            raise ValueError(f"{path} holds more than one LoRA for {module!r}: split it into files of one each.")
-    return factors, alphas, others
+        factors[module][letter] = tensor
+    return factors, others
 
 
-def _family(residuals: Residuals) -> dict[str, str]:
-    """What A1111 and sd-scripts tell families apart by; a file without it is filed under Stable Diffusion 1."""
+def _words(residuals: Residuals) -> str:
+    """V* and the class, as they are typed in a prompt."""
+    return " ".join(residuals.metadata.get(name, "") for name in ("token", "macro_class")).strip()
+
+
+def _labels(residuals: Residuals, title: str) -> dict[str, str]:
+    """Where other tools look for the family of a file and for its words.
+
+    A1111 and sd-scripts read the ``ss_`` entries (without them a file is filed under Stable Diffusion 1, and A1111
+    offers the words of ``ss_tag_frequency``); ComfyUI's nodes, InvokeAI and the hubs read ModelSpec's.
+    """
     second = residuals.metadata["structure"].split()[1] != "convolutions"
     xl = second and not any(name.startswith("down_blocks.0.") for name in residuals.ranks)
-    version = "sdxl_base_v1-0" if xl else "sd_v2" if second else "sd_v1"
-    if residuals.metadata.get("prediction_type") == "v_prediction" and not xl:
-        version += "_v"
-    return {"ss_base_model_version": version, "ss_v2": str(second and not xl)}
+    v = residuals.metadata.get("prediction_type") == "v_prediction" and not xl
+    version = ("sdxl_base_v1-0" if xl else "sd_v2" if second else "sd_v1") + "_v" * v
+    family = "xl-v1-base" if xl else ("v2-768-v" if v else "v2-512") if second else "v1"
+    labels = {
+        "ss_base_model_version": version,
+        "ss_v2": str(second and not xl),
+        "ss_output_name": title,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"stable-diffusion-{family}/lora",
+        "modelspec.title": title,
+    }
+    if words := _words(residuals):
+        labels["modelspec.trigger_phrase"] = words
+        labels["ss_tag_frequency"] = json.dumps({f"1_{words}": {words: 1}})
+    return labels
 
 
 def _peft_metadata(ranks: dict[str, int]) -> dict[str, str]:
@@ -324,65 +334,37 @@ def _kohya_metadata(ranks: dict[str, int]) -> dict[str, str]:
 
 def _peft_config(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
     """LoraConfig's entries: diffusers keeps them in the metadata, older diffusers nowhere, PEFT in a second file."""
+    text = metadata.get("lora_adapter_metadata", "{}")
     if any(key.startswith("base_model.model.") for key in tensors):
-        source = path.with_name("adapter_config.json")
-        if not source.is_file():
+        if not path.with_name("adapter_config.json").is_file():
             raise ValueError(
                 f"{path} is PEFT's, with its alphas in a second file: put its adapter_config.json beside it."
             )
-        where, text = str(source), source.read_bytes()
-    else:
-        where, text = f"The metadata of {path}", metadata.get("lora_adapter_metadata", "{}").encode()
+        text = path.with_name("adapter_config.json").read_text("utf-8")
     try:
-        config = json.loads(text)
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise ValueError(f"{where} cannot be read: it should be PEFT's configuration, a JSON object.")
-    config = {key.removeprefix("unet."): value for key, value in config.items()}
-    start = config.get("init_lora_weights")
-    variants = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "alora_invocation_tokens")
-    for name in (*variants, "velora_config", "monteclora_config", "arrow_config", "kasa_config"):
+        config = {key.removeprefix("unet."): value for key, value in json.loads(text).items()}
+    except (ValueError, AttributeError, RecursionError):
+        raise ValueError(f"The configuration of {path} cannot be read: it should be PEFT's, a JSON object.") from None
+    for name in ("use_dora", "lora_bias"):
         if config.get(name):
-            raise ValueError(f"{where} asks for {name}: that is no plain LoRA, and its factors mean more than A B.")
-    if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"):
-        raise ValueError(f"{where} says init_lora_weights={start!r}: its factors belong to a base that it had changed.")
+            raise ValueError(f"{path} asks for {name}: that is no plain LoRA, and its factors mean more than A B.")
     return config
 
 
-def _peft_alpha(path: str | Path, config: dict[str, Any], name: str, rank: int) -> float:
-    """The alpha of one module; a file that says nothing means alpha = r, so that the product is not scaled."""
-    alpha = config.get("lora_alpha", 8 if config else rank)  # 8 is PEFT's default
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise ValueError(f"{path} has an alpha_pattern that is no table of names and numbers.")
-    alpha = next((value for pattern, value in patterns.items() if _names(path, pattern, name)), alpha)
-    alpha = _alpha(path, name, alpha)
-    return alpha * rank**0.5 if config.get("use_rslora") else alpha
+def _peft_alpha(path: str | Path, config: dict[str, Any], name: str, rank: int) -> Any:
+    """The alpha of one module; a file that says nothing means alpha = r, so that the product is not scaled.
 
-
-def _names(path: str | Path, pattern: str, name: str) -> bool:
-    """Whether a key of alpha_pattern means this module.
-
-    PEFT takes the key for a regular expression, which can be made to run for years. Here it is a name: the whole one
-    after "^", else any end of it; one ".*" may stand for anything.
+    PEFT takes the keys of alpha_pattern for regular expressions, which can be made to run for years. Here one is a
+    name: the whole one after "^", else any end of it, in which ".*" may stand for anything.
     """
-    plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-    head, star, tail = plain.partition(".*")
-    if not re.fullmatch(r"[\w.]*", head + tail):
-        raise ValueError(
-            f"{path} has the regular expression {pattern[:80]!r} in its alpha_pattern, and a file does not get to run "
-            "one: save it with the names of the modules."
-        )
-    parts = name.split(".")
-    ends = [name] if pattern.startswith("^") else [".".join(parts[start:]) for start in range(len(parts))]
-    if not star:
-        return head in ends
-    return any(e.startswith(head) and e.endswith(tail) and len(e) >= len(head + tail) for e in ends)
-
-
-def _alpha(path: str | Path, name: str, value: Any) -> float:
-    """The tools disagree on what an alpha of zero means, and none says what else one could mean that is no number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e6:
-        raise ValueError(f"{path} has the alpha {str(value)[:80]!r} for {name!r}, where a positive number belongs.")
-    return float(value)
+    alpha = config.get("lora_alpha", 8 if config else rank)  # 8 is PEFT's default
+    for key, value in reversed(dict(config.get("alpha_pattern") or {}).items()):  # of several the first counts
+        pattern = key.removeprefix("^").removesuffix("$").replace("\\.", ".").replace(".*", "*")
+        if not re.fullmatch(r"[\w.*]*", pattern):
+            raise ValueError(
+                f"{path} has the regular expression {key[:80]!r} in its alpha_pattern, and a file does not get to run "
+                "one: save it with the names of the modules."
+            )
+        if fnmatchcase(name, pattern) or not key.startswith("^") and fnmatchcase(name, f"*.{pattern}"):
+            alpha = value
+    return alpha * rank**0.5 if config.get("use_rslora") else alpha

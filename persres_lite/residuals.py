@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from persres_lite.support.files import read_tensors, write_tensors
 from persres_lite.support.memory import advising_smaller
-from persres_lite.support.rare_token import ENCODERS, rare_token_attached, rare_token_embeddings
+from persres_lite.support.rare_token import ENCODERS, rare_token_attached
 
 FORMAT = "personalized-residuals"
 VERSION = 2  # 1 called the losses "history" and the token embeddings "rows"; it is still read
@@ -34,13 +34,12 @@ LARGEST = 1e3  # of a change of one weight; the weights themselves stay below 10
 
 def unet_of(base: Any) -> nn.Module:
     """The U-Net of a diffusers pipeline; a module is returned as it is, and a compiled one as the one inside."""
-    if isinstance(base, nn.Module):
-        return getattr(base, "_orig_mod", base)
-    if isinstance(getattr(base, "unet", None), nn.Module):
-        return unet_of(base.unet)
     if getattr(base, "transformer", None) is not None:
         _refuse_transformer(base.transformer)
-    raise TypeError(f"{type(base).__name__} has no U-Net: pass a Stable Diffusion pipeline or its `unet`.")
+    unet = base if isinstance(base, nn.Module) else getattr(base, "unet", None)
+    if unet is None:
+        raise TypeError(f"{type(base).__name__} has no U-Net: pass a Stable Diffusion pipeline or its `unet`.")
+    return getattr(unet, "_orig_mod", unet)
 
 
 def refuse_compiled(base: Any) -> None:
@@ -51,27 +50,16 @@ def refuse_compiled(base: Any) -> None:
     ValueError
         If it or a part of it was compiled (pytorch #117758).
     """
-    if _compiled(base if isinstance(base, nn.Module) else base.unet):
-        raise ValueError(
-            "This U-Net was compiled by torch.compile, and compiled code does not call what is attached to its "
-            "layers: merge the residuals into its weights (`residuals.merge(base)`), or load it without compiling."
-        )
-
-
-def _compiled(module: nn.Module) -> bool:
-    """Whether a module or a part of it was compiled. Asked at every U-Net call: `module.modules()` takes ten times as
-    long.
-    """
-    parts = [module]
-    while parts:
-        part = parts.pop()
+    parts = [base if isinstance(base, nn.Module) else base.unet]
+    for part in parts:  # grows below; asked at every U-Net call, and `modules()` takes ten times as long
         own = vars(part)  # compiling leaves its traces here: of `compile()`, of torch.compile(module), of its forward
-        if own.get("_compiled_call_impl") or "_orig_mod" in own["_modules"]:
-            return True
-        if "forward" in own and hasattr(own["forward"], "_torchdynamo_orig_callable"):
-            return True
-        parts += [inner for inner in own["_modules"].values() if inner is not None]
-    return False
+        compiled = own.get("_compiled_call_impl") or "_orig_mod" in own["_modules"]
+        if compiled or hasattr(own.get("forward"), "_torchdynamo_orig_callable"):
+            raise ValueError(
+                "This U-Net was compiled by torch.compile, and compiled code does not call what is attached to its "
+                "layers: merge the residuals into its weights (`residuals.merge(base)`), or load it without compiling."
+            )
+        parts += filter(None, own["_modules"].values())
 
 
 def refuse_compiling(base: Any) -> RemovableHandle:
@@ -101,8 +89,7 @@ def refuse_offloaded(base: Any, also_whole: bool = False) -> None:
     if any(parameter.is_meta for parameter in unet.parameters()) or also_whole and moved:
         raise ValueError(
             "The weights of this U-Net are offloaded and come to the device for each call only: load the base without "
-            "offloading (no `enable_model_cpu_offload` or `enable_sequential_cpu_offload`), or call "
-            "`remove_all_hooks()` and `to(device)` first."
+            "offloading (no `enable_model_cpu_offload`), or call `remove_all_hooks()` and `to(device)` first."
         )
 
 
@@ -120,7 +107,7 @@ def find_proj_outs(unet: nn.Module) -> dict[str, nn.Module]:
     Raises
     ------
     ValueError
-        If nothing is found, if `unet` is a diffusion transformer, or if a projection changes the width.
+        If nothing is found, or if `unet` is a diffusion transformer.
     """
     found: dict[str, nn.Module] = {}
     for name, module in unet.named_modules():
@@ -133,10 +120,6 @@ def find_proj_outs(unet: nn.Module) -> dict[str, nn.Module]:
             f"Found 0 output projections in {type(unet).__name__}: it has no module with both `proj_out` and "
             "`transformer_blocks`; pass a Stable Diffusion U-Net."
         )
-    for name, module in found.items():
-        weight = plain_layer(module).weight
-        if weight.shape[0] != weight.shape[1] or weight[0, 0].numel() != 1:
-            raise ValueError(f"{name} has a weight of shape {tuple(weight.shape)}, where m x m (x 1 x 1) was expected.")
     # Down, mid, up: named_modules lists the mid block last.
     order = {"down": 0, "mid": 1, "up": 2}
     return dict(sorted(found.items(), key=lambda item: order.get(item[0].split("_")[0], 3)))
@@ -166,13 +149,8 @@ def structure(unet: Any) -> str:
 
 
 def add_low_rank(
-    output: torch.Tensor,
-    x: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    weight: torch.Tensor | None = None,
-    scale: float = 1.0,
-) -> torch.Tensor:
+    output: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
     """output + scale * M * A(Bx), with the mask applied to the r channels of Bx: A(M * Bx) = M * A(Bx).
 
     Exact zeros are added wherever M is zero, so the output keeps its bits there.
@@ -241,37 +219,35 @@ class Residuals:
     Raises
     ------
     ValueError
-        If a rank is not positive or exceeds the width, or `init` is unknown.
+        If a rank is not positive or exceeds the width.
     """
 
     def __init__(
-        self,
-        unet: Any,
-        rank: float | int | Mapping[str, int] = 0.05,
-        init: str = "lora",
-        seed: int = 0,
+        self, unet: Any, rank: float | int | Mapping[str, int] = 0.05, init: str = "lora", seed: int = 0
     ) -> None:
-        if init not in ("lora", "random"):
-            raise ValueError(f"Unknown init {init!r}: choose 'lora' or 'random'.")
         scheduler = getattr(unet, "scheduler", None)
         unet = unet_of(unet)
         generator = torch.Generator().manual_seed(seed)
         self.A: dict[str, nn.Parameter] = {}
         self.B: dict[str, nn.Parameter] = {}
         for name, module in find_proj_outs(unet).items():
-            width, device = plain_layer(module).weight.shape[0], _device(module)
-            r = _rank_of(rank, name, width)
+            width, device = _width(module), _device(module)
+            r = rank[name] if isinstance(rank, Mapping) else rank
+            r = max(1, round(r * width)) if isinstance(r, float) else r
+            if not 1 <= r <= width:
+                raise ValueError(
+                    f"Rank {rank} does not fit {name!r} of width {width}: give a fraction (0.05) or a whole number."
+                )
             # U(-1/sqrt(inputs), 1/sqrt(inputs)), PyTorch's default for a layer's weight
             A = (torch.rand(width, r, generator=generator, dtype=torch.float32) * 2 - 1) / math.sqrt(r)
             B = (torch.rand(r, width, generator=generator, dtype=torch.float32) * 2 - 1) / math.sqrt(width)
-            self.A[name] = nn.Parameter((A if init == "random" else torch.zeros_like(A)).to(device))
+            self.A[name] = nn.Parameter({"lora": torch.zeros_like(A), "random": A}[init].to(device))
             self.B[name] = nn.Parameter(B.to(device))
-        rule = "by layer" if isinstance(rank, Mapping) else str(rank)
         self.metadata: dict[str, str] = {
             "format": FORMAT,
             "version": str(VERSION),
             "structure": structure(unet),
-            "rank": rule,
+            "rank": "by layer" if isinstance(rank, Mapping) else str(rank),
             "init": init,
             "seed": str(seed),
             "fingerprint": fingerprint(unet),
@@ -281,7 +257,8 @@ class Residuals:
         self.token_embeddings: dict[str, nn.Parameter] = {}
         self.losses: list[float] = []
         self.samples: dict[int, Any] = {}
-        self._merged: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []  # weight, before, after
+        self._muted = False
+        self._merged: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # weight, before, after
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -307,7 +284,7 @@ class Residuals:
             parameter.data = parameter.data.to(device)
         return self
 
-    def delta(self, name: str) -> torch.Tensor:
+    def delta(self, name: str) -> Tensor:
         """dW_i = A_i B_i of one layer, (m, m)."""
         return self.A[name] @ self.B[name]
 
@@ -322,8 +299,7 @@ class Residuals:
         """
         unet = unet_of(base)
         modules, here = find_proj_outs(unet), structure(unet)
-        widths = {name: plain_layer(module).weight.shape[0] for name, module in modules.items()}
-        if widths != {name: A.shape[0] for name, A in self.A.items()} or self.metadata["structure"] != here:
+        if self.metadata["structure"] != here or self.A.keys() != modules.keys():
             raise ValueError(
                 f"These residuals were made for a U-Net with {self.metadata['structure']}; this one has {here}."
             )
@@ -358,12 +334,25 @@ class Residuals:
         with ExitStack() as hooks:
             hooks.callback(refuse_compiling(base).remove)
             for name, module in self.layers_in(base).items():
-                hook = partial(_add_residual, A=self.A[name], B=self.B[name], scale=scale)
+                hook = partial(self._add, A=self.A[name], B=self.B[name], scale=scale)
                 hooks.callback(module.register_forward_hook(hook).remove)
             if scale != 0:
                 hooks.enter_context(self.token_attached(base))
             hooks.enter_context(advising_smaller())
             yield self
+
+    def _add(self, module: nn.Module, inputs: tuple, output: Tensor, *, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        """Forward hook of `attached`."""
+        return output if scale == 0 or self._muted else add_low_rank(output, inputs[0], A, B, scale=scale)
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Inside `attached`, the frozen model again for as long as this is open: what is attached adds nothing."""
+        self._muted = True
+        try:
+            yield
+        finally:
+            self._muted = False
 
     def token_attached(self, base: Any) -> AbstractContextManager[None]:
         """A context in which the text encoders read V* as it was learned, if it was (`train_token`)."""
@@ -376,13 +365,19 @@ class Residuals:
         Raises
         ------
         ValueError
-            If these residuals are merged already, or do not fit the model, or its weights are offloaded.
+            If these residuals are merged already, or do not fit the model, or its weights are offloaded or quantized.
         """
         if self._merged:
             raise ValueError("These residuals are merged into a model already: call `unmerge()` first.")
         refuse_offloaded(base)
-        for name, module in self.layers_in(base).items():
-            weight = plain_layer(module).weight
+        weights = {name: plain_layer(module).weight for name, module in self.layers_in(base).items()}
+        for weight in weights.values():  # of a quantized layer it is codes, or a class of its own
+            if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.element_size() == 1:
+                raise ValueError(
+                    "The weights of this U-Net are quantized, and a residual would be lost in their rounding: use "
+                    "`attached`, or load the base in half precision."
+                )
+        for name, weight in weights.items():
             before = weight.detach().clone()
             weight.copy_((weight.float() + scale * self.delta(name).view_as(weight)).to(weight.dtype))
             self._merged.append((weight, before, weight.detach().clone()))
@@ -406,7 +401,7 @@ class Residuals:
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write one safetensors file, tensors named as in `named_parameters`, with the metadata; returns its path."""
-        tensors: dict[str, torch.Tensor] = dict(self.named_parameters())
+        tensors: dict[str, Tensor] = dict(self.named_parameters())
         metadata = {key: str(value) for key, value in self.metadata.items()}
         return write_tensors(path, tensors, metadata | {"losses": json.dumps(self.losses)})
 
@@ -425,75 +420,45 @@ class Residuals:
         tensors, metadata = read_tensors(path)
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} does not hold personalized residuals; a LoRA file must be imported first.")
-        if metadata.get("version", "0") not in map(str, range(VERSION + 1)):
-            version = metadata["version"][:80]
-            raise ValueError(f"{path} is of version {version}, newer than {VERSION}: update the package.")
-        unet = unet_of(base)
-        here = structure(unet)
+        version = metadata.get("version", "0")
+        if version not in map(str, range(VERSION + 1)):
+            raise ValueError(f"{path} is of version {version[:80]}, newer than {VERSION}: update the package.")
+        here = structure(unet_of(base))
         if metadata.get("structure") != here:
-            raise ValueError(
-                f"{path} was made for another base, {metadata.get('base', 'unnamed')}, "
-                f"with {metadata.get('structure')}; "
-                f"this one has {here}."
-            )
-        refuse_other_weights(f"The residuals of {path}", metadata, unet)
-        widths = {name: plain_layer(module).weight.shape[0] for name, module in find_proj_outs(unet).items()}
-        embeddings = {}
-        for encoder in ENCODERS:
-            for key in (f"{encoder}.token_embedding", f"{encoder}.rows"):  # the second in files of version 1
-                if key in tensors:
-                    embeddings[encoder] = tensors.pop(key)
-        _check_embeddings(path, embeddings, metadata.get("token", ""), base)
-        expected = {f"{name}.{factor}" for name in widths for factor in "AB"}
-        for difference, names in (("lacks", expected - set(tensors)), ("has an extra", set(tensors) - expected)):
-            if names:
-                raise ValueError(f"{path} {difference} tensor {sorted(names)[0]!r} ({len(names)} in all).")
-        for name, m in widths.items():
-            A, B = tensors[f"{name}.A"], tensors[f"{name}.B"]
-            if A.ndim != 2 or A.shape[0] != m or B.shape != A.shape[::-1] or not 1 <= A.shape[1] <= m:
-                raise ValueError(
-                    f"{path} has factors of shapes {tuple(A.shape)} and {tuple(B.shape)} for {name!r}, "
-                    f"where ({m}, r) and (r, {m}) were expected."
-                )
-            if not (A.is_floating_point() and B.is_floating_point()):
-                raise ValueError(f"{path} has factors of whole or complex numbers for {name!r}: it is damaged.")
-            refuse_absurd(path, name, A.float(), B.float())
-        residuals = cls(unet, rank={name: tensors[f"{name}.B"].shape[0] for name in widths})
-        for name in widths:
-            residuals.A[name].data.copy_(tensors[f"{name}.A"])
-            residuals.B[name].data.copy_(tensors[f"{name}.B"])
-        device = next(residuals.parameters()).device
-        residuals.token_embeddings = {
-            encoder: nn.Parameter(vectors.float().to(device)) for encoder, vectors in embeddings.items()
+            whose = f"another base, {metadata.get('base', 'unnamed')}, with {metadata.get('structure')}"
+            raise ValueError(f"{path} was made for {whose}; this one has {here}.")
+        refuse_other_weights(f"The residuals of {path}", metadata, unet_of(base))
+        for encoder in ENCODERS:  # files of version 1 called a learned embedding "rows"
+            if f"{encoder}.rows" in tensors:
+                tensors[f"{encoder}.token_embedding"] = tensors.pop(f"{encoder}.rows")
+        widths = {name: _width(module) for name, module in find_proj_outs(unet_of(base)).items()}
+        counted = {
+            name: tensors[f"{name}.B"].numel() // m if f"{name}.B" in tensors else 1 for name, m in widths.items()
         }
-        residuals.losses = _numbers(path, metadata.pop("losses", metadata.pop("history", "[]")))
+        residuals = cls(base, rank={name: min(max(1, counted[name]), m) for name, m in widths.items()})
+        residuals.token_embeddings = {
+            encoder: nn.Parameter(tensors[f"{encoder}.token_embedding"].float())
+            for encoder in ENCODERS
+            if f"{encoder}.token_embedding" in tensors
+        }
+        expected = {name: parameter.shape for name, parameter in residuals.named_parameters().items()}
+        differing = expected.items() ^ {name: tensor.shape for name, tensor in tensors.items()}.items()
+        if differing:
+            raise ValueError(
+                f"{path} is damaged: {min(differing)[0]!r} is missing, has another shape or is none of its."
+            )
+        for name, parameter in residuals.named_parameters().items():
+            parameter.data.copy_(tensors[name])
+        residuals.to(next(residuals.parameters()).device)
+        for name in residuals.A:
+            refuse_absurd(path, name, residuals.A[name], residuals.B[name])
+        try:
+            losses = json.loads(metadata.pop("losses", metadata.pop("history", "[]")))
+            residuals.losses = [float(loss) for loss in losses]
+        except (ValueError, TypeError, RecursionError):
+            raise ValueError(f"{path} has losses that are no list of numbers: it is damaged.") from None
         residuals.metadata = metadata | {"version": str(VERSION)}
         return residuals
-
-
-def _numbers(path: str | os.PathLike, text: str) -> list[float]:
-    """A list of numbers from a file's metadata."""
-    try:
-        numbers = json.loads(text)
-    except (ValueError, RecursionError):
-        numbers = None
-    if not isinstance(numbers, list) or not all(isinstance(each, (int, float)) for each in numbers):
-        raise ValueError(f"{path} has losses that are no list of numbers: it is damaged.")
-    return numbers
-
-
-def _check_embeddings(path: str | os.PathLike, embeddings: Mapping[str, torch.Tensor], token: str, base: Any) -> None:
-    """Refuse an embedding of V* that does not fit the base's text encoders, where there are some."""
-    known = rare_token_embeddings(base, token) if embeddings and not isinstance(base, nn.Module) else {}
-    for encoder, vectors in embeddings.items():
-        expected = tuple(known[encoder].shape) if encoder in known else tuple(vectors.shape)
-        if not (vectors.is_floating_point() and vectors.ndim == 2 and tuple(vectors.shape) == expected):
-            raise ValueError(
-                f"{path} has an embedding of shape {tuple(vectors.shape)} for {token!r} in {encoder}, where {expected} "
-                "was expected: it is damaged, or belongs to another text encoder."
-            )
-        if vectors.abs().max() > LARGEST:
-            raise ValueError(f"{path} has an embedding of {token!r} beyond all others: it is damaged.")
 
 
 def fingerprint(unet: Any) -> str:
@@ -542,7 +507,7 @@ def refuse_other_weights(whose: str, metadata: Mapping[str, str], unet: Any) -> 
         )
 
 
-def refuse_absurd(path: str | os.PathLike, name: str, A: torch.Tensor, B: torch.Tensor) -> None:
+def refuse_absurd(path: str | os.PathLike, name: str, A: Tensor, B: Tensor) -> None:
     """Refuse factors that would drown the model, or overflow to NaN and a black picture: one flipped bit does that.
 
     Parameters
@@ -559,7 +524,7 @@ def refuse_absurd(path: str | os.PathLike, name: str, A: torch.Tensor, B: torch.
     ValueError
         If an entry of A B may exceed `LARGEST`.
     """
-    bound = (A.abs().amax(0) * B.abs().amax(1)).sum().item()
+    bound = largest_change(A, B)
     if not bound <= LARGEST:
         raise ValueError(
             f"{path} would change weights of {name!r} by up to {bound:.0e}, where the weights are about 1: the file is "
@@ -567,30 +532,17 @@ def refuse_absurd(path: str | os.PathLike, name: str, A: torch.Tensor, B: torch.
         )
 
 
-def _rank_of(rank: float | int | Mapping[str, int], name: str, width: int) -> int:
-    """r_i: a fraction of the width is rounded, and at least 1."""
-    if isinstance(rank, Mapping):
-        if name not in rank:
-            raise ValueError(f"The ranks by layer lack {name!r}.")
-        rank = rank[name]
-    if isinstance(rank, float) and 0 < rank <= 1:
-        return max(1, round(rank * width))
-    if isinstance(rank, int) and 1 <= rank <= width:
-        return rank
-    raise ValueError(
-        f"Rank {rank} does not fit {name!r} of width {width}: "
-        f"give a fraction (0.05) or a whole number from 1 to {width}."
-    )
+def largest_change(A: Tensor, B: Tensor) -> float:
+    """No entry of A B (m, m) is larger."""
+    return (A.abs().amax(0) * B.abs().amax(1)).sum().item()
+
+
+def _width(module: nn.Module) -> int:
+    """m."""
+    return plain_layer(module).weight.shape[0]
 
 
 def _device(module: nn.Module) -> torch.device:
     """Where a layer's weight is; the CPU if it has no numbers (built without weights, or offloaded for now)."""
     device = plain_layer(module).weight.device
     return torch.device("cpu") if device.type == "meta" else device
-
-
-def _add_residual(module: nn.Module, inputs: tuple, output: torch.Tensor, *, A, B, scale: float) -> torch.Tensor:
-    """Forward hook of `Residuals.attached`."""
-    if scale == 0:
-        return output
-    return add_low_rank(output, inputs[0], A, B, scale=scale)

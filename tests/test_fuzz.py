@@ -149,7 +149,7 @@ def run(arguments, capsys) -> tuple[int, str]:
 def test_photographs_through_the_command(base, tmp_path, capsys, monkeypatch):
     """Up to the training itself, which does not know what the pictures were."""
     monkeypatch.setattr(commands, "load_base", lambda *_: base)
-    monkeypatch.setattr("persres_lite.training._step", lambda *arguments: arguments[4].losses.append(0.5) or 0.5)
+    monkeypatch.setattr("persres_lite.training.step", lambda *arguments, **_: arguments[4].losses.append(0.5) or 0.5)
     draw, kinds, codes = random.Random(3), seeds(), Counter()
     cat, out = tmp_path / "cat", tmp_path / "out.safetensors"
     cat.mkdir()

@@ -20,7 +20,8 @@ from persres_lite.bases import encode_prompt, settings_of
 from persres_lite.evaluation import usual_ways
 from persres_lite.support.checkpoint import State, snapshot
 from persres_lite.support.paths import data_dir
-from persres_lite.training import TrainingSet, _step, diffusion_loss
+from persres_lite.training import TrainingSet, diffusion_loss
+from persres_lite.training import step as training_step_of
 
 WORDS = "sks cat"
 PROMPT = f"a photo of a {WORDS} on the beach"
@@ -129,7 +130,7 @@ def training_step(subject: Subject, method: str) -> Callable[[], object]:
         attached.enter_context(residuals.attached(other))  # for as long as the function below lives, which holds it
 
         def step(attached: ExitStack = attached) -> None:
-            _step(other, scheduler, data, text, state, subject.batch, None)
+            training_step_of(other, scheduler, data, text, state, subject.batch)
             snapshot(state)
 
         return step

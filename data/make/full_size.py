@@ -36,7 +36,7 @@ from data.make.bench_runs import random_unet, reset_peak, resident_peak
 from data.make.runs import machine
 from persres_lite import load_base, localized, personalize
 from persres_lite.concepts import Concept
-from persres_lite.cost import GIB, SLACK, memory_of
+from persres_lite.cost import GIB
 from persres_lite.support.files import whole_file
 from persres_lite.support.paths import data_dir
 
@@ -161,14 +161,11 @@ def measure(base: Any, batch: int, rounds: int = 3, **sampling: Any) -> dict[str
         times["original"].append(middle - start)
         times["LAG"].append(time.perf_counter() - middle)
     learned = residuals.named_parameters().values()
-    need = memory_of(base, batch=batch)
-    assert need is not None  # of a base that is loaded it is always known
     return {
         "batch": batch,
         "parameters": sum(p.numel() for p in base.unet.parameters()),
         "residual_parameters": residuals.num_parameters(),
         "training_gib": round(training, 2),
-        "estimated_gib": round(need.training, 2),
         "sampling_gib": round((_peak(device) - before) / GIB, 2),
         "lag_over_original": statistics.median(b / a for a, b in zip(*times.values(), strict=True)),
         "masks": len(lag.masks),
@@ -203,7 +200,6 @@ def report(found: dict[str, Any]) -> str:
             f"| parameters of the U-Net | {found['parameters']:,} |",
             f"| parameters of the residuals | {found['residual_parameters']:,} |",
             f"| memory of a training step, batch {found['batch']} | {found['training_gib']} GiB above the model |",
-            f"| the same, estimated, without slack of {SLACK - 1:.0%} | {found['estimated_gib']} GiB |",
             f"| memory of sampling, one picture | {found['sampling_gib']} GiB above the model |",
             f"| time of LAG / original, median of the rounds | {found['lag_over_original']:.3f} |",
             f"| masks in two steps, and their sides | {found['masks']}; {sides} |",

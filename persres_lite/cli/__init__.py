@@ -126,9 +126,6 @@ def _complaint(error: Exception, chosen: argparse.Namespace) -> tuple[str, int] 
 def _smaller(chosen: argparse.Namespace, on_processor: bool) -> str:
     """What needs less memory than the command that ran out of it, apart from what was asked for already."""
     tries = []
-    if chosen.command == "personalize":
-        tries += ["--gradient-checkpointing"] * (not chosen.gradient_checkpointing)
-        tries += ["--at-once 1"] * (chosen.at_once != 1 and chosen.batch_size != 1)
     halved = chosen.dtype in ("float16", "bfloat16")
     if not halved and (on_processor or chosen.dtype == "float32"):  # on a GPU it is the default
         tries.append("--dtype bfloat16")
@@ -259,19 +256,16 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--batch-size", type=_whole(most=1024), help="pictures a step; the paper's is 4")
     learn.add_argument("--lr", type=_finite, help="learning rate; the paper's is 1e-3")
     learn.add_argument("--rank", type=_rank, help="a fraction of the width, or a whole number; the paper's is 0.05")
-    learn.add_argument("--init", default="lora", help="lora (starts at the original model) or random (both factors)")
+    learn.add_argument(
+        "--init", choices=("lora", "random"), default="lora", help="lora (starts at the original model) or random"
+    )
     learn.add_argument("--train-token", action="store_true", help="V*'s embedding learns too")
-    learn.add_argument("--masked-loss", action="store_true", help="only the object counts; needs masks")
     learn.add_argument(
-        "--gradient-checkpointing",
-        action="store_true",
-        default=None,
-        help="less memory, about a third more time (default: where a GPU is too small)",
+        "--loss",
+        choices=("paper", "masked", "outside"),
+        default="paper",
+        help="what it looks at: all; the object alone (needs masks); or outside it the frozen model's own prediction",
     )
-    learn.add_argument(
-        "--at-once", type=_whole(1), metavar="N", help="pictures of a step that go through the model together"
-    )
-    learn.add_argument("--mixed-precision", metavar="KIND", help="fp16 or bf16")
     learn.add_argument("--checkpoint", type=Path, metavar="FILE", help="where an interrupted run goes on")
     learn.add_argument("--sample-every", type=_whole(), metavar="N", help="draw a picture every N steps")
     _common(learn)

@@ -34,7 +34,7 @@ from persres_lite.prompts import find_words
 from persres_lite.residuals import FORMAT
 from persres_lite.support.files import check_place, read_tensors, whole_file
 from persres_lite.support.notices import tell
-from persres_lite.training import Diverged
+from persres_lite.training import Diverged, samples_every
 
 
 def personalize(chosen: Namespace) -> None:
@@ -63,12 +63,9 @@ def personalize(chosen: Namespace) -> None:
             seed=chosen.seed,
             init=chosen.init,
             checkpoint=chosen.checkpoint,
-            sample_every=chosen.sample_every,
+            on_step=samples_every(chosen.sample_every, base, concept, chosen.seed) if chosen.sample_every else None,
             train_token=chosen.train_token,
-            masked_loss=chosen.masked_loss,
-            gradient_checkpointing=chosen.gradient_checkpointing,
-            at_once=chosen.at_once,
-            mixed_precision=chosen.mixed_precision,
+            loss=chosen.loss,
             progress=not chosen.quiet,
         )
     except Diverged as error:

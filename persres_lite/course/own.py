@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from persres_lite.bases import BASES, settings_of
-from persres_lite.cost import KNOWN, LARGE, fitting, on_gpu, picture_size, room, without_gpu
+from persres_lite.cost import LARGE, NEEDS, in_pieces, on_gpu, picture_size, without_gpu
 from persres_lite.evaluation import JUDGES, PAPER_JUDGES, PARAMETERS
 from persres_lite.support.images import square_crops
 from persres_lite.support.rare_token import ENCODERS
@@ -66,7 +66,7 @@ def preflight(base: str, pictures: int = PICTURES, trainings: float = TRAININGS)
     found = {"GPU": torch.cuda.get_device_name() if gpu else "none that torch can use"}
     found["memory"] = on_gpu(base) or ("little: the base is small" if size < LARGE else "not known for this base")
     judges = 0 if base in JUDGES else sum(4 * PARAMETERS.get(judge, 0) for judge in PAPER_JUDGES) / 1e9
-    model = KNOWN[base][2] * (2 if gpu else 4) / 1e9 if base in KNOWN else 0
+    model = NEEDS[base].parameters * (2 if gpu else 4) / 1e9 if base in NEEDS else 0
     free = shutil.disk_usage(Path.home() if Path.home().exists() else Path.cwd()).free / 1e9
     enough = "" if free > 1.2 * (model + judges) else ": too little for the download"
     found["disk"] = f"{free:.0f} GB are free{enough}" if model + judges else "enough is free"
@@ -76,13 +76,12 @@ def preflight(base: str, pictures: int = PICTURES, trainings: float = TRAININGS)
         named = f"as much as the model's page says, and {named}"
     found["download"] = f"{named}, once; what is in the cache is not fetched again" if named else "none"
     known = BASES.get(base, BASES["sd-1.4"])
-    batch = known.recipe["batch_size"]
     if slow := without_gpu(base):
         found["time"] = f"{slow} This notebook draws {pictures} pictures and trains {trainings:g} times as long."
     elif size < LARGE:
         found["time"] = "a minute or two"
     else:
-        again = 4 / 3 if fitting(base, batch, room())["gradient_checkpointing"] else 1  # blocks are computed twice
+        again = 4 / 3 if in_pieces(base) else 1  # blocks are computed twice
         seconds = pictures * known.sampling["num_inference_steps"] * CALL
         seconds += trainings * known.recipe["steps"] * STEP * again
         found["time"] = (

@@ -7,6 +7,7 @@ scale and the settings that a resumed run must share are JSON in the file's meta
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from persres_lite.support.files import read_tensors, write_tensors
+from persres_lite.support.notices import tell
 
 KEY = "persres_lite_checkpoint"
+EVERY = 25  # steps; the file is a few megabytes, and at most this much work is lost
 
-Snapshot = tuple[dict[str, Tensor], dict[str, Any]]
-"""Tensors, and what JSON can hold."""
+Snapshot = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and what JSON can hold
 
 
 @dataclass
@@ -45,70 +47,91 @@ def snapshot(state: State) -> Snapshot:
 
 @torch.no_grad()
 def restore(state: State, saved: Snapshot) -> None:
-    """Put a `snapshot` back, in place.
-
-    Raises
-    ------
-    ValueError
-        If it is not one of this state.
-    """
-    try:
-        _restore(state, *saved)
-    except (LookupError, TypeError, AttributeError, RuntimeError) as error:  # from a file that someone has changed
-        raise ValueError(f"The checkpoint is damaged ({error!r}): delete it, or name another file.") from error
-
-
-def _restore(state: State, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    """Put a `snapshot` back, in place."""
+    tensors, rest = saved
     state.generator.set_state(tensors["generator"])
     state.scaler.load_state_dict(rest["scaler"])
     state.losses[:] = rest["losses"]
+    state.optimizer.zero_grad()
     state.optimizer.state.clear()
     for name, parameter in state.parameters.items():
         parameter.copy_(tensors[f"value/{name}"])
-        if f"step/{name}" in tensors:  # not before the first step
-            state.optimizer.state[parameter] = {
-                "step": tensors[f"step/{name}"].clone(),  # which Adam keeps on the CPU
-                "exp_avg": tensors[f"exp_avg/{name}"].to(parameter.device, copy=True),
-                "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(parameter.device, copy=True),
-            }
+        for moment in ("step", "exp_avg", "exp_avg_sq"):
+            if f"{moment}/{name}" in tensors:  # not before the first step; Adam keeps its number on the CPU
+                device = "cpu" if moment == "step" else parameter.device
+                value = tensors[f"{moment}/{name}"].to(device, copy=True)
+                state.optimizer.state[parameter][moment] = value
 
 
-def write_checkpoint(path: str | Path, saved: Snapshot, settings: dict[str, Any]) -> None:
-    """Write a `snapshot`; an older file at `path` is replaced at once or not at all.
+class Keeper:
+    """A training's last whole step, to which it can go back: in memory, and every 25 steps in a file, if one is named.
+
+    As a context it ends with that step, whether training went well, failed or was interrupted in the middle of one.
 
     Parameters
     ----------
-    path : path
-        The file.
-    saved : Snapshot
-        From `snapshot`.
+    state : State
+        What is kept; put where the file left it, if there is one.
+    path : path, optional
+        The file. An older one is replaced whole or not at all.
     settings : dict
         Everything that the final tensors depend on, except the number of steps; must be JSON's types.
-    """
-    tensors, rest = saved
-    write_tensors(path, tensors, {KEY: json.dumps(rest | {"settings": settings})})
-
-
-def read_checkpoint(path: str | Path, settings: dict[str, Any]) -> Snapshot:
-    """Read what `write_checkpoint` wrote, if it belongs to a training with these settings.
 
     Raises
     ------
     ValueError
-        If the file is damaged or no checkpoint, or belongs to a training with other settings (the first one is named).
+        If the file is no checkpoint, or of a training with other settings (the first one is named).
+    OSError
+        If it cannot be written.
     """
-    tensors, metadata = read_tensors(path)
-    if KEY not in metadata:
-        raise ValueError(f"{path} is no checkpoint of a training: delete it, or name another file.")
-    try:
+
+    def __init__(self, state: State, path: str | os.PathLike | None, settings: dict[str, Any]) -> None:
+        self.state, self.path, self.settings = state, path, settings
+        if path is not None and Path(path).exists():
+            restore(state, self._read())
+        self.good = snapshot(state)
+        self.write()  # a place that cannot be written to is better known now
+
+    def keep(self) -> None:
+        """A step is done."""
+        self.good = snapshot(self.state)
+        if len(self.state.losses) % EVERY == 0:
+            self.write_if_possible()
+
+    def back(self) -> None:
+        """To the last whole step."""
+        restore(self.state, self.good)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        self.back()
+        self.write_if_possible()
+
+    def write_if_possible(self) -> None:
+        """A disk that has filled up meanwhile does not end a training, whose result is in memory."""
+        try:
+            self.write()
+        except OSError as error:
+            tell(f"{error} The training goes on, and could not be taken up again from here.")
+
+    def write(self) -> None:
+        """The last whole step, into the file if there is one."""
+        if self.path is not None:
+            tensors, rest = self.good
+            write_tensors(self.path, tensors, {KEY: json.dumps(rest | {"settings": self.settings})})
+
+    def _read(self) -> Snapshot:
+        tensors, metadata = read_tensors(self.path)
+        if KEY not in metadata:
+            raise ValueError(f"{self.path} is no checkpoint of a training: delete it, or name another file.")
         rest = json.loads(metadata[KEY])
-        theirs = dict(rest.pop("settings"))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"The checkpoint {path} is damaged: delete it, or name another file.") from None
-    for name, value in settings.items():
-        if theirs.get(name) != value:
-            raise ValueError(
-                f"The checkpoint {path} belongs to a training with {name} = {theirs.get(name)!r}, not {value!r}: "
-                "give the same arguments to go on with it, or name another file to begin anew."
-            )
-    return tensors, rest
+        theirs = rest.pop("settings")
+        for name, value in self.settings.items():
+            if theirs.get(name) != value:
+                raise ValueError(
+                    f"The checkpoint {self.path} belongs to a training with {name} = {theirs.get(name)!r}, not "
+                    f"{value!r}: give the same arguments to go on with it, or name another file to begin anew."
+                )
+        return tensors, rest

@@ -6,38 +6,19 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
-"""How torch's devices put it."""
-
 SAID = "The memory did not suffice (out of memory): "
-
-LESS_MEMORY = (
-    "draw fewer pictures at once (num_images_per_prompt) or smaller ones (height, width)",
-    "call the pipeline's `vae.enable_slicing()`",
-    "on a GPU its `enable_model_cpu_offload()`",
-)
-"""What needs less memory where a pipeline draws."""
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says so; on a GPU it has a class of its own, elsewhere only its words."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
-    )
+    said = isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+    return said or isinstance(error, MemoryError)
 
 
 @contextmanager
 def advising(*tries: str) -> Iterator[None]:
-    """An error of memory that leaves this context says what to try. Of nested contexts the innermost speaks.
-
-    Parameters
-    ----------
-    *tries : str
-        What needs less memory, the best first.
-
-    Raises
-    ------
-    MemoryError or RuntimeError
-        Of the class that was raised inside (on a GPU torch.cuda.OutOfMemoryError).
+    """An error of memory that leaves this context says what to try, the best first. Of nested contexts the innermost
+    speaks, with an error of the class that was raised inside (on a GPU torch.cuda.OutOfMemoryError).
     """
     try:
         yield
@@ -50,4 +31,8 @@ def advising(*tries: str) -> Iterator[None]:
 
 def advising_smaller() -> AbstractContextManager[None]:
     """A context in which a pipeline that runs out of memory says what to try."""
-    return advising(*LESS_MEMORY)
+    return advising(
+        "draw fewer pictures at once (num_images_per_prompt) or smaller ones (height, width)",
+        "call the pipeline's `vae.enable_slicing()`",
+        "on a GPU its `enable_model_cpu_offload()`",
+    )

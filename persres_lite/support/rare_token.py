@@ -24,12 +24,9 @@ def rare_token_embeddings(base: Any, token: str) -> dict[str, nn.Parameter]:
     dict of str to Parameter
         By the text encoder's name: (pieces, width) in fp32; a rare word may be split into several pieces.
     """
-    rows = {}
-    for encoder, tokenizer in _encoders(base):
-        table = getattr(base, encoder).get_input_embeddings().weight
-        pieces = _pieces(getattr(base, tokenizer), token)
-        rows[encoder] = nn.Parameter(table[pieces].detach().float().clone())
-    return rows
+    tables = {encoder: getattr(base, encoder).get_input_embeddings().weight for encoder, _ in _encoders(base)}
+    pieces = {encoder: _pieces(getattr(base, tokenizer), token) for encoder, tokenizer in _encoders(base)}
+    return {name: nn.Parameter(table[pieces[name]].detach().float().clone()) for name, table in tables.items()}
 
 
 @contextmanager
@@ -66,8 +63,6 @@ def _pieces(tokenizer: Any, token: str) -> list[int]:
 def _replace_rows(module: nn.Module, inputs: tuple[Tensor], output: Tensor, *, pieces: Tensor, rows: Tensor) -> Tensor:
     """Forward hook of an embedding table: ids (b, n) in, vectors (b, n, width) out."""
     ids, count = inputs[0], len(pieces)
-    if ids.shape[-1] < count:
-        return output
     start = (ids.unfold(-1, count, 1) == pieces).all(-1)  # (b, n - count + 1): V* begins here
     for k in range(count):
         here = nn.functional.pad(start, (k, count - 1 - k))

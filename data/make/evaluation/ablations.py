@@ -113,7 +113,7 @@ def ablations(base: Any) -> list[Ablation]:
         Ablation("macro class", "wrong", called=_wrong),
         Ablation("macro class", _general(base)[1], called=lambda _: _general(base)[0]),
         Ablation("macro class", "none", called=lambda _: ""),
-        Ablation("loss", "masked", {"masked_loss": True}),
+        Ablation("loss", "masked", {"loss": "masked"}),
     ]
     masks: dict[str, dict[str, Any]] = {
         "Otsu": {"mask": "otsu"},

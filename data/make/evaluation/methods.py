@@ -28,7 +28,7 @@ from persres_lite.evaluation import draw
 from persres_lite.residuals import Residuals
 from persres_lite.support.files import whole_file
 from persres_lite.support.rare_token import rare_token_attached, rare_token_embeddings
-from persres_lite.training import TrainingSet, _prepare, _training_scheduler, diffusion_loss
+from persres_lite.training import TrainingSet, diffusion_loss, training_scheduler, training_set
 
 PRIOR_SEED = 1_000_000  # of the class's pictures: far from those of the evaluation
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -240,7 +240,7 @@ def fit(
 
     Without `prior` this is the loop of `persres_lite.personalize`, draw by draw.
     """
-    size, unet, scheduler = settings_of(base).size, base.unet, _training_scheduler(base)
+    size, unet, scheduler = settings_of(base).size, base.unet, training_scheduler(base)
     generator = torch.Generator().manual_seed(seed)
     parts = [(concept, concept.training_prompt, generator)]
     if prior:
@@ -249,7 +249,7 @@ def fit(
             (of_class, f"a photo of a {concept.macro_class}", torch.Generator().manual_seed(PRIOR_SEED + seed))
         )
     sets: list[tuple[TrainingSet, str, torch.Generator]] = [
-        (_prepare(base, each, size, False)[0], prompt, draws) for each, prompt, draws in parts
+        (training_set(base, each), prompt, draws) for each, prompt, draws in parts
     ]
     with torch.no_grad():
         fixed = {prompt: encode_prompt(base, prompt, size) for _, prompt, _ in sets}
