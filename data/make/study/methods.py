@@ -7,7 +7,6 @@ for bit.
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -70,20 +69,16 @@ def _rival(kind: str, toybox: tuple, *paper: Any) -> Method:
 
 
 RESIDUAL, PROJ_OUT = "residual", "proj_out LoRA"
+ATTENDED = "residual, outside held, attention's masks, twice the steps"
 FROZEN, CLASS_WORD, DESCRIBED = "frozen", "frozen, class word", "frozen, full description"
-HELD = {
-    "residual, outside held": {"hold_outside": True},
-    "residual, outside held, attention's masks": {"hold_outside": "attention"},
-}
-"""The loss that holds the outside to the frozen model, by true masks and by those of attention."""
-
 METHODS: dict[str, Method] = {
     FROZEN: Method("frozen"),
     CLASS_WORD: Method("frozen"),
     DESCRIBED: Method("frozen"),
     RESIDUAL: Method("residual"),
-    "residual, masked loss": Method("residual", {"masked_loss": True}),
-    **{name: Method("residual", options) for name, options in HELD.items()},
+    "residual, masked loss": Method("residual", {"loss": "masked"}),
+    "residual, outside held": Method("residual", {"loss": "outside"}),
+    ATTENDED: Method("residual", {"loss": "outside", "steps": 2.0}),
     "residual, V* learns": Method("residual", {"train_token": True}),
     "textual inversion": _rival("token", (0.03,), 3000, 4, 5e-4),
     "DreamBooth": _rival("weights", (1e-4,), 400, 1, 5e-6),
@@ -179,12 +174,6 @@ class Bench:
         return replace(found, steps=max(1, found.steps // 10), prior=min(2, found.prior)) if self.quick else found
 
 
-def known_methods() -> list[str]:
-    """Names of `METHODS` that this version of `personalize` can train."""
-    options = set(inspect.signature(training.personalize).parameters)
-    return [name for name, method in METHODS.items() if set(method.options) <= options]
-
-
 def named(method: str, concept: Concept) -> Concept:
     """The concept as a method calls it."""
     word = METHODS[method].word
@@ -204,6 +193,7 @@ def learn(bench: Bench, method: str, concept: Concept, seed: int) -> Learned:
 
 def _residual(bench: Bench, method: str, concept: Concept, seed: int) -> Learned:
     options, steps = dict(METHODS[method].options), settings_of(bench.base).recipe["steps"]
+    concept = replace(concept, masks=None) if method == ATTENDED else concept
     options["steps"] = max(1, int(steps * options.get("steps", 1) * (0.3 if bench.quick else 1)))
     residuals = training.personalize(bench.base, concept, seed=seed, progress=False, **options)
     return Learned(
@@ -226,7 +216,7 @@ def fit(
 
     Without `prior` this is the loop of `persres_lite.personalize`, draw by draw.
     """
-    unet, scheduler, size = base.unet, scheduler_of(base), settings_of(base).size
+    unet, scheduler, size = base.unet, training.training_scheduler(base), settings_of(base).size
     parts = [(concept, concept.training_prompt, seed)]
     if prior:
         parts.append((replace(concept, images=prior, masks=None), f"a photo of a {concept.macro_class}", ~seed))
@@ -249,11 +239,6 @@ def fit(
                 training.diffusion_loss(unet, scheduler, latents.to(unet.device), text, *moved).backward()
             optimizer.step()
     optimizer.zero_grad()
-
-
-def scheduler_of(base: Any) -> Any:
-    """The noise that the base was trained with."""
-    return training._training_scheduler(base)
 
 
 def _token(bench: Bench, method: str, concept: Concept, seed: int) -> Learned:

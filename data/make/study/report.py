@@ -6,6 +6,7 @@ the nested, paired bootstrap over concepts, trainings and pictures.
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ PICTURE = ["concept", "scene", "prompt", "noise"]
 def frame_of(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """All rows, with what only rows together can say: whether there is one toy, no larger than it should be."""
     frame = pd.DataFrame(rows).drop_duplicates(list(KEY), keep="last")
-    for name in (*SHOWN, "toys", "rank", "area of references", "in disc, half", "in disc, quarter", "seconds"):
+    for name in (*SHOWN, "toys", "rank", "area of references", "in disc, half", "in disc, quarter", "seconds", "parameters"):
         frame[name] = pd.to_numeric(frame[name]) if name in frame else float("nan")
     frozen = frame[frame.method == FROZEN].set_index(PICTURE).area.rename("area before")
     frame = frame.join(frozen, on=PICTURE)
@@ -195,11 +196,9 @@ def _save(figure: Any, path: Path) -> None:
 
 def table(frame: pd.DataFrame) -> str:
     """A table in Markdown, three digits; nothing where nothing is known."""
-    lines = ["| " + " | ".join(map(str, frame.columns)) + " |", "|" + "---|" * len(frame.columns)]
-    for row in frame.itertuples(index=False):
-        cells = ("" if v != v or v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    head, *lines = frame.to_csv(sep="|", index=False, float_format="%.3f", quoting=csv.QUOTE_NONE).splitlines()
+    rule = "|".join("---" for _ in frame.columns)
+    return "\n".join(f"|{line}|" for line in (head, rule, *lines))
 
 
 def sections(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:

@@ -52,7 +52,7 @@ class Line:
 
 
 RIVALS = tuple(name for name, one in m.METHODS.items() if one.kind in ("token", "weights", "adapter"))
-LOSSES = ("residual, masked loss", *m.HELD, "residual, V* learns")
+LOSSES = ("residual, masked loss", "residual, outside held", m.ATTENDED, "residual, V* learns")
 CHOICES = tuple(name for name, one in m.METHODS.items() if one.kind == "residual" and name not in (m.RESIDUAL, *LOSSES))
 LAYOUTS = ("side", "small", "beside", "border")
 LOOK = ("aggregated, best quarter", "disc, half", "disc, quarter", "swap", "complement")
@@ -114,12 +114,11 @@ class Unit:
 def units_of(lines: Sequence[Line], subjects: Sequence[Subject], only: Sequence[str] | None = None) -> list[Unit]:
     """All units, the frozen ones first, then training by training, each in an order that mixes cheap and dear ones."""
     units: dict[tuple[str, str, int | None], Unit] = {}
-    known = m.known_methods()
     for line in lines:
         for subject in subjects[: line.concepts]:
             for method in line.methods if subject.place or not line.biased else ():
                 trainings = [None] if m.METHODS[method].kind == "frozen" else range(line.trainings)
-                for training in trainings if method in (only or known) else ():
+                for training in trainings if method in (only or line.methods) else ():
                     unit = units.setdefault((subject.name, method, training), Unit(subject, method, training))
                     unit.add(line)
     mixed = Random(0).sample(list(units.values()), len(units))
