@@ -37,7 +37,7 @@ from persres_lite.toybox.world import (
 SCENES = ("place", "side", "small", "beside", "border", "style", "property")
 """A new place; at one side; small; beside another toy; both near the border; in a style; in another color."""
 PROMPTS = 4  # of each scene
-SMALL, SIDE, BORDER = 0.45, 0.6, 0.5  # heights of the toys of layouts; pretraining showed none below 0.42
+SMALL, LOW = 0.45, -0.45  # layouts' toys: height, near pretraining's least, and how far down those at a side stand
 PAPER_TOKENS = ("sks", "ktn")  # of Stable Diffusion's vocabulary
 
 
@@ -148,13 +148,13 @@ def _prompt(rng: random.Random, toy: Toy, scene: str, place: str, number: int, c
     text, start = f"a photo of a {{0}} {place}", None
     if scene == "side":
         text = f"a photo of a {{0}} {SIDES[number % 2]} {place}"
-        start = _layout(rng, place, SIDE, [(toy.kind, 2 * (number % 2) - 1)])
+        start = _layout(rng, place, LOW, [(toy.kind, 2 * (number % 2) - 1)])
     elif scene == "small":
-        start = _layout(rng, place, SMALL, [(toy.kind, rng.uniform(-0.3, 0.3))])
+        start = _layout(rng, place, 0.0, [(toy.kind, rng.uniform(-0.3, 0.3))])
     elif scene in ("beside", "border"):
         text = f"a {{0}} on the left and a {color} {other} on the right {place}"
         asked["pair"] = tuple(sorted((toy.kind, other)))
-        start = _layout(rng, place, BORDER, [(toy.kind, -1), (other, 1)]) if scene == "border" else None
+        start = _layout(rng, place, LOW, [(toy.kind, -1), (other, 1)]) if scene == "border" else None
     elif scene == "style":
         asked["style"] = STYLES[1 + number % 3]
         text += f" {asked['style']}"
@@ -163,13 +163,13 @@ def _prompt(rng: random.Random, toy: Toy, scene: str, place: str, number: int, c
     return Picture(scene, text, 0, asked, start)
 
 
-def _layout(rng: random.Random, place: str, fill: float, toys: list[tuple[str, float]]) -> Image.Image:
+def _layout(rng: random.Random, place: str, up: float, toys: list[tuple[str, float]]) -> Image.Image:
     """Gray toys as (class, across), in one light; across is -1 at the left border and 1 at the right one."""
     view: Scene = random_view(rng, (Toy("cat", "gray", "white"),), place)
     image = np.zeros(())
     for kind, across in toys:
         toy = replace(view.toys[0], kind=kind)
-        seen = draw(replace(view, toys=(toy,), fill=fill, shift=(float(across), -0.1)), shipped.SIZE, 2)
+        seen = draw(replace(view, toys=(toy,), fill=SMALL, shift=(float(across), up)), shipped.SIZE, 2)
         image = seen.image if not image.ndim else np.where(seen.masks[0][..., None] > 127, seen.image, image)
     return Image.fromarray(image)
 
