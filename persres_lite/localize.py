@@ -8,15 +8,14 @@ W x + M A B x: the frozen projection runs as ever, and no extra model evaluation
 A prompt comes by in this order, and `_Localizer` has a method for each stop:
 
 1. the pipeline encodes it: where do the concept's words stand? (`prompts`)
-2. a U-Net call begins: which rows are the prompt's, and is this step within the window?
-3. a block attends: the map of those words in those rows (`attention`)
-4. the map becomes a mask (`masks`), and the mask the weight of each row
-5. the block projects: the residual is added as far as its weight says (`residuals`)
+2. a block attends: is this step within the window, and which rows are the prompt's? (`attention`)
+3. its map becomes a mask (`masks`), and the mask the weight of each row
+4. the block projects: the residual is added as far as its weight says (`residuals`)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,20 +24,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from persres_lite.attention import REDUCTIONS, Reduce, indicator, watch_attention
+from persres_lite.attention import Reduce, mean, watch_attention
 from persres_lite.masks import Rule, average, find_rule, read_mask, resize
-from persres_lite.prompts import Call, find_words, watch_prompts
-from persres_lite.residuals import (
-    Residuals,
-    add_low_rank,
-    advising_smaller,
-    find_proj_outs,
-    refuse_compiled,
-    refuse_compiling,
-    unet_of,
-)
+from persres_lite.prompts import Call, watch_prompts
+from persres_lite.residuals import Residuals, add_low_rank, advising_smaller, find_proj_outs, refuse_compiling, unet_of
 
 Masks = dict[tuple[int, str], torch.Tensor]
+
+#: What the negative half's masks are, made of the positive half's.
+NEGATIVE = {"same": torch.clone, "residual": torch.ones_like, "original": torch.zeros_like, "own": None}
+#: Over what maps are averaged.
+AGGREGATE = {None: (), "blocks": ("blocks",), "steps": ("steps",), "both": ("blocks", "steps")}
 
 
 @dataclass
@@ -74,9 +70,8 @@ def localized(
     window: tuple[float, float] = (0.0, 1.0),
     fixed_mask: Any = None,
     aggregate: Literal["blocks", "steps", "both"] | None = None,
-    refine: int = 0,
-    heads: str | Reduce = "mean",
-    layers: str | Reduce = "mean",
+    heads: Reduce = mean,
+    layers: Reduce = mean,
     prompts: str | Sequence[str] | None = None,
     **options: Any,
 ) -> Iterator[Lag]:
@@ -106,18 +101,16 @@ def localized(
     window : (float, float)
         The share of steps at which masks are made: (0, 0.5) is the first half. At the others M = 0. A step is one
         U-Net evaluation.
-    fixed_mask : picture, array or tensor, or a list with one for each pair, optional
-        A mask drawn by hand, (h, w) or one for each image (images, h, w), in [0, 1] (pictures and bytes: 0 to 255);
-        resized to each block. Then no attention is looked at, and no words are needed.
+    fixed_mask : what `masks.read_mask` reads, a dict of masks, or a list with one of these for each pair, optional
+        A mask drawn by hand, (h, w) or one for each image (images, h, w); resized to each block. Then no attention is
+        looked at, and no words are needed. A dict by (step, block), such as `Lag.masks`, replays another run's.
     aggregate : 'blocks', 'steps' or 'both', optional
         Make each mask of an average of maps instead of one block's at one step (the paper's way): over all blocks (for
         those that have not yet run in this pass, their last map), over all steps so far, or over both.
-    refine : int
-        How many times to spread each map along self-attention first, by the mean of its heads.
-    heads, layers : 'mean', 'max', 'first', 'last' or callable
+    heads, layers : callable
         How one map is made of those of a layer's heads, and of those of the layers under one projection, where there
         are several: one in SD 1.x, 2.x and Toybox, 2 or 10 in SDXL. The paper says neither. A function gets maps
-        (B, several, HW, concepts) and gives (B, HW, concepts).
+        (B, several, HW, concepts) and gives (B, HW, concepts); by default it is the mean.
     prompts : str or list of str, optional
         Needed only if the pipeline is called with `prompt_embeds`, or its U-Net directly.
     **options
@@ -131,228 +124,133 @@ def localized(
     Raises
     ------
     ValueError
-        At once if an argument is unknown or the residuals do not fit; from the pipeline call if a prompt lacks the
-        concept's words; from a U-Net call if its text is not that of the prompts (see `prompts.Call.next`), if it is
-        made for the negative half alone while `unconditional` is 'same', or if the U-Net was compiled meanwhile.
+        At once if the residuals, the rule or the window do not fit; from the pipeline call if a prompt lacks the
+        concept's words; from a U-Net call if its text is not that of the prompts (see `prompts.Call.next`), or if the
+        U-Net was compiled meanwhile; at the end, if it was passed by.
     """
     pairs = [(residuals, concept)] if isinstance(residuals, (Residuals, str)) else list(residuals)
-    if not pairs:
-        raise ValueError("No residuals were given: pass residuals and a concept, or a list of such pairs.")
-    refuse_compiled(base)
-    _check(unconditional=unconditional, aggregate=aggregate, window=window, heads=heads, layers=layers)
-    drawn = None if fixed_mask is None else _drawn(fixed_mask, len(pairs))
-    if drawn is None and any(which is None for _, which in pairs):
-        raise ValueError("No concept was given: its words tell where to look (or pass `fixed_mask`).")
-    choices = _Choices(
-        concepts=[which if isinstance(which, (list, tuple)) else str(which) for _, which in pairs],
-        rule=find_rule(mask, **options),
-        scale=scale,
-        unconditional=unconditional,
-        window=window,
-        drawn=drawn,
-        aggregate=aggregate,
-    )
-    localizer = _Localizer(base, choices)
+    if not 0 <= window[0] < window[1] <= 1:
+        raise ValueError(f"The window {window} is not a range of shares: give (start, end) within (0, 1).")
+    localizer = _Localizer(base, find_rule(mask, **options), unconditional, window, AGGREGATE[aggregate])
+    localizer.concepts = [which if isinstance(which, (list, tuple)) else str(which) for _, which in pairs]
+    if fixed_mask is not None:
+        each = fixed_mask if isinstance(fixed_mask, (list, tuple)) and len(pairs) > 1 else [fixed_mask] * len(pairs)
+        localizer.drawn = [mask if isinstance(mask, Mapping) else read_mask(mask) for mask in each]
     with ExitStack() as stack:
         for index, (which, _) in enumerate(pairs):
-            for handle in _project(base, which, localizer, index):
+            for handle in _project(base, which, partial(localizer.weight, index), scale):
                 stack.callback(handle.remove)
             if isinstance(which, Residuals) and scale != 0:
                 stack.enter_context(which.token_attached(base))
-        stack.enter_context(watch_prompts(base, localizer.begin, prompts, needed=drawn is None))
-        stack.callback(unet_of(base).register_forward_pre_hook(localizer.next, with_kwargs=True).remove)
-        if drawn is None:
-            parts = (localizer.rows, localizer.columns, localizer.tell)
-            how = [each if callable(each) else REDUCTIONS[each] for each in (heads, layers)]
-            stack.enter_context(watch_attention(base, *parts, None, refine, *how))
-        else:
+        stack.enter_context(watch_prompts(base, localizer.begin, prompts, needed=not localizer.drawn))
+        if localizer.drawn:
             stack.callback(refuse_compiling(base).remove)
             for name in find_proj_outs(unet_of(base)):
-                transformer = unet_of(base).get_submodule(name.removesuffix(".proj_out"))
+                block = unet_of(base).get_submodule(name.removesuffix(".proj_out"))
                 hook = partial(localizer.draw, name=name)
-                stack.callback(transformer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        else:
+            stack.enter_context(watch_attention(base, localizer.ask, localizer.tell, heads, layers))
         stack.enter_context(advising_smaller())
         yield localizer.lag
-
-
-def _check(**arguments: Any) -> None:
-    """Refuse unknown choices at once, not at the first step."""
-    choices: dict[str, tuple] = {
-        "unconditional": ("same", "own", "residual", "original"),
-        "aggregate": (None, "blocks", "steps", "both"),
-        "heads": tuple(REDUCTIONS),
-        "layers": tuple(REDUCTIONS),
-    }
-    for name, allowed in choices.items():
-        if arguments[name] not in allowed and not (name in ("heads", "layers") and callable(arguments[name])):
-            raise ValueError(f"Unknown {name} {arguments[name]!r}: choose one of {', '.join(map(repr, allowed))}.")
-    start, end = arguments["window"]
-    if not 0 <= start < end <= 1:
-        raise ValueError(f"The window {arguments['window']} is not a range of shares: give (start, end) within (0, 1).")
-
-
-def _drawn(fixed_mask: Any, number: int) -> list[torch.Tensor]:
-    """Masks drawn by hand, (1 or images, h, w), one for each of the `number` concepts."""
-    each = fixed_mask if isinstance(fixed_mask, (list, tuple)) and number > 1 else [fixed_mask] * number
-    if len(each) != number:
-        raise ValueError(f"Got {len(each)} fixed masks for {number} pairs of residuals and concept.")
-    masks = [read_mask(one) for one in each]
-    return [mask if mask.ndim == 3 else mask[None] for mask in masks]
-
-
-@dataclass(frozen=True)
-class _Choices:
-    """The arguments of `localized`, read: what stays the same while the context is open."""
-
-    concepts: list[Any]  # words of each
-    rule: Rule
-    scale: float
-    unconditional: str
-    window: tuple[float, float]
-    drawn: list[torch.Tensor] | None  # masks by hand, one for each concept
-    aggregate: str | None
 
 
 class _Localizer:
     """One open context. The methods stand in the order in which they are called."""
 
-    def __init__(self, base: Any, choices: _Choices) -> None:
-        self.base, self.choices = base, choices
-        self.lag = Lag(parts=[{} for _ in choices.concepts])
+    def __init__(self, base: Any, rule: Rule, unconditional: str, window: tuple, aggregate: tuple) -> None:
+        self.base, self.rule, self.window, self.aggregate = base, rule, window, aggregate
+        self.negative: Any = NEGATIVE[unconditional]
+        self.concepts: list[Any] = []  # words of each
+        self.drawn: list[Any] = []  # masks by hand, one for each concept
+        self.lag = Lag()
 
     def begin(self, call: Call) -> None:
         """1. A pipeline call: where do the words of each concept stand in each prompt?"""
+        if not self.drawn:
+            self.columns = call.columns(self.concepts)
         self.call = call
-        if self.choices.drawn is None:
-            by_concept = [find_words(self.base, call.prompts, words) for words in self.choices.concepts]
-            self.positions = [list(row) for row in zip(*by_concept, strict=True)]  # by row, then by concept
-        self.lag.prompts, self.lag.parts = call.prompts, [{} for _ in self.choices.concepts]
-        self.indicators: dict[tuple[int, int, torch.device], torch.Tensor] = {}
-        self.sums: dict[tuple[str, int, str], tuple[torch.Tensor, int]] = {}  # of maps so far, and their number
+        self.lag.prompts, self.lag.parts = call.prompts, [{} for _ in self.concepts]
+        self.sums: dict[tuple[int, str], tuple[torch.Tensor, int]] = {}  # of maps so far, and their number
+        self.weights: dict[str, torch.Tensor] = {}  # by block: (concepts, batch, h, w)
 
-    def next(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """2. A U-Net call, of which `self.call` knows the step and the rows: is it within the window?"""
-        start, end = self.choices.window
-        self.inside = (start, end) == (0, 1) or start <= self.call.step / self._steps() < end
-        self.weights: dict[str, list[torch.Tensor]] = {}  # by block: for each concept (batch, h, w)
-        alone = self.call.halves.conditional is None
-        if alone and self.inside and self.choices.unconditional == "same" and self.choices.drawn is None:
+    def inside(self) -> bool:
+        """Is this step within the window?"""
+        if self.window == (0, 1):
+            return True
+        steps = getattr(self.base, "_num_timesteps", None) or len(self.base.scheduler.timesteps)
+        if self.call.step >= steps:
             raise ValueError(
-                "The U-Net was called for the negative prompt alone, and unconditional='same' needs the mask of the "
-                "prompt: call both halves at once, or choose 'own', 'residual' or 'original'."
+                f"The U-Net was called more often than the {steps} steps of this pipeline, so the window is not known: "
+                "another pipeline has called it; open a context for that one."
             )
+        return self.window[0] <= self.call.step / steps < self.window[1]
 
-    def _steps(self) -> int:
-        if not hasattr(self.base, "scheduler"):
-            raise ValueError("A window needs the number of steps: pass the pipeline instead of its U-Net.")
-        return getattr(self.base, "_num_timesteps", None) or len(self.base.scheduler.timesteps)
-
-    def rows(self, batch: int) -> slice | None:
-        """3. A block attends: in these rows its map is asked for."""
-        if not self.inside:
+    def ask(self) -> tuple[slice, torch.Tensor] | None:
+        """2. A block attends: in these rows its map is asked for, of these tokens."""
+        if not self.inside():
             return None
-        return slice(0, batch) if self.choices.unconditional == "own" else self.call.halves.conditional
-
-    def columns(self, keys: torch.Tensor) -> torch.Tensor:
-        """3. And of these tokens: (rows, T, concepts)."""
-        copies = len(keys) // len(self.positions)
-        which = (copies, keys.shape[1], keys.device)  # one transfer to the device a run, not one a layer
-        if which not in self.indicators:
-            self.indicators[which] = indicator(self.positions * copies, keys.shape[1]).to(keys.device)
-        return self.indicators[which]
+        if self.negative or self.call.others is None:
+            return self.call.rows, self.columns
+        return slice(None), torch.cat([self.columns, self.columns])
 
     def tell(self, name: str, maps: torch.Tensor) -> None:
-        """4. The block's maps (rows, concepts, h, w) become masks."""
-        halves = self.call.halves
-        parts = {"cond": halves.conditional, "uncond": halves.unconditional}
-        if self.choices.unconditional != "own":
-            parts = {"cond": slice(None)}
-        self._use(
-            name,
-            {
-                half: [self.choices.rule(self._mean(half, i, name, maps[rows, i])) for i in range(maps.shape[1])]
-                for half, rows in parts.items()
-                if rows is not None
-            },
-        )
+        """3. The block's maps (rows, concepts, h, w) become masks."""
+        own = not self.negative and self.call.others is not None
+        masks = [
+            torch.stack([self.rule(each) for each in self._mean(half, name, maps[rows]).unbind(1)])
+            for half, rows in enumerate([self.call.rows, self.call.others] if own else [slice(None)])
+        ]
+        self._use(name, masks[0], masks[-1])
 
-    def _mean(self, half: str, concept: int, name: str, maps: torch.Tensor) -> torch.Tensor:
-        """Maps (images, h, w) averaged with those of other blocks or of earlier steps, as `aggregate` says."""
-        how = self.choices.aggregate
-        if how is None:
+    def _mean(self, half: int, name: str, maps: torch.Tensor) -> torch.Tensor:
+        """Maps (images, concepts, h, w) averaged with those of other blocks or of earlier steps, as asked."""
+        if not self.aggregate:
             return maps
-        total, count = maps, 1
-        if how != "blocks" and (half, concept, name) in self.sums:
-            before, steps = self.sums[half, concept, name]
-            total, count = before + maps, steps + 1
-        self.sums[half, concept, name] = total, count
-        blocks = [name] if how == "steps" else [block for *which, block in self.sums if which == [half, concept]]
-        sums = [self.sums[half, concept, block] for block in blocks]
+        before, count = self.sums.get((half, name), (0, 0)) if "steps" in self.aggregate else (0, 0)
+        self.sums[half, name] = before + maps, count + 1
+        names = [block for which, block in self.sums if which == half] if "blocks" in self.aggregate else [name]
+        sums = [self.sums[half, block] for block in names]
         return average([total / count for total, count in sums], maps.shape[-2:])
 
     def draw(self, module: nn.Module, args: tuple, kwargs: dict, *, name: str) -> None:
-        """3 and 4 for masks drawn by hand: a block begins, and they take its size."""
-        if not self.inside or self.choices.drawn is None:
-            return
-        hidden = args[0] if args else kwargs["hidden_states"]
-        images = len(self.call.prompts) or len(hidden)
-        for mask in self.choices.drawn:
-            if len(mask) not in (1, images):
-                raise ValueError(f"Got {len(mask)} fixed masks for {images} images: give 1 or as many.")
-        rows = [mask.to(hidden.device).expand(images, -1, -1) for mask in self.choices.drawn]
-        masks = [resize(mask, tuple(hidden.shape[-2:])) for mask in rows]
-        self._use(name, {"cond": masks, "uncond": masks})
+        """2 and 3 for masks drawn by hand: a block begins, and they take its size."""
+        if self.inside():
+            hidden = args[0] if args else kwargs["hidden_states"]
+            each = [mask[self.call.step, name] if isinstance(mask, Mapping) else mask for mask in self.drawn]
+            shape = (len(self.call.prompts) or len(hidden), *hidden.shape[-2:])
+            masks = torch.stack([resize(mask, shape[1:]).expand(shape) for mask in each]).to(hidden.device)
+            self._use(name, masks, masks)
 
-    def _use(self, name: str, masks: dict[str, list[torch.Tensor]]) -> None:
-        """Masks (images, h, w) by half, for each concept, become the weights of a block, which sum to at most one."""
-        for half, each in masks.items():
-            if len(each) > 1:
-                total = torch.stack(each).sum(0).clamp(min=1)
-                masks[half] = [mask / total for mask in each]
-        if self.call.halves.conditional is not None:
-            for part, mask in zip(self.lag.parts, masks["cond"], strict=True):
-                part[self.call.step, name] = mask
-        self.weights[name] = [
-            self._for_batch({half: each[i] for half, each in masks.items()}) for i in range(len(self.lag.parts))
-        ]
+    def _use(self, name: str, positive: torch.Tensor, negative: torch.Tensor) -> None:
+        """Masks (concepts, images, h, w) of both halves become the weights of a block, which sum to at most one."""
+        positive, negative = (masks / masks.sum(0).clamp(min=1) for masks in (positive, negative))
+        for part, mask in zip(self.lag.parts, positive, strict=True):
+            part[self.call.step, name] = mask
+        self.weights[name] = positive
+        if self.call.others is not None:
+            negative = self.negative(positive) if self.negative else negative
+            halves = [negative, positive] if self.call.others.start == 0 else [positive, negative]
+            self.weights[name] = torch.cat(halves, 1)
 
-    def _for_batch(self, masks: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The masks of a concept's halves, (images, h, w) each, as (batch, h, w)."""
-        cond, uncond = self.call.halves.conditional, self.call.halves.unconditional
-        if uncond is None:
-            return masks["cond"]
-        known = next(iter(masks.values()))
-        choose = {"same": known, "original": torch.zeros_like(known), "residual": torch.ones_like(known)}
-        negative = masks["uncond"] if self.choices.unconditional == "own" else choose[self.choices.unconditional]
-        if cond is None:
-            return negative
-        return torch.cat([negative, masks["cond"]] if uncond.start == 0 else [masks["cond"], negative])
-
-    def weight(self, name: str, concept: int) -> torch.Tensor | float:
-        """5. The block projects: M (batch, h, w), or one number where all positions are alike."""
-        if not self.inside:
-            return 0.0
-        if name not in self.weights:  # the negative half alone, for which no map was asked
-            return 1.0 if self.choices.unconditional == "residual" else 0.0
-        return self.weights[name][concept]
+    def weight(self, index: int, name: str) -> torch.Tensor | None:
+        """4. The block projects: M (batch, h, w) of a concept, or None outside of the window."""
+        return self.weights[name][index] if self.inside() else None
 
 
-def _project(base: Any, which: Residuals | str, localizer: _Localizer, concept: int) -> list[Any]:
+def _project(base: Any, which: Residuals | str, weight: Any, scale: float) -> list[Any]:
     """Hooks that add, or for a loaded LoRA weaken, one concept's residual in every block; returns their handles."""
-    scale = localizer.choices.scale
 
     def add(module: nn.Module, inputs: tuple, output: torch.Tensor, *, name: str, A, B) -> torch.Tensor:
-        weight = localizer.weight(name, concept)
-        if scale == 0 or isinstance(weight, float) and weight == 0:
-            return output
-        return add_low_rank(output, inputs[0], A, B, None if isinstance(weight, float) else weight, scale)
+        M = weight(name)
+        return output if M is None or scale == 0 else add_low_rank(output, inputs[0], A, B, M, scale)
 
     def weaken(module: nn.Module, inputs: tuple, output: torch.Tensor, *, name: str) -> torch.Tensor:
-        weight = localizer.weight(name, concept)
-        if isinstance(weight, float):
-            return output * (scale * weight)
-        weight = weight.unsqueeze(1) if output.ndim == 4 else weight.flatten(1).unsqueeze(2)
-        return output * (scale * weight).to(output.dtype)
+        M = weight(name)
+        if M is None:
+            return output * 0
+        M = M.unsqueeze(1) if output.ndim == 4 else M.flatten(1).unsqueeze(2)
+        return output * (scale * M).to(output.dtype)
 
     if isinstance(which, str):
         from persres_lite.lora import adapter_layers  # only who brings a LoRA of others needs to read on there

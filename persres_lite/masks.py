@@ -1,45 +1,64 @@
-"""Rules that make a mask of an attention map: the paper's median, and the alternatives.
+"""Masks: made of an attention map by a rule, the paper's median or another; or drawn by hand, and read here.
 
 Every rule is a pure function of maps (B, h, w), any positive values, and gives masks (B, h, w) in [0, 1]; none of them
 waits for the device, so a mask costs a few small kernels. `RULES` is the table that the notebooks and the command line
 read.
+
+Positions are chosen by their rank, not by comparing numbers with a computed one: between two processors the last bit of
+a median may differ, the number of positions never does. Of equal values those come first that stand first, row by row.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch.nn import functional as F
 
 Rule = Callable[..., torch.Tensor]
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What a mask may be stored as. Pillow knows forty more, among them one that starts a PostScript interpreter."""
 
-def median(maps: torch.Tensor, *, inclusive: bool = False) -> torch.Tensor:
-    """1 above the map's median: half of the positions, however small the object is (paper: M_i, "binarize").
+
+def highest(maps: torch.Tensor, count: int) -> torch.Tensor:
+    """1 at the `count` highest positions of each map (B, h, w), as far as they are above its least value."""
+    flat = maps.flatten(1)
+    order = flat.argsort(dim=1, descending=True, stable=True)
+    chosen = torch.zeros_like(flat).scatter_(1, order[:, :count], 1)
+    return (chosen * (flat > flat.amin(1, keepdim=True))).view_as(maps)
+
+
+def median(maps: torch.Tensor) -> torch.Tensor:
+    """1 above the map's median: the upper half of the positions, however small the object is (paper: M_i, "binarize").
+
+    Without equal values this is `map > median`, the lower of the two middle values; of an odd number of positions the
+    middle one stays outside. Equal values are told apart by their place, but for the least: a constant map gives 0.
 
     Parameters
     ----------
     maps : tensor (B, h, w)
         Attention maps A_{i,C}.
-    inclusive : bool
-        The paper does not say `>` or `>=`. With `>` (default) exactly half of an even number of distinct values is
-        chosen, and nothing of a constant map; with `>=` one position more, and all of a constant map.
     """
-    flat = maps.flatten(1)
-    middle = flat.median(dim=1, keepdim=True).values  # the lower of the two middle values
-    return (flat >= middle if inclusive else flat > middle).to(maps.dtype).view_as(maps)
+    return highest(maps, maps[0].numel() // 2)
 
 
 def quantile(maps: torch.Tensor, *, q: float = 0.75) -> torch.Tensor:
-    """1 above the quantile `q` in [0, 1]: the share 1 - q of the positions, where the object's size is known."""
-    flat = maps.flatten(1)
-    return (flat > flat.quantile(q, dim=1, keepdim=True)).to(maps.dtype).view_as(maps)
+    """1 above the quantile `q` in [0, 1]: the share 1 - q of the positions, where the object's size is known.
+
+    Without equal values this is `map > quantile(map, q)`; equal ones are told apart as for `median`.
+    """
+    if not 0 <= q <= 1:
+        raise ValueError(f"The quantile q is a share from 0 to 1, not {q}.")
+    last = maps[0].numel() - 1
+    return highest(maps, last - math.floor(q * last + 1e-6))  # 0.29 x 100 is 28.999999999999996
 
 
 def threshold(maps: torch.Tensor, *, level: float = 0.5) -> torch.Tensor:
@@ -52,8 +71,9 @@ def threshold(maps: torch.Tensor, *, level: float = 0.5) -> torch.Tensor:
 def otsu(maps: torch.Tensor) -> torch.Tensor:
     """1 above the cut that separates the values best: greatest variance between the two classes (Otsu 1979).
 
-    Computed on the sorted values themselves, without a histogram, so there are no bins to choose. A constant map
-    gives 0.
+    Computed on the sorted values themselves, without a histogram, so there are no bins to choose. The cut is one of
+    the values: equal ones stay together, and a constant map gives 0. Of cuts that are equally good to six digits the
+    lowest counts.
     """
     flat = maps.flatten(1)
     values = flat.sort(dim=1).values  # (B, n)
@@ -62,8 +82,9 @@ def otsu(maps: torch.Tensor) -> torch.Tensor:
     sums = values.cumsum(1)
     # between-class variance, w0 w1 (mu0 - mu1)^2 = (S n0/n - S0)^2 / (n0 n1) up to a constant
     spread = (sums[:, -1:] * below / n - sums).square() / (below * (n - below)).clamp(min=1)
-    cut = values.gather(1, spread[:, :-1].argmax(1, keepdim=True)) if n > 1 else values
-    return (flat > cut).to(maps.dtype).view_as(maps)
+    spread[:, -1] = 0  # nothing is above the last value
+    best = (spread / spread.amax(1, keepdim=True)).round(decimals=6).argmax(1, keepdim=True)
+    return (flat > values.gather(1, best)).to(maps.dtype).view_as(maps)
 
 
 def soft(maps: torch.Tensor, *, sharpness: float = 4.0) -> torch.Tensor:
@@ -79,14 +100,6 @@ def soft(maps: torch.Tensor, *, sharpness: float = 4.0) -> torch.Tensor:
 #: All rules by name.
 RULES: dict[str, Rule] = {"median": median, "otsu": otsu, "quantile": quantile, "soft": soft, "threshold": threshold}
 
-#: What the rules' options may be.
-RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "inclusive": (lambda value: value in (True, False), "true or false"),
-    "q": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
-    "level": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
-    "sharpness": (lambda value: 0 < value < math.inf, "a number above 0"),
-}
-
 
 def find_rule(rule: str | Rule, /, **options: Any) -> Rule:
     """The function of maps that `rule`, by name or as it is, makes with these options.
@@ -94,20 +107,15 @@ def find_rule(rule: str | Rule, /, **options: Any) -> Rule:
     Raises
     ------
     ValueError
-        If there is no such rule, if it has no such option, or if an option's value is out of its range.
+        If there is no such rule, or it has no such option.
     """
-    if not callable(rule):
+    if isinstance(rule, str):
         if rule not in RULES:
             raise ValueError(f"Unknown mask rule {rule!r}: choose one of {', '.join(RULES)}, or pass a function.")
-        name, rule = rule, RULES[rule]
-        known = [key for key in inspect.signature(rule).parameters if key != "maps"]
-        for unknown in (option for option in options if option not in known):
-            raise ValueError(f"The mask rule {name!r} has no option {unknown!r}: it has {', '.join(known) or 'none'}.")
-        for option, value in options.items():
-            fits, wanted = RANGES.get(option, (lambda _: True, ""))
-            if isinstance(value, str) or not fits(value):
-                raise ValueError(f"The option {option} of the mask rule {name!r} must be {wanted}, not {value!r}.")
-    return partial(rule, **options)
+        known = [name for name in inspect.signature(RULES[rule]).parameters if name != "maps"]
+        for unknown in set(options) - set(known):
+            raise ValueError(f"The mask rule {rule!r} has no option {unknown!r}: it has {', '.join(known) or 'none'}.")
+    return partial(RULES[rule] if isinstance(rule, str) else rule, **options)
 
 
 def make_mask(maps: torch.Tensor, rule: str | Rule = "median", /, **options: Any) -> torch.Tensor:
@@ -125,72 +133,79 @@ def make_mask(maps: torch.Tensor, rule: str | Rule = "median", /, **options: Any
     Returns
     -------
     tensor of the shape of `maps`
-
-    Raises
-    ------
-    ValueError
-        If there is no such rule or option, or if `maps` has other than 2 or 3 dimensions.
     """
-    if maps.ndim not in (2, 3):
-        raise ValueError(f"Expected one map (h, w) or several (B, h, w), got the shape {tuple(maps.shape)}.")
-    masks = find_rule(rule, **options)(maps if maps.ndim == 3 else maps[None])
-    return masks if maps.ndim == 3 else masks[0]
+    return find_rule(rule, **options)(maps.reshape(-1, *maps.shape[-2:])).view_as(maps)
+
+
+def disc(shape: Sequence[int], share: float) -> torch.Tensor:
+    """A round mask (h, w) in the middle, a control that looks at nothing: `share` of the positions, the nearest ones.
+
+    Distances are compared as whole numbers, so it is the same everywhere.
+    """
+    y, x = (2 * torch.arange(side) - (side - 1) for side in shape)
+    order = (y[:, None].square() + x.square()).flatten().argsort(stable=True)
+    return torch.zeros(len(order)).scatter_(0, order[: round(share * len(order))], 1).view(*shape)
 
 
 def resize(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Maps (B, h, w) at another resolution: bilinear to a finer one, averages of areas to a coarser one."""
+    """Maps or masks (..., h, w) at another resolution: bilinear to a finer one, averages of areas to a coarser one."""
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
-    if size[0] < maps.shape[-2] or size[1] < maps.shape[-1]:
-        return F.interpolate(maps[:, None], size, mode="area")[:, 0]
-    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
-
-
-def read_mask(mask: Any) -> torch.Tensor:
-    """A mask drawn by hand as a tensor (h, w) or (images, h, w) in [0, 1].
-
-    Parameters
-    ----------
-    mask : PIL image, array or tensor
-        Pictures are read as gray; pictures and bytes are divided by 255, truth values are 0 and 1.
-
-    Raises
-    ------
-    ValueError
-        If it has other than 2 or 3 dimensions, or values outside [0, 1].
-    """
-    if hasattr(mask, "convert"):  # a PIL image
-        mask = np.array(mask.convert("L"))
-    mask = torch.as_tensor(mask)
-    values = mask.float() / 255 if mask.dtype == torch.uint8 else mask.float()
-    if values.ndim not in (2, 3):
-        raise ValueError(f"Expected a mask (h, w) or (images, h, w), got the shape {tuple(values.shape)}.")
-    if not ((values >= 0) & (values <= 1)).all():
-        raise ValueError("A mask must lie between 0 and 1 (bytes between 0 and 255).")
-    return values
+    coarser = size[0] < maps.shape[-2] or size[1] < maps.shape[-1]
+    how = {"mode": "area"} if coarser else {"mode": "bilinear", "align_corners": False}
+    return F.interpolate(maps.reshape(-1, 1, *maps.shape[-2:]), size, **how).view(*maps.shape[:-2], *size)
 
 
 def average(maps: Sequence[torch.Tensor], size: Sequence[int] | None = None) -> torch.Tensor:
-    """The mean of maps (B, h, w) of several blocks or steps, at `size` or else at the finest of their resolutions.
+    """The mean of maps (..., h, w) of several blocks or steps, at `size` or else at the finest of their resolutions."""
+    finest = size or max((each.shape[-2:] for each in maps), key=math.prod)
+    return torch.stack([resize(each, finest) for each in maps]).mean(0)
+
+
+def read_mask(mask: Any) -> torch.Tensor:
+    """A mask that somebody drew, as a tensor (h, w) or (images, h, w) in [0, 1], 1 where the object is.
+
+    Parameters
+    ----------
+    mask : path, PIL image, array or tensor
+        A picture is white on black, with 8 or 16 bits, or a cut-out: then what is transparent is 0. Whole numbers are
+        divided by the greatest of their kind, unless there is none but 0 and 1.
 
     Raises
     ------
     ValueError
-        If there is no map to average.
+        If it cannot be told where the object is: colors, white and black beside transparency, nothing that is white;
+        if there are numbers outside of [0, 1], or NaN.
     """
-    if not maps:
-        raise ValueError("There is no map to average.")
-    finest = size or max((tuple(each.shape[-2:]) for each in maps), key=lambda shape: shape[0] * shape[1])
-    return torch.stack([resize(each, finest) for each in maps]).mean(0)
+    if isinstance(mask, (str, os.PathLike)):
+        with Image.open(mask, formats=FORMATS) as opened:
+            mask = ImageOps.exif_transpose(opened)
+    if isinstance(mask, Image.Image):
+        mask = _gray(mask)
+    mask = mask.detach() if isinstance(mask, torch.Tensor) else torch.from_numpy(np.array(mask))
+    greatest = {torch.uint8: 255, torch.uint16: 65535, torch.int32: 65535}.get(mask.dtype, 1)
+    values = mask.float()
+    if not ((values >= 0) & (values <= greatest)).all():
+        raise ValueError("A mask must lie between 0 and 1 (bytes between 0 and 255), and have no NaN.")
+    if 1 < values.max() < greatest / 2:
+        raise ValueError(
+            f"The mask is nowhere white: its greatest value is {values.max():.0f} of {greatest}; paint the object "
+            "white on black, or give numbers from 0 to 1."
+        )
+    return values if values.max() <= 1 else values / greatest
 
 
-def refine(maps: torch.Tensor, affinity: torch.Tensor, times: int = 1) -> torch.Tensor:
-    """Spread maps (B, h, w) along self-attention: A <- P A, `times` over, P (B, hw, hw) with rows that sum to 1.
-
-    Positions that attend to each other come to agree, so a map that found an ear fills the cat. During sampling
-    `refine=` of `localized` and `record_attention` does the same with the fused kernel, without ever holding P.
-    """
-    flat = maps.flatten(1).unsqueeze(2)  # (B, hw, 1)
-    for _ in range(times):
-        flat = affinity @ flat
-    return flat.view_as(maps)
+def _gray(image: Image.Image) -> np.ndarray:
+    """The numbers of a picture (h, w): its gray, or what of it is not transparent."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return np.array(image)
+    *colors, alpha = np.array(image.convert("RGBA")).transpose(2, 0, 1).astype(int)
+    gray = np.array(image.convert("L"))
+    if alpha.min() == 255:
+        if np.ptp(colors, axis=0).max() > 64:  # JPEG turns gray into a little color
+            raise ValueError("The mask has colors, so what the object is cannot be told: paint it white on black.")
+        return gray
+    seen = gray[alpha > 127]
+    if ((seen < 64) | (seen > 191)).mean() > 0.99 and np.ptp(seen) > 127:
+        raise ValueError("The mask is black and white, and transparent besides: paint the object white on black.")
+    return alpha.astype(np.uint8)

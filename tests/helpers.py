@@ -10,6 +10,7 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPi
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 
+from persres_lite import method
 from persres_lite.concepts import Concept
 from persres_lite.residuals import Residuals
 from tests.tiny import ATTENTION_GAIN, TEXT_WIDTH, tiny_pipeline
@@ -29,6 +30,15 @@ def hooks_of(module: torch.nn.Module) -> int:
 
 def random_residuals(base, rank=0.25, seed=1) -> Residuals:
     return Residuals(base, rank=rank, init="random", seed=seed)
+
+
+def page_one(unet, residuals: Residuals) -> method.Residuals:
+    """The same residuals as `persres_lite.method` has them: what everything else is held against."""
+    names = {module: name for name, module in unet.named_modules()}
+    same = method.Residuals(unet)
+    blocks = [f"{names[block]}.proj_out" for block in method.blocks_of(unet)]
+    same.A, same.B = ([factors[name] for name in blocks] for factors in (residuals.A, residuals.B))
+    return same
 
 
 def call_arguments(kind: str, batch: int = 2) -> dict:

@@ -24,7 +24,7 @@ def record():
         for size, block in zip((8, 4), BLOCKS, strict=True):
             maps = torch.zeros(1, 2, size, size)
             maps[0, 0, step, 0], maps[0, 1, 0, step + 1] = 1.0, 2.0
-            made.maps[step, block, "cond"] = maps
+            made.maps[step, block] = maps
     return made
 
 

@@ -303,9 +303,7 @@ def record():
     made = AttentionRecord(words=["cat"], prompts=["cat"])
     for step in range(9):
         for size, block in ((8, "down_blocks.0.attentions.0.proj_out"), (4, "mid_block.attentions.0.proj_out")):
-            made.maps[step, block, "cond"] = torch.rand(
-                1, 1, size, size, generator=torch.Generator().manual_seed(step + size)
-            )
+            made.maps[step, block] = torch.rand(1, 1, size, size, generator=torch.Generator().manual_seed(step + size))
     return made
 
 

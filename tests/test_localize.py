@@ -1,4 +1,4 @@
-"""f^ = (1 - M) W x + M W' x in the same forward pass: against the slow reference, and with all that pipelines offer."""
+"""f^ = (1 - M) W x + M W' x in the same forward pass: against page one, and with all that pipelines offer."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from diffusers import (
     LCMScheduler,
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 from peft import LoraConfig
 from PIL import Image
 
-from persres_lite.attention import record_attention
+from persres_lite import method
+from persres_lite.attention import record_attention, watch_attention
 from persres_lite.localize import localized
-from persres_lite.masks import RULES, average, make_mask
+from persres_lite.masks import RULES, average, disc, make_mask
 from persres_lite.residuals import Residuals, find_proj_outs
-from tests.helpers import call_arguments, hooks_of, install_foreign, random_residuals
-from tests.reference import explicit_probabilities, reference
+from tests.helpers import call_arguments, hooks_of, install_foreign, page_one, random_residuals
 from tests.tiny import KINDS, sample, tiny_pipeline
 
 PROMPT = "a photo of a sks cat on the beach"
@@ -38,35 +39,25 @@ class Cat:
         return "sks cat"
 
 
-# Against the slow reference
+def last(maps):
+    """Of several layers under one projection the last, as on page one."""
+    return maps[:, -1]
 
 
-@pytest.mark.parametrize("guidance", [5.0, 1.0])
-def test_agrees_with_the_reference_through_a_whole_run(pipeline, guidance):
+# Against page one
+
+
+def test_pictures_are_those_of_page_one(pipeline):
     residuals = random_residuals(pipeline)
-    arguments = {"steps": 4, "guidance_scale": guidance}
-    with localized(pipeline, residuals, Cat()):
-        ours = sample(pipeline, PROMPT, **arguments)
-    with reference(pipeline.unet, residuals.A, residuals.B, [AT]), torch.no_grad():
-        slow = sample(pipeline, PROMPT, **arguments)
-    torch.testing.assert_close(ours, slow, atol=1e-4, rtol=1e-4)
+    with localized(pipeline, residuals, Cat(), layers=last):
+        ours = sample(pipeline, PROMPT, steps=4)
+    with torch.no_grad(), method.localized(pipeline.unet, page_one(pipeline.unet, residuals), AT):
+        expected = sample(pipeline, PROMPT, steps=4)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
     with residuals.attached(pipeline):
-        everywhere = sample(pipeline, PROMPT, **arguments)
-    for other in (sample(pipeline, PROMPT, **arguments), everywhere):  # the mask does matter
+        everywhere = sample(pipeline, PROMPT, steps=4)
+    for other in (sample(pipeline, PROMPT, steps=4), everywhere):  # the mask does matter
         assert (ours - other).abs().max() > 0.1
-
-
-def test_agrees_with_the_reference_for_batches_of_different_prompts(pipeline):
-    residuals = random_residuals(pipeline)
-    prompts = ["a sks cat in the grass", "a photo of the beach at night and a sks cat"]
-    arguments = {"steps": 3, "num_images_per_prompt": 2}
-    with localized(pipeline, residuals, "sks cat") as lag:
-        ours = sample(pipeline, prompts, **arguments)
-    with reference(pipeline.unet, residuals.A, residuals.B, [[2, 3]] * 2 + [[10, 11]] * 2), torch.no_grad():
-        slow = sample(pipeline, prompts, **arguments)
-    torch.testing.assert_close(ours, slow, atol=1e-4, rtol=1e-4)
-    assert lag.prompts == [prompts[0]] * 2 + [prompts[1]] * 2
-    assert all(len(mask) == 4 for mask in lag.masks.values())
 
 
 def both_halves(pipeline) -> torch.Tensor:
@@ -79,21 +70,18 @@ def both_halves(pipeline) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_agree_with_the_reference(kind):
+def test_gradients_are_those_of_page_one(kind):
     pipeline = tiny_pipeline(kind)
     arguments = call_arguments(kind) | {"encoder_hidden_states": both_halves(pipeline)}
-    residuals = random_residuals(pipeline)
-    A = {name: value.detach().clone().requires_grad_() for name, value in residuals.A.items()}
-    B = {name: value.detach().clone().requires_grad_() for name, value in residuals.B.items()}
-    with localized(pipeline, residuals, "sks cat", prompts=PROMPT):
+    residuals, twin = random_residuals(pipeline), random_residuals(pipeline)
+    with localized(pipeline, residuals, "sks cat", prompts=PROMPT, layers=last):
         pipeline.unet(**arguments).sample.square().mean().backward()
-    with reference(pipeline.unet, A, B, [AT]):
+    with method.localized(pipeline.unet, page_one(pipeline.unet, twin), AT):
         pipeline.unet(**arguments).sample.square().mean().backward()
-    for ours, slow in ((residuals.A, A), (residuals.B, B)):
-        for name in ours:
-            largest = slow[name].grad.abs().max().item()
-            assert largest > 0
-            torch.testing.assert_close(ours[name].grad, slow[name].grad, atol=1e-4 * largest, rtol=1e-4)
+    for ours, expected in zip(residuals.parameters(), twin.parameters(), strict=True):
+        largest = expected.grad.abs().max().item()
+        assert largest > 0
+        torch.testing.assert_close(ours.grad, expected.grad, atol=1e-4 * largest, rtol=1e-4)
 
 
 # Identity controls
@@ -104,15 +92,14 @@ def test_identity_controls_bit_for_bit(pipeline):
     residuals = random_residuals(pipeline)
     with residuals.attached(pipeline):
         everywhere = sample(pipeline)
-    nothing, all_of_it = torch.zeros(8, 8), torch.ones(8, 8)
     with localized(pipeline, Residuals(pipeline), "sks cat") as lag:
         assert torch.equal(sample(pipeline), original)  # zero residual
     assert 0 < sum(mask.sum() for mask in lag.masks.values())
     for arguments, expected in (
         ({"scale": 0.0}, original),
-        ({"fixed_mask": nothing}, original),
+        ({"fixed_mask": torch.zeros(8, 8)}, original),
         ({"mask": torch.zeros_like}, original),
-        ({"fixed_mask": all_of_it}, everywhere),
+        ({"fixed_mask": torch.ones(8, 8)}, everywhere),
         ({"mask": torch.ones_like}, everywhere),
         ({"mask": torch.ones_like, "unconditional": "own"}, everywhere),
         ({"mask": torch.ones_like, "unconditional": "residual"}, everywhere),
@@ -127,13 +114,12 @@ def test_identity_controls_bit_for_bit(pipeline):
 def test_leaving_restores_everything_also_through_an_exception(pipeline):
     before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
     processors = dict(pipeline.unet.attn_processors)
-    residuals = random_residuals(pipeline)
 
     def stop(pipe, step, timestep, arguments):
         raise RuntimeError("in between")
 
     with pytest.raises(RuntimeError, match="in between"):
-        with localized(pipeline, residuals, "sks cat", refine=1):
+        with localized(pipeline, random_residuals(pipeline), "sks cat"):
             assert pipeline.unet.state_dict().keys() == before.keys()
             sample(pipeline, callback_on_step_end=stop)
     assert hooks_of(pipeline.unet) == 0 and "encode_prompt" not in vars(pipeline)
@@ -161,16 +147,15 @@ def test_no_model_evaluation_is_added(pipeline):
     assert calls == plain and calls[""] == 2
 
 
-def test_masks_are_of_the_same_pass_they_are_used_in(pipeline):
-    with localized(pipeline, random_residuals(pipeline), "sks cat") as lag:
-        with record_attention(pipeline, words=["sks cat"]) as record:
-            sample(pipeline, steps=2)
-    assert lag.masks.keys() == {key[:2] for key in record.maps}
-    for (step, block), mask in lag.masks.items():
-        assert torch.equal(mask, make_mask(record.maps[step, block, "cond"][:, 0]))
-        assert mask.mean() == 0.5
-    first, last = (lag.masks[step, record.blocks[0]] for step in (0, 1))
-    assert not torch.equal(first, last)
+@pytest.mark.parametrize("rule", RULES)
+def test_masks_are_of_the_same_pass_they_are_used_in(sd1, rule):
+    with localized(sd1, random_residuals(sd1), "sks cat", mask=rule) as lag:
+        with record_attention(sd1, words=["sks cat"]) as record:
+            sample(sd1, steps=2)
+    assert lag.masks.keys() == record.maps.keys()
+    for key, mask in lag.masks.items():
+        assert torch.equal(mask, make_mask(record.maps[key][:, 0], rule))
+    assert not torch.equal(*(lag.masks[step, record.blocks[0]] for step in (0, 1)))
 
 
 def test_the_next_call_begins_anew(sd1):
@@ -184,65 +169,52 @@ def test_the_next_call_begins_anew(sd1):
 # Choices
 
 
-def block_masks(lag, step=0):
-    return {block: mask for (at, block), mask in lag.masks.items() if at == step}
-
-
 @pytest.mark.parametrize("policy", ["same", "own", "residual", "original"])
 def test_policies_for_the_unconditional_half(sd1, policy):
     """One U-Net call with two rows: what the negative row does is what it would do with that mask alone."""
-    residuals = random_residuals(sd1)
+    residuals, maps = random_residuals(sd1), {}
     arguments = call_arguments("sd1") | {"encoder_hidden_states": both_halves(sd1)}
+    columns = torch.zeros(2, 77, 1)
+    columns[:, AT] = 1
     with localized(sd1, residuals, "sks cat", prompts=PROMPT, unconditional=policy) as lag:
-        ours = sd1.unet(**arguments).sample
-    masks = block_masks(lag)
-    assert all(len(mask) == 1 for mask in masks.values())
-    alone = {key: value[:1] if value.ndim else value for key, value in arguments.items()}
-    rules = {"residual": torch.ones_like, "original": torch.zeros_like, "own": "median"}
-    if policy == "same":
-        blocks = iter(masks.values())
-        rule = lambda maps: next(blocks)  # noqa: E731
-    else:
-        rule = rules[policy]
-    # The negative row in a call of its own, with a mask of its own that is made by this rule.
-    with localized(sd1, residuals, "sks cat", prompts=PROMPT, unconditional="own", mask=rule):
-        expected = sd1.unet(**alone).sample
-    torch.testing.assert_close(ours[:1], expected, atol=1e-4, rtol=1e-4)
-    with localized(sd1, residuals, "sks cat", prompts=PROMPT):  # the positive half is never touched by the policy
-        positive = sd1.unet(**{key: value[1:] if value.ndim else value for key, value in arguments.items()}).sample
-    torch.testing.assert_close(ours[1:], positive, atol=1e-4, rtol=1e-4)
+        with watch_attention(sd1, lambda: (slice(None), columns), maps.__setitem__):
+            ours = sd1.unet(**arguments).sample
+    both = {}
+    for (step, block), positive in lag.masks.items():
+        negative, own = make_mask(maps[block][:, 0])[:, None]
+        assert torch.equal(positive, own)
+        ways = {"same": own, "own": negative, "residual": torch.ones_like(own), "original": torch.zeros_like(own)}
+        both[step, block] = torch.cat([ways[policy], own])
+    with localized(sd1, residuals, fixed_mask=both):
+        assert torch.equal(sd1.unet(**arguments).sample, ours)
 
 
 @pytest.mark.parametrize(
     ("window", "inside"), [((0.0, 1.0), [0, 1, 2, 3]), ((0.0, 0.5), [0, 1]), ((0.5, 1.0), [2, 3]), ((0.2, 0.3), [1])]
 )
 def test_window_of_steps(sd1, window, inside):
-    residuals = random_residuals(sd1)
+    residuals, latents = random_residuals(sd1), {}
+
+    def keep(pipe, step, timestep, arguments):
+        latents.setdefault(step, []).append(arguments["latents"].clone())
+        return arguments
+
     with localized(sd1, residuals, "sks cat", window=window) as lag:
-        ours = sample(sd1, steps=4)
+        sample(sd1, steps=4, callback_on_step_end=keep)
     assert sorted({step for step, _ in lag.masks}) == inside
-    if 0 not in inside:  # until then it is the original model
-        latents = {}
-
-        def keep(pipe, step, timestep, arguments):
-            latents.setdefault(step, []).append(arguments["latents"].clone())
-            return arguments
-
-        with localized(sd1, residuals, "sks cat", window=window):
-            sample(sd1, steps=4, callback_on_step_end=keep)
-        original = sample(sd1, steps=4, callback_on_step_end=keep)
-        for step in range(4):
-            assert torch.equal(*latents[step]) == (step < inside[0])
-        assert not torch.equal(ours, original)
+    sample(sd1, steps=4, callback_on_step_end=keep)
+    for step in range(4):  # until then it is the original model
+        assert torch.equal(*latents[step]) == (step < inside[0])
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_every_rule(sd1, rule):
-    with localized(sd1, random_residuals(sd1), "sks cat", mask=rule) as lag:
-        with record_attention(sd1, words=["sks cat"]) as record:
-            sample(sd1, steps=1)
-    for (step, block), mask in lag.masks.items():
-        assert torch.equal(mask, make_mask(record.maps[step, block, "cond"][:, 0], rule))
+def test_a_window_belongs_to_one_pipeline(sd1):
+    """Another one that shares the U-Net counts other steps."""
+    second = StableDiffusionPipeline.from_pipe(sd1)
+    second.set_progress_bar_config(disable=True)
+    with localized(sd1, random_residuals(sd1), "sks cat", window=(0, 0.5)):
+        sample(sd1, steps=2)
+        with pytest.raises(ValueError, match="more often than the 2 steps.*open a context for that one"):
+            sample(second, steps=3)
 
 
 def test_options_of_a_rule(sd1):
@@ -251,91 +223,77 @@ def test_options_of_a_rule(sd1):
     assert lag.masks[0, "down_blocks.0.attentions.0.proj_out"].mean() == 0.125
 
 
+def greatest(maps):
+    return maps.amax(1)
+
+
 def share_above_the_median(maps):
     return (maps > maps.median(2, keepdim=True).values).float().mean(1)
 
 
-@pytest.mark.parametrize("heads", ["mean", "max", share_above_the_median])
-@pytest.mark.parametrize("layers", ["mean", "first", "last"])
+@pytest.mark.parametrize("heads", [None, greatest, share_above_the_median])
+@pytest.mark.parametrize("layers", [None, last])
 def test_heads_and_layers_are_made_one_map_as_asked(sdxl, heads, layers):
     """By the explicit softmax of every layer: XL has several before one projection, here 2 and 3."""
     seen: dict[str, list[torch.Tensor]] = {}
 
-    def keep(module, args, kwargs, output, *, name):
-        probabilities, _ = explicit_probabilities(module, args[0], kwargs["encoder_hidden_states"])
-        seen.setdefault(name, []).append(probabilities[1:, :, :, AT].sum(-1))  # (1, heads, HW) of the positive half
+    def keep(attn, args, kwargs, output, *, name):
+        q, k = attn.to_q(args[0]), attn.to_k(kwargs["encoder_hidden_states"])
+        q, k = (each.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for each in (q, k))
+        A = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        seen.setdefault(name, []).append(A[1:, :, :, AT].sum(-1))  # (1, heads, HW) of the positive half
 
     handles = [
         layer.attn2.register_forward_hook(partial(keep, name=name), with_kwargs=True)
         for name in find_proj_outs(sdxl.unet)
         for layer in sdxl.unet.get_submodule(name.removesuffix(".proj_out")).transformer_blocks
     ]
-    with localized(sdxl, random_residuals(sdxl), "sks cat", mask=lambda maps: maps, heads=heads, layers=layers) as lag:
+    asked = {name: each for name, each in {"heads": heads, "layers": layers}.items() if each}
+    with localized(sdxl, random_residuals(sdxl), "sks cat", mask=lambda maps: maps, **asked) as lag:
         sample(sdxl, PROMPT, steps=1)
     for handle in handles:
         handle.remove()
     assert {len(maps) for maps in seen.values()} == {2, 3}
     for name, maps in seen.items():
-        if heads == "mean":
-            each = [of_layer.mean(1) for of_layer in maps]
-        elif heads == "max":
-            each = [of_layer.max(1).values for of_layer in maps]
-        else:
-            each = [torch.stack([median(head) for head in of_layer[0]]).mean(0)[None] for of_layer in maps]
-        one = {"mean": sum(each) / len(each), "first": each[0], "last": each[-1]}[layers]
+        each = [heads(part[..., None])[..., 0] if heads else part.mean(1) for part in maps]
+        one = each[-1] if layers else sum(each) / len(each)
         torch.testing.assert_close(lag.masks[0, name].flatten(1), one, atol=1e-5, rtol=0)
 
 
-def median(head):
-    """1 where a value (HW,) exceeds the lower of the two middle ones."""
-    return (head > head.sort().values[(len(head) - 1) // 2]).float()
-
-
-def test_aggregation_over_blocks_and_steps(sd1):
+@pytest.mark.parametrize("aggregate", ["blocks", "steps", "both"])
+def test_aggregation_over_blocks_and_steps(sd1, aggregate):
     """Each mask is made of the average of the maps so far: of the others, of the earlier steps, or of both."""
     blocks = list(find_proj_outs(sd1.unet))
-    for aggregate in ("blocks", "steps", "both"):
-        with localized(sd1, random_residuals(sd1), "sks cat", aggregate=aggregate) as lag:
-            with record_attention(sd1, words=["sks cat"]) as record:
-                sample(sd1, steps=3)
-        maps = {(step, block): value[:, 0] for (step, block, _), value in record.maps.items()}
+    with localized(sd1, random_residuals(sd1), "sks cat", aggregate=aggregate) as lag:
+        with record_attention(sd1, words=["sks cat"]) as record:
+            sample(sd1, steps=3)
 
-        def so_far(step, block, aggregate=aggregate, maps=maps):
-            """A block's map: the latest, or the mean over the steps up to now, as far as it has run in this pass."""
-            seen = [maps[at, block] for at in range(step + 1)]
-            return seen[-1] if aggregate == "blocks" else torch.stack(seen).mean(0)
+    def so_far(step, block):
+        """A block's map: the latest, or the mean over the steps up to now, as far as it has run in this pass."""
+        seen = [record.maps[at, block][:, 0] for at in range(step + 1)]
+        return seen[-1] if aggregate == "blocks" else torch.stack(seen).mean(0)
 
-        for (step, block), mask in lag.masks.items():
-            here = blocks.index(block)
-            if aggregate == "steps":
-                parts = [so_far(step, block)]
-            else:
-                parts = [so_far(step, name) for name in blocks[: here + 1]]
-                parts += [so_far(step - 1, name) for name in blocks[here + 1 :] if step > 0]
-            expected = average(parts, tuple(mask.shape[-2:]))
-            assert (mask != make_mask(expected)).float().mean() < 0.02  # ties at the median may round either way
-
-
-def test_refined_masks(sd1):
-    with localized(sd1, random_residuals(sd1), "sks cat", refine=1) as lag:
-        with record_attention(sd1, words=["sks cat"], refine=1) as record:
-            sample(sd1, steps=1)
     for (step, block), mask in lag.masks.items():
-        assert torch.equal(mask, make_mask(record.maps[step, block, "cond"][:, 0]))
+        here = blocks.index(block)
+        parts = [so_far(step, block)]
+        if aggregate != "steps":
+            parts = [so_far(step, name) for name in blocks[: here + 1]]
+            parts += [so_far(step - 1, name) for name in blocks[here + 1 :] if step > 0]
+        expected = make_mask(average(parts, tuple(mask.shape[-2:])))
+        assert (mask != expected).float().mean() < 0.02  # values that differ in the last bit may change their order
 
 
-def test_fixed_masks(sd1):
-    residuals = random_residuals(sd1)
-    left = torch.zeros(16, 16)
+def test_fixed_masks(sd1, tmp_path):
+    residuals, left = random_residuals(sd1), torch.zeros(16, 16)
     left[:, :8] = 1
-    with localized(sd1, residuals, fixed_mask=Image.fromarray((left * 255).byte().numpy())) as lag:
+    Image.fromarray((left * 255).byte().numpy()).save(tmp_path / "left.png")
+    with localized(sd1, residuals, fixed_mask=tmp_path / "left.png") as lag:
         drawn = sample(sd1, "a photo of a dog", steps=2)  # no words are needed
     for mask in lag.masks.values():
         assert mask.shape[0] == 1 and torch.equal(mask[0, :, : mask.shape[2] // 2], torch.ones_like(mask[0, :, ::2]))
         assert mask.mean() == 0.5
     assert not torch.equal(drawn, sample(sd1, "a photo of a dog", steps=2))
-    # one for each image, and a bare U-Net
-    each = torch.stack([left, 1 - left])
+    each = torch.stack([left, 1 - left])  # one for each image
     with localized(sd1, residuals, fixed_mask=each) as lag:
         both = sample(sd1, ["a dog", "a cat"], steps=1, latents=torch.ones(2, 4, 16, 16))
     assert torch.equal(lag.masks[0, "down_blocks.0.attentions.0.proj_out"], each)
@@ -343,9 +301,31 @@ def test_fixed_masks(sd1):
         with localized(sd1, residuals, fixed_mask=each[i]):
             alone = sample(sd1, prompt, steps=1, latents=torch.ones(1, 4, 16, 16))
         torch.testing.assert_close(both[i : i + 1], alone, atol=1e-4, rtol=1e-4)
-    with localized(sd1.unet, residuals, fixed_mask=torch.zeros(4, 4)):
-        untouched = sd1.unet(**call_arguments("sd1")).sample
-    assert torch.equal(untouched, sd1.unet(**call_arguments("sd1")).sample)
+    embeds, negative = sd1.encode_prompt(PROMPT, "cpu", 1, True)
+    with localized(sd1, residuals, fixed_mask=disc((8, 8), 0.5)):
+        sample(sd1, None, prompt_embeds=embeds, negative_prompt_embeds=negative, steps=1)
+
+
+def test_masks_of_another_run_are_replayed(sd1):
+    one, two, prompt = random_residuals(sd1), random_residuals(sd1, seed=2), "a sks cat and a wombat on the beach"
+    pairs = [(one, "sks cat"), (two, "wombat")]
+    with localized(sd1, pairs, mask="soft", window=(0, 0.5)) as lag:
+        expected = sample(sd1, prompt, steps=3)
+    with localized(sd1, pairs, fixed_mask=lag.parts, window=(0, 0.5)) as again:
+        torch.testing.assert_close(sample(sd1, prompt, steps=3), expected, atol=1e-5, rtol=1e-5)
+    assert again.masks.keys() == lag.masks.keys()
+
+
+def test_without_one_block(sd1):
+    """A block is left out by a residual that is zero there; the others go on."""
+    residuals, without = random_residuals(sd1), random_residuals(sd1)
+    left_out = list(residuals.A)[9]
+    without.A[left_out].data.zero_()
+    with localized(sd1, without, "sks cat") as lag:
+        ours = sample(sd1, steps=2)
+    masks = {key: mask * (key[1] != left_out) for key, mask in lag.masks.items()}
+    with localized(sd1, residuals, fixed_mask=masks):
+        assert torch.equal(sample(sd1, steps=2), ours)
 
 
 def test_scale_is_a_scaled_residual(sd1):
@@ -368,9 +348,9 @@ def test_several_concepts_share_what_overlaps(sd1):
         with record_attention(sd1, words=["sks cat", "wombat"]) as record:
             sample(sd1, prompt, steps=2)
     shared = 0.0
-    for (step, block), total in lag.masks.items():
-        first, second = (part[step, block] for part in lag.parts)
-        cat, wombat = make_mask(record.maps[step, block, "cond"][0])
+    for key, total in lag.masks.items():
+        first, second = (part[key] for part in lag.parts)
+        cat, wombat = make_mask(record.maps[key][0])
         assert total.max() <= 1
         torch.testing.assert_close(first[0], cat / (cat + wombat).clamp(min=1))
         torch.testing.assert_close(second[0], wombat / (cat + wombat).clamp(min=1))
@@ -388,8 +368,7 @@ def test_several_concepts_are_the_sum_of_their_parts(sd1):
     assert all(mask.eq(1).all() for mask in lag.masks.values())
     with localized(sd1, one, fixed_mask=left), localized(sd1, two, fixed_mask=1 - left):
         torch.testing.assert_close(sample(sd1, steps=2), disjoint, atol=1e-4, rtol=1e-4)
-    everywhere = torch.ones(16, 16)
-    with localized(sd1, [(one, None), (two, None)], fixed_mask=everywhere):
+    with localized(sd1, [(one, None), (two, None)], fixed_mask=torch.ones(16, 16)):
         overlapping = sample(sd1, steps=2)
     with one.attached(sd1, scale=0.5), two.attached(sd1, scale=0.5):
         torch.testing.assert_close(sample(sd1, steps=2), overlapping, atol=1e-4, rtol=1e-4)
@@ -425,26 +404,25 @@ def test_rows_of_a_batch_are_what_they_are_alone(sd1):
     residuals = random_residuals(sd1)
     prompts = ["a sks cat in the grass", "a photo of the beach at night and a sks cat"]
     latents = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    with localized(sd1, residuals, "sks cat"):
+    with localized(sd1, residuals, "sks cat") as lag:
         both = sample(sd1, prompts, num_images_per_prompt=2, latents=latents, negative_prompt=["a dog", "red"])
+        assert lag.prompts == [prompts[0]] * 2 + [prompts[1]] * 2
         for row, (prompt, negative) in enumerate([(prompts[0], "a dog")] * 2 + [(prompts[1], "red")] * 2):
             alone = sample(sd1, prompt, latents=latents[row : row + 1], negative_prompt=negative)
             torch.testing.assert_close(both[row : row + 1], alone, atol=1e-4, rtol=1e-4)
 
 
-def test_a_callback_that_halves_the_batch(sd1):
-    residuals = random_residuals(sd1)
+@pytest.mark.parametrize("arguments", [{}, {"unconditional": "own", "aggregate": "both"}], ids=["same", "own"])
+def test_a_callback_that_halves_the_batch(sd1, arguments):
     cut = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
-    arguments = {"callback_on_step_end": cut, "callback_on_step_end_tensor_inputs": ["prompt_embeds"], "steps": 4}
-    for policy in ("same", "own"):
-        for aggregate in (None, "both"):
-            with localized(sd1, residuals, "sks cat", unconditional=policy, aggregate=aggregate) as lag:
-                ours = sample(sd1, PROMPT, **arguments)
-            assert len(lag.masks) == 4 * 16 and all(len(mask) == 1 for mask in lag.masks.values())
-    with localized(sd1, residuals, "sks cat"):
-        ours = sample(sd1, PROMPT, **arguments)
-    with reference(sd1.unet, residuals.A, residuals.B, [AT]), torch.no_grad():
-        torch.testing.assert_close(ours, sample(sd1, PROMPT, **arguments), atol=1e-4, rtol=1e-4)
+    cutting = {"callback_on_step_end": cut, "callback_on_step_end_tensor_inputs": ["prompt_embeds"], "steps": 4}
+    residuals = random_residuals(sd1)
+    with localized(sd1, residuals, "sks cat", **arguments) as lag:
+        ours = sample(sd1, PROMPT, **cutting)
+    assert len(lag.masks) == 4 * 16 and all(len(mask) == 1 for mask in lag.masks.values())
+    if not arguments:
+        with localized(sd1, residuals, fixed_mask=dict(lag.masks)):
+            assert torch.equal(sample(sd1, PROMPT, **cutting), ours)
 
 
 @pytest.mark.parametrize("change", ["slicing", "fused projections", "foreign"])
@@ -459,13 +437,10 @@ def test_other_attention_processors(sd1, change):
     else:
         torch.manual_seed(0)
         install_foreign(sd1.unet)
-    processors = dict(sd1.unet.attn_processors)
     original = sample(sd1)
-    with localized(sd1, residuals, "sks cat") as lag:
+    with localized(sd1, residuals, "sks cat"):
         ours = sample(sd1)
     assert not torch.equal(ours, original)
-    assert sd1.unet.attn_processors == processors
-    assert len(lag.masks) == 2 * 16
     if change == "foreign":  # another model: compare with its own identity control
         with localized(sd1, residuals, "sks cat", mask=torch.zeros_like):
             assert torch.equal(sample(sd1), original)
@@ -473,20 +448,12 @@ def test_other_attention_processors(sd1, change):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_vae_tiling_and_pictures(sd1):
-    with localized(sd1, random_residuals(sd1), "sks cat"):
-        plain = sample(sd1, output_type="pil", steps=1)[0]
-        sd1.vae.enable_tiling()
-        tiled = sample(sd1, output_type="pil", steps=1)[0]
-    assert plain.size == tiled.size == (64, 64)
-
-
 def test_sizes_that_are_not_square(sd1):
     residuals = random_residuals(sd1)
     with localized(sd1, residuals, "sks cat") as lag:
         ours = sample(sd1, height=64, width=96)
     assert lag.masks[0, "down_blocks.0.attentions.0.proj_out"].shape == (1, 16, 24)
-    with reference(sd1.unet, residuals.A, residuals.B, [AT]), torch.no_grad():
+    with torch.no_grad(), method.localized(sd1.unet, page_one(sd1.unet, residuals), AT):
         torch.testing.assert_close(ours, sample(sd1, height=64, width=96), atol=1e-4, rtol=1e-4)
 
 
@@ -505,10 +472,10 @@ def test_prompt_embeds(sd1):
     with localized(sd1, residuals, "sks cat"):
         expected = sample(sd1, PROMPT)
     embeds, negative = sd1.encode_prompt(PROMPT, "cpu", 1, True)
-    with localized(sd1, residuals, "sks cat", prompts=PROMPT):
-        assert torch.equal(sample(sd1, None, prompt_embeds=embeds, negative_prompt_embeds=negative), expected)
-    with localized(sd1, residuals, fixed_mask=torch.ones(4, 4)):  # no words needed
-        sample(sd1, None, prompt_embeds=embeds, negative_prompt_embeds=negative, steps=1)
+    for encoder in (sd1.text_encoder, None):  # gone, as people do who have little memory
+        sd1.text_encoder = encoder
+        with localized(sd1, residuals, "sks cat", prompts=PROMPT):
+            assert torch.equal(sample(sd1, None, prompt_embeds=embeds, negative_prompt_embeds=negative), expected)
 
 
 def test_half_precision(sd1):
@@ -518,7 +485,7 @@ def test_half_precision(sd1):
     with localized(sd1, residuals, "sks cat") as lag:
         ours = sample(sd1)
     assert ours.dtype == torch.bfloat16 and not torch.equal(ours, original)
-    assert all(mask.dtype == torch.float32 for mask in lag.masks.values())
+    assert all(mask.dtype == torch.float32 and mask.mean() == 0.5 for mask in lag.masks.values())
     with localized(sd1, residuals, "sks cat", mask=torch.zeros_like):
         assert torch.equal(sample(sd1), original)
 
@@ -550,11 +517,9 @@ def test_a_loaded_lora_on_proj_out_is_localized_like_the_same_residuals(kind):
         with localized(loaded, "theirs", "sks cat", **arguments) as lag:
             torch.testing.assert_close(sample(loaded), slow, atol=1e-4, rtol=1e-4)
         assert lag.masks.keys() == expected.masks.keys()
-    with localized(loaded, "theirs", "sks cat", mask=torch.zeros_like):
-        assert torch.equal(sample(loaded), sample(plain))
-    with localized(loaded, "theirs", "sks cat", mask=torch.ones_like):
-        localized_everywhere = sample(loaded)
-    assert torch.equal(localized_everywhere, sample(loaded))
+    for rule, expected in ((torch.zeros_like, sample(plain)), (torch.ones_like, sample(loaded))):
+        with localized(loaded, "theirs", "sks cat", mask=rule):
+            assert torch.equal(sample(loaded), expected)
     assert hooks_of(loaded.unet) == 0
 
 
@@ -582,11 +547,11 @@ def fused(pipeline):
 @pytest.mark.parametrize(
     ("targets", "config", "change", "name", "message"),
     [
-        (["proj_out"], {}, fused, "theirs", "'theirs' is fused into the weights: call `unfuse_lora\\(\\)` first"),
-        (["proj_out"], {}, not_active, "theirs", "'theirs' is loaded but not active: call `set_adapters"),
-        (["proj_out"], {}, None, "ours", "No LoRA named 'ours' is loaded in the U-Net: it has 'theirs'"),
+        (["proj_out"], {}, fused, "theirs", "'theirs' is fused into the weights.*unfuse_lora"),
+        (["proj_out"], {}, not_active, "theirs", "'theirs' is loaded but not active.*set_adapters"),
+        (["proj_out"], {}, None, "ours", "'ours'.* it has 'theirs'"),
         (["to_q", "to_k"], {}, None, "theirs", "'theirs' changes 64 layers but no `proj_out`"),
-        (["proj_out"], {"use_dora": True}, None, "theirs", "'theirs' is of a variant \\(such as DoRA\\)"),
+        (["proj_out"], {"use_dora": True}, None, "theirs", "'theirs' is of a variant"),
     ],
     ids=["fused", "not active", "unknown", "elsewhere", "DoRA"],
 )
@@ -601,54 +566,33 @@ def test_loras_that_cannot_be_localized(targets, config, change, name, message):
     assert hooks_of(pipeline.unet) == 0
 
 
-def test_no_lora_at_all(sd1):
-    with pytest.raises(ValueError, match="No LoRA named 'theirs' is loaded in the U-Net: it has none .one that"):
-        with localized(sd1, "theirs", "sks cat"):
-            pass
-
-
 # Bad input
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"concept": None}, "No concept was given: its words tell where to look"),
-        ({"mask": "mean"}, "Unknown mask rule 'mean': choose one of median"),
+        ({"mask": "mean"}, "'mean'.* median"),
         ({"mask": "otsu", "q": 0.5}, "'otsu' has no option 'q'"),
-        ({"unconditional": "none"}, "Unknown unconditional 'none': choose one of 'same', 'own', 'residual', 'orig"),
-        ({"aggregate": "heads"}, "Unknown aggregate 'heads': choose one of None, 'blocks', 'steps', 'both'"),
-        ({"heads": "median"}, "Unknown heads 'median': choose one of 'mean', 'max', 'first', 'last'"),
-        ({"layers": 2}, "Unknown layers 2: choose one of 'mean', 'max', 'first', 'last'"),
-        ({"window": (0.5, 0.5)}, r"The window \(0.5, 0.5\) is not a range of shares"),
-        ({"window": (0, 50)}, r"The window \(0, 50\) is not a range of shares"),
+        ({"window": (0.5, 0.5)}, r"window \(0.5, 0.5\) is not a range of shares"),
+        ({"window": (0, 50)}, r"window \(0, 50\) is not a range of shares"),
         ({"fixed_mask": torch.full((4, 4), 2.0)}, "A mask must lie between 0 and 1"),
-        ({"prompts": "a photo of a dog"}, "The prompt \"a photo of a dog\" does not contain 'sks', 'cat'"),
-        ({"residuals": []}, "No residuals were given"),
+        ({"prompts": "a photo of a dog"}, "\"a photo of a dog\" does not contain 'sks', 'cat'"),
     ],
 )
 def test_bad_arguments(sd1, arguments, message):
-    arguments = {"residuals": Residuals(sd1), "concept": "sks cat"} | arguments
     with pytest.raises(ValueError, match=message):
-        with localized(sd1, **arguments):
+        with localized(sd1, Residuals(sd1), "sks cat", **arguments):
             pass
     assert hooks_of(sd1.unet) == 0 and "encode_prompt" not in vars(sd1)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "arguments", "message"),
-    [
-        ("a photo of a dog", {}, "\"a photo of a dog\" does not contain 'sks', 'cat': it needs the words \"sks cat\""),
-        (["a sks cat", "a sks dog"], {}, "The prompt \"a sks dog\" does not contain 'cat'"),
-        ("a dog", {"fixed_mask": torch.zeros(3, 8, 8)}, "Got 3 fixed masks for 1 images: give 1 or as many"),
-    ],
-)
-def test_bad_calls(sd1, prompt, arguments, message):
-    with localized(sd1, Residuals(sd1), "sks cat", **arguments):
-        with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("prompt", ["a photo of a dog", ["a sks cat", "a sks dog"]])
+def test_prompts_that_lack_the_words(sd1, prompt):
+    with localized(sd1, Residuals(sd1), "sks cat"):
+        with pytest.raises(ValueError, match='dog" does not contain .*\'cat\'.*"sks cat"'):
             sample(sd1, prompt, steps=1)
-        if not arguments:
-            sample(sd1, "a sks cat", steps=1)  # the context is still good
+        sample(sd1, "a sks cat", steps=1)  # the context is still good
 
 
 def test_residuals_of_another_base(sd1, sdxl):
@@ -656,9 +600,3 @@ def test_residuals_of_another_base(sd1, sdxl):
         with localized(sdxl, Residuals(sd1), "sks cat"):
             pass
     assert hooks_of(sdxl.unet) == 0
-
-
-def test_a_window_needs_the_pipeline(sd1):
-    with localized(sd1.unet, Residuals(sd1), fixed_mask=torch.ones(4, 4), window=(0, 0.5)):
-        with pytest.raises(ValueError, match="pass the pipeline instead of its U-Net"):
-            sd1.unet(**call_arguments("sd1"))

@@ -1,4 +1,4 @@
-"""Rules that make masks of maps: by hand, by brute force, and their common promises."""
+"""Rules that make masks of maps: by hand, by brute force, and their common promises; and masks that somebody drew."""
 
 from __future__ import annotations
 
@@ -7,20 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from persres_lite.masks import (
-    RULES,
-    average,
-    find_rule,
-    make_mask,
-    median,
-    otsu,
-    quantile,
-    read_mask,
-    refine,
-    resize,
-    soft,
-    threshold,
-)
+from persres_lite.masks import RULES, average, disc, make_mask, median, otsu, quantile, read_mask, resize, soft
 
 HAND = torch.tensor([[[1.0, 2.0, 3.0], [4.0, 5.0, 9.0]]])  # (1, 2, 3)
 
@@ -33,7 +20,6 @@ def maps(batch=3, h=6, w=8, seed=0):
     ("rule", "options", "expected"),
     [
         ("median", {}, [[0, 0, 0], [1, 1, 1]]),
-        ("median", {"inclusive": True}, [[0, 0, 1], [1, 1, 1]]),
         ("quantile", {"q": 0.5}, [[0, 0, 0], [1, 1, 1]]),
         ("quantile", {"q": 0.8}, [[0, 0, 0], [0, 0, 1]]),
         ("quantile", {"q": 0.0}, [[0, 1, 1], [1, 1, 1]]),
@@ -59,16 +45,24 @@ def test_promises_of_every_rule(name):
     torch.testing.assert_close(RULES[name](several * 1e-3), masks, atol=1e-4, rtol=0)  # whatever the maps' scale
     brightest = several.flatten(1).argmax(1, keepdim=True)
     assert torch.equal(masks.flatten(1).gather(1, brightest)[:, 0], masks.flatten(1).amax(1))
+    assert (RULES[name](torch.full((2, 4, 4), 0.3)) == (0.5 if name == "soft" else 0)).all()  # a constant map
 
 
-@pytest.mark.parametrize(
-    ("rule", "value"), [(median, 0), (quantile, 0), (threshold, 0), (otsu, 0), (soft, 0.5)], ids=lambda x: str(x)
-)
-@pytest.mark.parametrize("shape", [(2, 4, 4), (1, 1, 1), (1, 1, 3)])
-def test_constant_maps(rule, value, shape):
-    assert (rule(torch.full(shape, 0.3)) == value).all()
-    if rule is median:
-        assert (median(torch.full(shape, 0.3), inclusive=True) == 1).all()
+@pytest.mark.parametrize("shape", [(6, 8), (5, 5)], ids=["even", "odd"])
+def test_ranks_choose_what_the_numbers_choose_where_none_are_equal(shape):
+    several = maps(4, *shape)
+    flat = several.flatten(1)
+    middle = flat.median(1).values[:, None, None]
+    assert torch.equal(median(several), (several > middle).float())
+    for q in (0.0, 0.25, 0.29, 0.75, 0.8, 1.0):
+        level = flat.double().quantile(q, dim=1)[:, None, None]
+        assert torch.equal(quantile(several, q=q), (several.double() > level + 1e-12).float())
+
+
+def test_equal_values_are_told_apart_by_their_place_but_for_the_least():
+    assert median(torch.tensor([[[1.0, 2, 2], [2, 2, 2]]])).tolist() == [[[0, 1, 1], [1, 0, 0]]]
+    assert median(torch.tensor([[[0.0, 0, 0], [0, 0, 2]]])).tolist() == [[[0, 0, 0], [0, 0, 1]]]
+    assert otsu(torch.tensor([[[1.0, 2, 2], [2, 2, 2]]])).tolist() == [[[0, 1, 1], [1, 1, 1]]]
 
 
 def test_median_chooses_half_however_small_the_object_is():
@@ -96,24 +90,17 @@ def test_otsu_is_the_best_cut_of_all():
 def test_soft_becomes_the_median_rule():
     several = maps()
     assert ((soft(several, sharpness=1e6) > 0.5).float() == median(several)).all()
-    gentle, steep = soft(several, sharpness=1), soft(several, sharpness=10)
-    assert ((steep - 0.5).abs() >= (gentle - 0.5).abs()).all()
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: make_mask(HAND, "mean"), "Unknown mask rule 'mean': choose one of median, otsu, quantile, soft, th"),
-        (lambda: make_mask(HAND, "otsu", q=0.5), "'otsu' has no option 'q': it has none"),
-        (lambda: find_rule("quantile", level=1), "'quantile' has no option 'level': it has q"),
-        (lambda: make_mask(HAND[0, 0]), r"Expected one map \(h, w\) or several \(B, h, w\), got the shape \(3,\)"),
-        (lambda: average([]), "There is no map to average"),
-        (lambda: read_mask(torch.zeros(4)), r"Expected a mask \(h, w\) or \(images, h, w\), got the shape \(4,\)"),
-        (lambda: read_mask(torch.full((2, 2), 1.5)), "A mask must lie between 0 and 1"),
-        (lambda: read_mask(torch.full((2, 2), torch.nan)), "A mask must lie between 0 and 1"),
+        (lambda: make_mask(HAND, "mean"), "'mean'.* median, otsu, quantile, soft, threshold"),
+        (lambda: make_mask(HAND, "quantile", level=0.5), "'quantile' has no option 'level': it has q"),
+        (lambda: make_mask(HAND, "quantile", q=75), "from 0 to 1, not 75"),
     ],
 )
-def test_bad_input(call, message):
+def test_rules_and_options_that_are_not_there(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -122,42 +109,95 @@ def test_a_function_of_ones_own():
     assert torch.equal(make_mask(HAND, lambda several, at: (several > at).float(), at=4), (HAND > 4).float())
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(16, 16), (6, 9)])
+def test_a_disc_takes_its_share_of_the_positions_the_nearest_ones(shape, share):
+    mask = disc(shape, share)
+    assert mask.shape == shape and mask.sum() == round(share * mask.numel())
+    y, x = (torch.arange(side) - (side - 1) / 2 for side in shape)
+    radius = (y[:, None] ** 2 + x**2).sqrt()
+    if 0 < share < 1:
+        assert radius[mask == 1].max() <= radius[mask == 0].min() + 1e-6
+
+
+# Masks that somebody drew
+
+BYTES = np.array([[0, 255], [255, 0]], dtype=np.uint8)
+COLORS = np.stack([BYTES] * 3, -1)
+PHOTO = np.array([[[200, 30, 30], [90, 160, 20]], [[20, 60, 220], [10, 10, 10]]], dtype=np.uint8)
+RED = np.where(BYTES[..., None] > 0, np.array([255, 0, 0]), 255).astype(np.uint8)  # on white
+
+
+def with_alpha(colors, alpha=BYTES):
+    return Image.fromarray(np.dstack([colors, alpha]))
+
+
+def palette():
+    image = Image.fromarray(BYTES // 255).convert("P")
+    image.putpalette([0, 0, 0, 255, 255, 255])
+    image.putdata([0, 1, 1, 0])
+    return image
+
+
 @pytest.mark.parametrize(
     "drawn",
     [
-        Image.fromarray(np.array([[0, 255], [255, 0]], dtype=np.uint8)),
-        Image.fromarray(np.array([[0, 255], [255, 0]], dtype=np.uint8)).convert("RGB"),
-        np.array([[0, 255], [255, 0]], dtype=np.uint8),
-        np.array([[False, True], [True, False]]),
-        torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64),
-        torch.tensor([[0, 1], [1, 0]]),
+        Image.fromarray(BYTES),
+        Image.fromarray(BYTES).convert("1"),
+        Image.fromarray(COLORS),
+        Image.fromarray(BYTES // 255),
+        Image.fromarray(BYTES.astype(np.uint16) * 257),
+        palette(),
+        with_alpha(PHOTO),
+        with_alpha(np.zeros_like(COLORS)),
+        with_alpha(np.full_like(COLORS, 255)),
+        with_alpha(COLORS, np.full_like(BYTES, 255)),
+        BYTES,
+        BYTES // 255,
+        BYTES > 0,
+        torch.tensor(BYTES / 255.0),
+        torch.tensor(BYTES / 255).bfloat16(),
+        torch.tensor(BYTES // 255).long(),
         [[0.0, 1.0], [1.0, 0.0]],
     ],
-    ids=["gray", "rgb", "bytes", "bool", "double", "int", "list"],
+    ids="gray|1 bit|rgb|0 and 1|16 bit|palette|cut-out|black strokes|white strokes|opaque|bytes|small bytes|"
+    "bool|double|half|int|list".split("|"),
 )
-def test_masks_drawn_by_hand(drawn):
-    assert torch.equal(read_mask(drawn), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+def test_masks_drawn_by_hand(drawn, tmp_path):
+    right = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    assert torch.equal(read_mask(drawn), right)
+    if isinstance(drawn, Image.Image):
+        drawn.save(tmp_path / "mask.png")
+        assert torch.equal(read_mask(tmp_path / "mask.png"), right)
+        assert torch.equal(read_mask(str(tmp_path / "mask.png")), right)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "message"),
+    [
+        (Image.fromarray(RED), "has colors.* white on black"),
+        (Image.fromarray(PHOTO), "has colors"),
+        (with_alpha(COLORS, np.array([[0, 255], [255, 255]], dtype=np.uint8)), "transparent besides.* white on black"),
+        (Image.fromarray(BYTES // 50), "greatest value is 5 of 255; paint the object white on black"),
+        (torch.full((2, 2), 1.5), "between 0 and 1"),
+        (torch.tensor([[0.0, torch.nan]]), "no NaN"),
+        (torch.tensor([[0, 255]]), "between 0 and 1"),
+    ],
+    ids=["red on white", "photograph", "both", "labels", "beyond", "NaN", "large"],
+)
+def test_masks_that_may_mean_several_things_are_refused(drawn, message):
+    with pytest.raises(ValueError, match=message):
+        read_mask(drawn)
 
 
 def test_resize_and_average():
     corner = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
     assert torch.equal(resize(corner, (2, 2)), corner)
-    assert resize(torch.ones(1, 8, 4), (4, 2)).eq(1).all()
-    checkered = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    assert resize(torch.ones(2, 3, 8, 4), (4, 2)).eq(1).all()
+    checkered = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     assert resize(checkered, (1, 1)).item() == 0.5  # areas are averaged, not sampled
     assert resize(corner, (4, 4)).shape == (1, 4, 4)
     both = average([corner, torch.ones(1, 4, 4)])
     assert both.shape == (1, 4, 4)  # at the finest resolution
     torch.testing.assert_close(both, (resize(corner, (4, 4)) + 1) / 2)
     assert average([corner, torch.ones(1, 4, 4)], (2, 2)).shape == (1, 2, 2)
-
-
-def test_refine_spreads_along_the_affinity():
-    # Positions 0 and 1 attend to each other evenly, 2 and 3 likewise.
-    pairs = torch.tensor([[0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5], [0, 0, 0.5, 0.5]])[None]
-    one = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
-    assert refine(one, pairs).tolist() == [[[0.5, 0.5], [0.0, 0.0]]]
-    step = torch.softmax(torch.randn(2, 48, 48, generator=torch.Generator().manual_seed(0)), -1)
-    several = maps(2)
-    torch.testing.assert_close(refine(several, step, times=2), refine(refine(several, step), step))
-    assert torch.equal(refine(several, step, times=0), several)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from persres_lite.prompts import Call, find_words, token_positions, watch_prompts, words_of
 from tests.helpers import hooks_of
-from tests.tiny import sample, tiny_tokenizer
+from tests.tiny import sample, tiny_pipeline, tiny_tokenizer
 
 PROMPT = "a photo of a sks cat on the beach"
 #        0 1 2     3  4 5   6   7  8   9
 
 TOKENIZER = tiny_tokenizer()
-
-
-# Positions
 
 
 @pytest.mark.parametrize(
@@ -25,13 +23,11 @@ TOKENIZER = tiny_tokenizer()
         (PROMPT, ["sks", "cat"], [5, 6]),
         (PROMPT, "sks cat", [5, 6]),
         ("A Photo of a SKS cat.", "sks cat", [5, 6]),
-        ("sks cat", "sks cat", [1, 2]),
         ("a wombat", "wombat", [2, 3, 4, 5]),  # wo-m-b-at
         ("a sks wombat on grass", ["sks wombat"], [2, 3, 4, 5, 6]),
         ("a cat and a sks cat", "sks cat", [5, 6]),  # the phrase, not the other cat
         ("a cat and a sks cat", ["sks", "cat"], [2, 5, 6]),
         ("a sks, the cat", "sks cat", [2, 5]),
-        ("a teddy bear and a cat", "teddy bear", [2, 3]),
         ("a cat's mug", "cat", [2]),
         ("a wombat and an at", "at", [8]),  # not the last piece of wombat
     ],
@@ -43,13 +39,11 @@ def test_token_positions(prompt, words, expected):
 @pytest.mark.parametrize(
     ("prompt", "words", "message"),
     [
-        ("a photo of a dog", "sks cat", "The prompt \"a photo of a dog\" does not contain 'sks', 'cat': .*\"sks cat\""),
+        ("a photo of a dog", "sks cat", "\"a photo of a dog\" does not contain 'sks', 'cat': .*\"sks cat\""),
         ("a photo of a cat", "sks cat", "does not contain 'sks': it needs the words \"sks cat\""),
         ("a photo of cats", "cat", "does not contain 'cat'"),
         ("a wombat", "bat", "does not contain 'bat'"),
         ("a photo " * 40 + "of a sks cat", "sks cat", 'has 86 tokens and is cut off at 77, before the end of "sks'),
-        (PROMPT, [], "No words were given"),
-        (PROMPT, " ", "No words were given"),
     ],
 )
 def test_words_that_are_not_there(prompt, words, message):
@@ -70,36 +64,24 @@ def test_words_of_a_prompt():
 # Which prompt stands behind a U-Net call
 
 
-@pytest.fixture
-def encoded(sd1):
-    """(positive, negative) embeddings of one prompt."""
-    return sd1.encode_prompt(PROMPT, "cpu", 1, True)[:2]
-
-
-def test_rows_are_known_by_their_text_in_whatever_order(encoded):
-    positive, negative = encoded
-    call = Call([PROMPT], lambda: encoded)
+def test_rows_are_known_by_their_text_in_whatever_order(sd1):
+    positive, negative = sd1.encode_prompt(PROMPT, "cpu", 1, True)
+    call = Call(sd1, [PROMPT], [PROMPT], positive)
     one, two = slice(0, 1), slice(1, 2)
-    for text, conditional, unconditional in [
+    for text, rows, others in [
         (torch.cat([negative, positive]), two, one),
         (torch.cat([positive, negative]), one, two),
         (positive, one, None),
-        (negative, None, one),
         (torch.cat([positive, positive]), two, one),  # the negative prompt is the prompt itself
         (positive.bfloat16().float(), one, None),
     ]:
         call.next(text)
-        assert (call.halves.conditional, call.halves.unconditional) == (conditional, unconditional)
-    assert call.step == 5
-
-
-def test_text_of_other_prompts_is_not_guessed_at(sd1, encoded):
-    call = Call([PROMPT], lambda: encoded)
+        assert (call.rows, call.others) == (rows, others)
+    assert call.step == 4
     other = sd1.encode_prompt("a photo of a sks dog on the beach", "cpu", 1, False)[0]  # one word differs
-    with pytest.raises(ValueError, match=r"with the text of other prompts than \['a photo of a sks cat"):
-        call.next(other)
-    with pytest.raises(ValueError, match="called with 3 rows for 1 images"):
-        call.next(other.expand(3, -1, -1))
+    for text in (other, negative, positive.expand(3, -1, -1)):
+        with pytest.raises(ValueError, match="text that are not .*sks cat.* open the context with the prompts"):
+            call.next(text)
 
 
 def test_each_pipeline_call_is_told_of_once_and_counted_from_its_first_step(sd1):
@@ -109,25 +91,72 @@ def test_each_pipeline_call_is_told_of_once_and_counted_from_its_first_step(sd1)
         sample(sd1, "a cat", steps=2, guidance_scale=1.0)
     assert [call.prompts for call in calls] == [["a cat", "a cat", "a dog", "a dog"], ["a cat"]]
     assert [call.step for call in calls] == [2, 1]
-    assert (calls[0].halves.unconditional, calls[0].halves.conditional) == (slice(0, 4), slice(4, 8))
-    assert calls[1].halves.unconditional is None
+    assert (calls[0].others, calls[0].rows, calls[1].others) == (slice(0, 4), slice(4, 8), None)
     assert hooks_of(sd1.unet) == 0 and "encode_prompt" not in vars(sd1)
 
 
-def test_a_call_that_nobody_announced_is_refused(sd1, encoded):
-    with watch_prompts(sd1, lambda call: None), pytest.raises(ValueError, match="No prompt is known yet: call the"):
-        sd1.unet(torch.zeros(1, 4, 16, 16), 10, encoded[0])
-    with watch_prompts(sd1, lambda call: None, "a dog"), pytest.raises(ValueError, match="text of other prompts"):
-        sd1.unet(torch.zeros(1, 4, 16, 16), 10, encoded[0])
+def test_embeddings_are_taken_for_those_of_the_prompts_only_if_they_are(sd1):
+    """A text with weights stretches its tokens; one with brackets and numbers in it has them at other places."""
+    embeds, negative = sd1.encode_prompt(PROMPT, "cpu", 1, True)
+    weights = torch.ones(1, 77, 1)
+    weights[0, 6] = 1.3
+    calls = []
+    with watch_prompts(sd1, calls.append, PROMPT):
+        sample(sd1, None, prompt_embeds=embeds * weights, negative_prompt_embeds=negative, steps=1)
+        sample(sd1, None, prompt_embeds=embeds, negative_prompt_embeds=negative, num_images_per_prompt=2, steps=1)
+        assert [len(call.columns(["cat"])) for call in calls] == [1, 1, 2]  # at once, and at each pipeline call
+        for other in ("a photo of a (sks cat:1.3) on the beach", "a sks cat"):
+            embeds, negative = sd1.encode_prompt(other, "cpu", 1, True)
+            with pytest.raises(ValueError, match="the prompts whose embeddings you pass"):
+                sample(sd1, None, prompt_embeds=embeds, negative_prompt_embeds=negative, steps=1)
+    with watch_prompts(sd1, calls.append), pytest.raises(ValueError, match="hide the words: pass `prompts=` too"):
+        sample(sd1, None, prompt_embeds=embeds, negative_prompt_embeds=negative, steps=1)
+
+
+def test_the_second_prompt_of_xl_has_the_words_at_the_same_place(sdxl):
+    with watch_prompts(sdxl, lambda call: call.columns(["sks cat"])):
+        sample(sdxl, PROMPT, prompt_2="a photo of a sks cat in the snow", steps=1)
+        for second, message in (("a sks cat", "'sks cat' at different places"), ("a dog", '"a dog" does not contain')):
+            with pytest.raises(ValueError, match=message):
+                sample(sdxl, PROMPT, prompt_2=second, steps=1)
+
+
+def test_calls_that_nobody_announced(sd1):
+    embeds = sd1.encode_prompt(PROMPT, "cpu", 1, False)[0]
+    with watch_prompts(sd1, lambda call: None), pytest.raises(ValueError, match="No prompt is known yet"):
+        sd1.unet(torch.zeros(1, 4, 16, 16), 10, embeds)
     with watch_prompts(sd1, lambda call: None, needed=False):  # as for masks that are drawn by hand
-        sd1.unet(torch.zeros(1, 4, 16, 16), 10, encoded[0])
+        sd1.unet(torch.zeros(1, 4, 16, 16), 10, embeds)
+    second = StableDiffusionPipeline.from_pipe(sd1)
+    second.set_progress_bar_config(disable=True)
+    with watch_prompts(sd1, lambda call: None):
+        sample(sd1, steps=1)
+        with pytest.raises(ValueError, match="rows of text that are not"):
+            sample(second, "a dog", steps=1)  # it shares the U-Net
 
 
-def test_leaving_an_inner_context_restores_the_outer_one(sd1):
-    inner, outer = [], []
-    with watch_prompts(sd1, outer.append):
-        with watch_prompts(sd1, inner.append):
-            sample(sd1, "a cat", steps=1)
-        sample(sd1, "a dog", steps=1)
-    assert [call.prompts for call in inner] == [["a cat"]]
-    assert [call.prompts for call in outer] == [["a cat"], ["a dog"]]
+@pytest.mark.parametrize("how", ["replaced", "compiled around"])
+def test_a_unet_that_is_passed_by_is_told(sd1, how):
+    unet, other = sd1.unet, tiny_pipeline("sd1", seed=1).unet
+    with pytest.raises(ValueError, match="another one has taken its place, or compiled code"):
+        with watch_prompts(sd1, lambda call: None):
+            if how == "replaced":
+                sd1.unet = other
+                sample(sd1, steps=1)
+            else:  # what was compiled before the context was open calls no hooks of the model
+                embeds = sd1.encode_prompt(PROMPT, "cpu", 1, False)[0]
+                unet.forward(torch.zeros(1, 4, 16, 16), 10, embeds)
+    assert hooks_of(unet) == 0 and "encode_prompt" not in vars(sd1)
+
+
+def test_contexts_close_in_any_order(sd1):
+    first, second = [], []
+    one, two = watch_prompts(sd1, first.append), watch_prompts(sd1, second.append)
+    one.__enter__(), two.__enter__()
+    sample(sd1, "a cat", steps=1)
+    one.__exit__(None, None, None)
+    sample(sd1, "a dog", steps=1)
+    two.__exit__(None, None, None)
+    assert [call.prompts for call in first] == [["a cat"]]
+    assert [call.prompts for call in second] == [["a cat"], ["a dog"]]
+    assert hooks_of(sd1.unet) == 0 and "encode_prompt" not in vars(sd1)

@@ -13,12 +13,12 @@ from accelerate.hooks import remove_hook_from_submodules
 from diffusers import AutoencoderKL, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from persres_lite import method
 from persres_lite.attention import record_attention
 from persres_lite.localize import localized
 from persres_lite.lora import export_lora, import_lora
 from persres_lite.residuals import Residuals, add_low_rank, find_proj_outs, fingerprint, unet_of
-from tests.helpers import call_arguments, hooks_of, random_residuals
-from tests.reference import reference
+from tests.helpers import call_arguments, hooks_of, page_one, random_residuals
 from tests.tiny import KINDS, sample, tiny_pipeline, tiny_unet
 
 CROSS_FOUR = {
@@ -202,7 +202,7 @@ def test_attached_agrees_with_explicit_weights_through_a_whole_run(pipeline):
     residuals = random_residuals(pipeline)
     with residuals.attached(pipeline):
         ours = sample(pipeline, steps=4)
-    with reference(pipeline.unet, residuals.A, residuals.B), torch.no_grad():
+    with method.attached(pipeline.unet, page_one(pipeline.unet, residuals)), torch.no_grad():
         slow = sample(pipeline, steps=4)
     assert (slow - sample(pipeline, steps=4)).abs().max() > 0.1  # the residuals do matter
     torch.testing.assert_close(ours, slow, atol=1e-4, rtol=1e-4)
@@ -212,11 +212,11 @@ def test_attached_agrees_with_explicit_weights_through_a_whole_run(pipeline):
 def test_gradients_agree_with_explicit_weights(kind):
     unet = tiny_pipeline(kind).unet
     residuals = random_residuals(unet)
-    A = {name: value.detach().clone().requires_grad_() for name, value in residuals.A.items()}
-    B = {name: value.detach().clone().requires_grad_() for name, value in residuals.B.items()}
+    twin = random_residuals(unet)
+    A, B = twin.A, twin.B
     with residuals.attached(unet):
         unet(**call_arguments(kind)).sample.square().mean().backward()
-    with reference(unet, A, B):
+    with method.attached(unet, page_one(unet, twin)):
         unet(**call_arguments(kind)).sample.square().mean().backward()
     for name in A:
         scale = A[name].grad.abs().max()
