@@ -17,6 +17,7 @@ from data.make.study.judging import PaperJudge, ToyboxJudge, toys_in
 from data.make.study.methods import METHODS, Bench, Recipe, fit, learn
 from data.make.study.subjects import SCENES, Picture, custom101_subjects, toybox_subjects
 from persres_lite import bases, personalize
+from persres_lite.masks import disc
 from persres_lite.residuals import Residuals
 from persres_lite.support.paths import data_dir
 from persres_lite.toybox import concepts as shipped
@@ -96,7 +97,7 @@ def test_in_two_scenes_a_centered_disc_misses_most_of_the_toy():
     for scene in ("side", "border"):
         pictures = [picture for subject in TOYS[:4] for picture in subject.pictures(scene, 2)]
         toys = judge.where(pictures, [picture.start for picture in pictures])
-        inside = (toys * ways.disc(16, 0.25)).sum() / toys.sum()
+        inside = (toys * disc((16, 16), 0.25)).sum() / toys.sum()
         assert inside < 0.4, scene
 
 
@@ -174,13 +175,6 @@ def test_without_a_prior_the_loop_is_that_of_personalize(bench):
 
 
 # ----------------------------------------------------------------------------------------------------------- ways
-
-
-def test_a_disc_takes_exactly_its_share():
-    for side in (8, 15, 16):
-        for share in (0.25, 0.5):
-            mask = ways.disc(side, share)
-            assert mask.sum() == round(share * side * side) and mask[side // 2, side // 2] == 1 and mask[0, 0] == 0
 
 
 def test_replayed_masks_give_lags_own_picture_and_another_scenes_do_not(bench, tmp_path):

@@ -63,24 +63,18 @@ def main(arguments: list[str] | None = None) -> None:
             work(args, max(process, 0), processes)
         else:
             share_out(given, args.processes)
-    if process <= 0:
-        command = shlex.join(["python", "-m", "data.make.study", *given])
-        for path in report.write(rows.rows_of(args.rows), args.out, command):
-            print(path)
+    command = shlex.join(["python", "-m", "data.make.study", *given])
+    paths = report.write(rows.rows_of(args.rows), args.out, command)  # by the last process with all rows
+    print("\n".join(map(str, paths if process < 0 else ())))
 
 
 def share_out(given: list[str], processes: int) -> None:
-    """The same command in so many processes of one thread each; if one fails, the others end and so does this."""
+    """The same command in so many processes of one thread each."""
     known = os.environ | {"WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "data.make.study", *given]
     running = [subprocess.Popen(command, env=known | {"RANK": str(rank)}) for rank in range(processes)]
-    try:
-        for one in running:
-            if one.wait():
-                raise SystemExit(one.returncode)
-    finally:
-        for one in running:
-            one.terminate()
+    if any([one.wait() for one in running]):
+        raise SystemExit("A process of the study failed: the same command goes on with what is missing.")
 
 
 def work(args: argparse.Namespace, process: int, processes: int) -> None:

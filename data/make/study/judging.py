@@ -18,10 +18,9 @@ from torch import Tensor
 
 from data.make.inverse import read
 from data.make.study.subjects import Picture, Subject
-from data.make.study.ways import disc
 from persres_lite.bases import settings_of
 from persres_lite.evaluation import cut_out, load_judges
-from persres_lite.masks import read_mask
+from persres_lite.masks import disc, read_mask
 from persres_lite.toybox.judge import Judge
 from persres_lite.toybox.world import PLACES
 
@@ -103,7 +102,7 @@ def toys_in(mask: Tensor) -> int:
 
 def _share(mask: Tensor, share: float) -> float | None:
     """How much of a toy lies inside a centered disc."""
-    return float((mask * disc(mask.shape[-1], share)).sum() / mask.sum()) if mask.any() else None
+    return float((mask * disc(mask.shape, share)).sum() / mask.sum()) if mask.any() else None
 
 
 class PaperJudge:

@@ -27,6 +27,7 @@ from matplotlib import pyplot as plt
 
 DRAWS = 500
 TOO_LARGE = 1.5  # times the larger of the frozen model's toy and the references' largest
+KNOWN = ("toys", "rank", "area of references", "in disc, half", "in disc, quarter", "seconds", "parameters")
 SHOWN = ("identity", "one toy", "area", "ranked first", "misfit", "leak", "kept", "CLIP-I", "CLIP-T")
 QUESTIONS = (
     ("The paper's mask against a half disc", "identity", LAG, "disc, half"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from persres_lite.bases import settings_of
 from persres_lite.concepts import Concept
 from persres_lite.evaluation import draw
 from persres_lite.localize import localized
-from persres_lite.masks import average, median, quantile, resize
-from persres_lite.residuals import Residuals, add_low_rank, find_proj_outs
+from persres_lite.masks import average, disc, median, quantile, resize
+from persres_lite.residuals import Residuals
 from persres_lite.toybox.world import with_article
 
 BATCH = 8
@@ -137,36 +137,6 @@ class Run:
             self.looked[picture] = {key: mask[number] for key, mask in lag.masks.items()}
 
 
-def disc(side: int, share: float) -> Tensor:
-    """A disc in the middle (side, side) of exactly this share of the positions, by rank; ties in a fixed order."""
-    line = 2 * torch.arange(side) - (side - 1)  # whole numbers: equal radii are equal on every machine
-    radius = line[:, None].square() + line.square()
-    rank = radius.flatten().argsort(stable=True).argsort(stable=True)
-    return (rank < round(share * side * side)).float().view(side, side)
-
-
-@contextmanager
-def replayed(base: Any, residuals: Residuals, masks: Masks) -> Iterator[None]:
-    """Residuals inside masks (images, h, w) that are known beforehand for every (step, block), in both halves."""
-    step = -1
-
-    def count(*_: Any) -> None:
-        nonlocal step
-        step += 1
-
-    def add(module: Any, inputs: tuple, output: Tensor, *, name: str) -> Tensor:
-        mask = masks[step, name].to(output)
-        mask = mask.repeat(len(output) // len(mask), 1, 1)
-        return add_low_rank(output, inputs[0], residuals.A[name], residuals.B[name], mask, 1.0)
-
-    with ExitStack() as stack:
-        stack.enter_context(residuals.token_attached(base))
-        stack.callback(base.unet.register_forward_pre_hook(count).remove)
-        for name, module in find_proj_outs(base.unet).items():
-            stack.callback(module.register_forward_hook(partial(add, name=name)).remove)
-        yield
-
-
 def worst_block(run: Run, cell: Sequence[Picture]) -> str:
     """The block whose LAG masks cover least of the toy, over a cell's pictures; the toy is the frozen model's."""
     covered: dict[str, list[float]] = {}
@@ -219,9 +189,8 @@ def _without_worst(run: Run, pictures: Sequence[Picture], cell: Sequence[Picture
 
 
 def _with_masks(run: Run, pictures: Sequence[Picture], masks: list[Masks]) -> AbstractContextManager:
-    residuals = run.learned[0].local
-    assert isinstance(residuals, Residuals)
-    return replayed(run.pipe(pictures), residuals, {key: torch.stack([one[key] for one in masks]) for key in masks[0]})
+    """What was learned inside masks that are known beforehand for every step and block, a dict a picture."""
+    return run.local(pictures, fixed_mask={key: torch.stack([one[key] for one in masks]) for key in masks[0]})
 
 
 def _random_half(maps: Tensor) -> Tensor:
@@ -256,8 +225,8 @@ WAYS: dict[str, Way] = {
     "swap": _swap,
     "random half": _lag(mask=_random_half),
     "complement": _lag(mask=_complement),
-    "disc, half": _lag(lambda run, pictures: disc(16, 0.5)),
-    "disc, quarter": _lag(lambda run, pictures: disc(16, 0.25)),
+    "disc, half": _lag(lambda run, pictures: disc((16, 16), 0.5)),
+    "disc, quarter": _lag(lambda run, pictures: disc((16, 16), 0.25)),
     "true mask": _lag(_true),
     "first steps": _lag(_first_steps),
 }
