@@ -73,7 +73,7 @@ def share_out(given: list[str], processes: int) -> None:
     known = os.environ | {"WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "data.make.study", *given]
     running = [subprocess.Popen(command, env=known | {"RANK": str(rank)}) for rank in range(processes)]
-    if any([one.wait() for one in running]):
+    if max(abs(one.wait()) for one in running):
         raise SystemExit("A process of the study failed: the same command goes on with what is missing.")
 
 

@@ -35,6 +35,7 @@ QUESTIONS = (
     ("The paper's mask against another scene's", "identity", LAG, "swap"),
     ("The paper's mask against its complement", "identity", LAG, "complement"),
     ("Without the worst block against with it", "identity", "without the worst block", LAG),
+    *((f"Leak of LAG against the {way}", "leak", LAG, way) for way in WHOLE),
 )
 """Of the same residual, paired: what is asked, the score, one way and the other."""
 PICTURE = ["concept", "scene", "prompt", "noise"]
@@ -88,16 +89,12 @@ def difference(frame: pd.DataFrame, score: str, one: pd.DataFrame, other: pd.Dat
 
 
 def differences(frame: pd.DataFrame) -> pd.DataFrame:
-    """`QUESTIONS`, scene by scene, of the residual; and LAG's leak against the residual's at each strength."""
+    """`QUESTIONS`, scene by scene, of the residual; of leaks only biased concepts know."""
     mine, found = frame[frame.method == RESIDUAL], []
     for question, score, one, other in QUESTIONS:
         for scene in mine.scene.unique():
             ways = [mine[(mine.way == way) & (mine.scene == scene)] for way in (one, other)]
             found.append((question, scene, difference(frame, score, *ways)))
-    at = mine[(mine.scene == "place") & mine.biased]
-    for way in WHOLE:
-        found.append((f"Leak of LAG against the residual {way.removeprefix('whole, ')}", "place",
-                      difference(frame, "leak", at[at.way == LAG], at[at.way == way])))  # fmt: skip
     rows = [
         {"question": question, "scene": scene, "mean": d.mean, "low": d.low, "high": d.high}
         | {"ahead in": f"{d.better_in} of {d.concepts}", "trainings": d.trainings, "pictures": d.pictures}
