@@ -65,11 +65,11 @@ STUDIES: dict[str, tuple[Line, ...]] = {
         Line((m.CLASS_WORD, m.DESCRIBED), ("frozen",), pictures=4, ranked=2),
         Line((m.RESIDUAL,), (*WHOLE, LAG), pictures=8, biased=True, trainings=3, ranked=2),
         Line((m.RESIDUAL,), MASKED, pictures=4, ranked=1),
-        Line((m.RESIDUAL,), ("whole, x 1", *MASKED), LAYOUTS, pictures=2),
+        Line((m.RESIDUAL,), ("whole, x 1", *MASKED), LAYOUTS, pictures=2, concepts=20),
         Line((m.RESIDUAL,), ("whole, x 1", LAG), ("style", "property"), pictures=3),
-        Line(LOSSES, (*WHOLE, LAG), pictures=8, concepts=20, biased=True, ranked=2),
-        Line(RIVALS, (*WHOLE, LAG), pictures=4, concepts=20, biased=True, ranked=2),
-        Line(CHOICES, ("whole, x 1", LAG), pictures=4, concepts=8),
+        Line(LOSSES, (*WHOLE, LAG), pictures=8, concepts=16, biased=True, ranked=2),
+        Line(RIVALS, (*WHOLE, LAG), pictures=4, concepts=16, biased=True, ranked=2),
+        Line(CHOICES, ("whole, x 1", LAG), pictures=4, concepts=6),
     ),
     # The tests run this one; what it must show stands in tests/test_study.py.
     "quick": (
