@@ -233,8 +233,8 @@ def fit(
                 latents, _ = data.draw(recipe.batch_size, draws)
                 noise = torch.randn(latents.shape, generator=draws)
                 times = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), generator=draws)
-                moved = (each.to(unet.device) for each in (noise, times))
-                training.diffusion_loss(unet, scheduler, latents.to(unet.device), text, *moved).backward()
+                latents, noise, times = (each.to(unet.device) for each in (latents, noise, times))
+                training.diffusion_loss(unet, scheduler, latents, text, noise, times).backward()
             optimizer.step()
     optimizer.zero_grad()
 

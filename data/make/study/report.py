@@ -152,7 +152,7 @@ def at_lags_leak(found: dict[str, pd.DataFrame]) -> pd.DataFrame:
 def draw_leakage(found: dict[str, pd.DataFrame], path: Path) -> None:
     """Identity against directed leakage: a curve for each method, LAG's point a star; hollow where toys sprawl."""
     figure, axes = plt.subplots(figsize=(8, 5))
-    colors = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    colors = plt.get_cmap("tab20").colors
     for color, (method, curve) in zip(colors, found.items(), strict=False):
         whole, own = curve[curve.way != LAG], curve[curve.way == LAG]
         width = 2.5 if method == RESIDUAL else 1.2

@@ -203,7 +203,7 @@ def custom101_subjects(path: str | Path) -> list[Subject]:
 
 def _custom101_subject(folder: Path, entry: list[dict[str, str]]) -> Subject:
     members = [one for one in entry if "instance_data_dir" in one] or [entry[0]]
-    prompts = []
+    prompts: list[tuple[str, tuple[int, ...]]] = []
     for number, one in enumerate(members):
         lines = _lines(folder / one["prompt_filename"]) if "prompt_filename" in one else []
         prompts += [(line.replace("{}", f"{{{number}}}").replace("{0}", f"{{{number}}}"), (number,)) for line in lines]
