@@ -37,7 +37,7 @@ from persres_lite.bases import load_base
 from persres_lite.masks import median
 from persres_lite.support.sheet import sheet
 from persres_lite.toybox import concepts, world
-from persres_lite.toybox.judge import PROBES, Judge, labels_of
+from persres_lite.toybox.judge import PROBES, Judge, labels_of, summary_of
 from persres_lite.toybox.render import SIZE, draw
 from persres_lite.toybox.world import Scene, caption, random_view, with_article
 from persres_lite.training import diffusion_loss
@@ -125,17 +125,17 @@ def shown(judge: Judge, images: list[Image.Image], scenes: list[Scene]) -> pd.Se
 
 def frechet(one: torch.Tensor, other: torch.Tensor) -> float:
     """Frechet distance of two sets of features (n, d), each taken for a normal distribution (Heusel et al., 2017)."""
-    first, second = torch.cov(one.double().T), torch.cov(other.double().T)
-    root = torch.linalg.eigvals(first @ second).real.clamp(min=0).sqrt().sum()
+    first, second = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (one.double(), other.double()))
+    root = torch.linalg.svdvals(first @ second.T).sum()  # the trace of the root of the product of both covariances
     apart = (one.double().mean(0) - other.double().mean(0)).square().sum()
-    return float(apart + first.trace() + second.trace() - 2 * root)
+    return float(apart + first.square().sum() + second.square().sum() - 2 * root)
 
 
 @torch.no_grad()
 def features(judge: Judge, images: list[Image.Image]) -> torch.Tensor:
-    """The identity encoder's last maps, averaged, (n, 256)."""
+    """The identity encoder's maps after every stage, averaged over each half of the picture, (n, 1184)."""
     pixels = to_float(np.stack([np.asarray(image) for image in images]))
-    return judge.encoder(pixels).last_hidden_state.mean((2, 3))
+    return summary_of(judge.encoder(pixels, output_hidden_states=True).hidden_states)
 
 
 def without_a_toy(judge: Judge, images: list[Image.Image]) -> int:

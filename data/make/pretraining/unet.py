@@ -51,8 +51,8 @@ def train_unet(run: Run, pictures: Shards) -> None:
     unet: Any = parts["unet"]
     if run.device.type == "cpu":
         unet.set_attn_processor(AttnProcessor())  # in bfloat16 the fused one's gradient takes a fourth of a step
-    if shutil.which("g++") or shutil.which("clang++"):
-        unet.compile()  # its many small operations, joined, train faster; its weights keep their names
+    if run.minutes["unet"] >= 10 and (shutil.which("g++") or shutil.which("clang++")):
+        unet.compile()  # its many small operations, joined, train faster; compiling takes minutes
     middle: list[torch.Tensor] = []
     unet.mid_block.register_forward_hook(lambda module, inputs, output: middle.append(output))
     alphas = make_scheduler().alphas_cumprod.to(run.device)
