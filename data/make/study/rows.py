@@ -55,6 +55,7 @@ class Line:
 RIVALS = tuple(name for name, one in m.METHODS.items() if one.kind in ("token", "weights", "adapter"))
 LOSSES = ("residual, masked loss", "residual, outside held", m.ATTENDED, "residual, V* learns")
 CHOICES = tuple(name for name, one in m.METHODS.items() if one.kind == "residual" and name not in (m.RESIDUAL, *LOSSES))
+CONTROLS = (LAG, "disc, half", "disc, quarter", "complement")
 LAYOUTS = ("side", "small", "beside", "border")
 
 STUDIES: dict[str, tuple[Line, ...]] = {
