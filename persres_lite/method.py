@@ -5,7 +5,8 @@ output projection W_i of each transformer block i; while a picture is drawn, it 
 cross-attention finds the words of the concept. Three parts follow: the residual, its training, its sampling.
 
 The names are the paper's. V* is the word that will mean the new thing, a rare one such as "sks"; C are the positions in
-the prompt of V* and its class. Shapes: b pictures, m channels of a block, r << m, n = height x width of its map, T tokens.
+the prompt of V* and its class. Shapes: b pictures, m channels of a block, r << m, n = height x width of its map, T
+tokens.
 x is what enters a projection, f what leaves it; M (b, n) is 1 on the half of the map that looks most at C, 0 elsewhere.
 
 Nothing is checked here and hardly anything can be chosen: that is what the other modules are for, and the tests hold
@@ -118,14 +119,14 @@ def attention(attn, x, text):
 @contextmanager
 def lag(unet, A, B, C):
     """While this is open, the residual acts where the tokens C are looked at. Guidance must be on: then the rows of a
-    batch are [negative prompts, prompts], and M is made of those of the prompts. Yields the latest masks, block by block.
+    batch are [negative prompts, prompts], and M is made of those of the prompts. Yields the masks, by block.
     """
     masks = [None] * len(A)  # attn2 fills in masks[i], and proj_out, which runs later in the same block, reads it
 
     def look(i):
         def hook(attn, inputs, keywords, output):  # returns nothing: what attn2 computes stays as it is
-            looked = attention(attn, inputs[0], keywords["encoder_hidden_states"])[..., C].sum(-1)  # (b, n), the paper's A_{i,C}
-            looked = looked[len(looked) // 2 :]
+            looked = attention(attn, inputs[0], keywords["encoder_hidden_states"])[..., C].sum(-1)  # A_{i,C}
+            looked = looked[len(looked) // 2 :]  # (b, n), the prompts'
             M = (looked > looked.median(-1, keepdim=True).values).to(output.dtype)  # 1 above the median
             masks[i] = torch.cat([M, M])  # the paper leaves the negative half open; here it follows the other
 
@@ -133,7 +134,7 @@ def lag(unet, A, B, C):
 
     with ExitStack() as stack:
         for i, block in enumerate(blocks_of(unet)):
-            attn = block.transformer_blocks[-1].attn2  # the only one, except in SDXL, which is told more than `text`, too
+            attn = block.transformer_blocks[-1].attn2  # the only one, except in SDXL
             stack.callback(attn.register_forward_hook(look(i), with_kwargs=True).remove)
         stack.enter_context(attached(unet, A, B, masks))
         yield masks
