@@ -6,8 +6,8 @@ cross-attention finds the words of the concept. Three parts follow: the residual
 
 The names are the paper's. V* is the word that will mean the new thing, a rare one such as "sks"; C are the positions in
 the prompt of V* and its class. Shapes: b pictures, m channels of a block, r << m, n = height x width of its map, T
-tokens.
-x is what enters a projection, f what leaves it; M (b, n) is 1 on the half of the map that looks most at C, 0 elsewhere.
+tokens. x is what enters a projection, f what leaves it; M (b, n) is 1 on the half of the map that looks most at C, and
+0 elsewhere.
 
 Nothing is checked here and hardly anything can be chosen: that is what the other modules are for, and the tests hold
 them against this page. With a Stable Diffusion 1.x or 2.x pipeline `pipe`, its DDIM or DDPM `scheduler`, and `latents`
