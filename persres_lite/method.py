@@ -15,7 +15,7 @@ them against this page. With a Stable Diffusion 1.x or 2.x pipeline `pipe`, its 
 
     with torch.no_grad():  # (1, T, width); the text encoder is not trained, and V* keeps the meaning it had for it
         text = pipe.encode_prompt("a photo of a sks cat", pipe.device, 1, do_classifier_free_guidance=False)[0]
-    A, B = factors(pipe.unet)
+    A, B = new_factors(pipe.unet)
     train(pipe.unet, scheduler, A, B, latents, text)
     with lag(pipe.unet, A, B, C=[5, 6]):  # "sks" and "cat" in the prompt below; position 0 is the start token
         pipe("a photo of a sks cat on the beach")
@@ -39,7 +39,7 @@ def blocks_of(unet):
     return [module for module in modules if hasattr(module, "transformer_blocks") and hasattr(module, "proj_out")]
 
 
-def factors(unet, fraction=0.05):
+def new_factors(unet, fraction=0.05):
     """What learns: A and B of every block, as in LoRA with the letters exchanged. A is zero, so that at the start
     W' = W, the model as it is. B is random: were both zero, neither would ever get a gradient.
     """
