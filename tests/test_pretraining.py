@@ -22,14 +22,12 @@ from data.make.pretraining.judge import judge_parts
 from data.make.pretraining.models import deepened, make_scheduler, make_unet
 from data.make.pretraining.muon import Muon, optimizers_of
 from data.make.pretraining.text import clip_parts, lengthen_unused, make_tokenizer
-from persres_lite import training
 from persres_lite.bases import load_base
 from persres_lite.support.paths import data_dir
 from persres_lite.toybox.judge import Judge
 from persres_lite.toybox.render import draw
 from persres_lite.toybox.world import NAMES, RARE_TOKENS, Scene, Toy, vocabulary
-
-SCHEDULER = getattr(training, "training_scheduler", None) or training._training_scheduler
+from persres_lite.training import training_scheduler
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
@@ -86,7 +84,7 @@ def test_every_reader_of_the_schedule_ends_in_noise_alone(tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(data_dir() / "toybox-sd", scheduler=make_scheduler())
     pipe.save_pretrained(tmp_path)
     opened = StableDiffusionPipeline.from_pretrained(tmp_path)
-    learns = SCHEDULER(opened)  # what `personalize` and lesson 03 noise with
+    learns = training_scheduler(opened)  # what `personalize` and lesson 03 noise with
     for scheduler in (opened.scheduler, learns):
         assert scheduler.alphas_cumprod[-1] < 1e-6
         assert torch.allclose(scheduler.alphas_cumprod, make_scheduler().alphas_cumprod, atol=1e-6)
