@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from persres_lite.masks import read_mask
-from persres_lite.support.images import Picture, formats, kept_size, picture_files, read_images, some_names
+from persres_lite.support.images import Picture, kept_size, picture_files, read_images, some_names
 from persres_lite.support.notices import tell
 from persres_lite.support.paths import data_dir
 
@@ -199,8 +199,7 @@ def _read_masks(places: Path, images: list[Image.Image]) -> list[Image.Image] | 
 
 
 def _read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
-    with Image.open(path, formats=formats()) as drawn:
-        values = read_mask(drawn)
+    values = read_mask(path)
     if values.max() < 0.5:
         raise ValueError(f"The mask {path} marks nothing: paint the object white on black.")
     mask = Image.fromarray((255 * values).round().byte().numpy())
