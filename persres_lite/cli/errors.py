@@ -15,8 +15,6 @@ from contextlib import suppress
 
 from persres_lite.support.notices import Notice
 
-LONGEST = 2000  # letters of a message: the name of a tensor in someone's file may have millions
-
 WRONG_INPUT = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
@@ -27,9 +25,7 @@ class Failed(Exception):
 def run(work: Callable[[Namespace], None], chosen: Namespace) -> int:
     """Do a command's work and return its exit code."""
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # our own remarks, and none of the libraries', which a user can do nothing about
+        with warnings.catch_warnings():  # our own remarks alone: about the libraries' a user can do nothing
             warnings.simplefilter("ignore")
             warnings.filterwarnings("always", category=Notice)
             warnings.showwarning = lambda message, *_, **__: say(str(message))
@@ -49,8 +45,7 @@ def run(work: Callable[[Namespace], None], chosen: Namespace) -> int:
 def say(what: str) -> None:
     """Print one line on the error stream, whatever a hostile file has put into a name."""
     line = "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in what)
-    line = " ".join(line.split())
-    print(f"persres-lite: {line if len(line) <= LONGEST else line[:LONGEST] + ' …'}", file=sys.stderr, flush=True)
+    print("persres-lite:", *line.split(), file=sys.stderr, flush=True)
 
 
 def _sentence(error: Exception, chosen: Namespace) -> str:
