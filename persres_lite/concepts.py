@@ -59,7 +59,7 @@ class Concept:
         self.macro_class = " ".join(self.macro_class.split())
         if not self.macro_class:
             raise ValueError(f"The concept {self.name} needs a macro class: say what it is, as macro_class='cat'.")
-        if not self.token or self.token.split() != [self.token]:
+        if self.token.split() != [self.token]:
             raise ValueError(f"The token must be one word without spaces, not {self.token!r}: for example 'sks'.")
         images, masks = ([each.size for each in pictures or ()] for pictures in (self.images, self.masks))
         if masks not in ([], images):
@@ -165,8 +165,8 @@ def _with_pictures(folder: Path) -> Path:
     """The folder, or, if it has no pictures of its own, the one inside that has, as programs pack and download them."""
     if picture_files(folder)[0]:
         return folder
-    folders = [path for path in folder.rglob("*") if path.is_dir() and path.name != "masks" and path.name[0] != "."]
-    inside = [path for path in sorted(folders) if picture_files(path)[0]]
+    folders = [path for path in sorted(folder.rglob("*")) if path.is_dir()]
+    inside = [path for path in folders if path.name != "masks" and path.name[0] != "." and picture_files(path)[0]]
     if len(inside) > 1:
         names = some_names([str(path.relative_to(folder)) for path in inside])
         raise ValueError(f"{folder} holds pictures in several folders ({names}): give one of them, or put all in one.")

@@ -8,7 +8,6 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -142,15 +141,6 @@ def test_batches_of_different_prompts(sd1):
             sample(sd1, prompt, steps=1, latents=latents[row : row + 1])
         torch.testing.assert_close(both.map("cat", image=row), alone.map("cat"), atol=1e-5, rtol=1e-4)
     assert both.map("night", image=2).min() > 0 and not both.map("night", image=0).any()
-
-
-def test_guidance_off_and_cut_off(sd1):
-    cut = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
-    cutting = {"callback_on_step_end": cut, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
-    for arguments in ({"guidance_scale": 1.0}, cutting):
-        with record_attention(sd1, words=["cat"]) as record:
-            sample(sd1, steps=3, **arguments)
-        assert record.steps == [0, 1, 2] and all(len(maps) == 1 for maps in record.maps.values())
 
 
 def test_unets_called_directly(sd1):

@@ -40,14 +40,12 @@ from persres_lite.training import Diverged
 
 Pairs = list[tuple[Residuals, str]]  # each with the words whose attention makes its mask
 
-ROOM = 1 << 23  # bytes: more than a file of residuals or a sheet of pictures usually has
-
 
 def personalize(chosen: Namespace) -> None:
     """Learn a concept and write its residuals."""
     _check_out(chosen, ".safetensors", chosen.checkpoint)
     if chosen.checkpoint:
-        check_place(chosen.checkpoint, ROOM)
+        check_place(chosen.checkpoint)
     name, sources = _base_name(chosen), chosen.concept
     concept = load_concept(sources if len(sources) > 1 else sources[0], chosen.macro_class, chosen.token)
     base = _base(chosen, name)
@@ -94,7 +92,7 @@ def sample(chosen: Namespace) -> None:
     """Draw pictures, each to a file of its own."""
     if chosen.out.is_file():
         raise ValueError(f"{chosen.out} is a file: --out names a folder for the pictures.")
-    check_place(chosen.out / "picture.png", ROOM)
+    check_place(chosen.out / "picture.png")
     base, pairs, prompts = _read(chosen)
     for prompt in prompts:
         for seed in range(chosen.seed, chosen.seed + chosen.images):
@@ -323,4 +321,4 @@ def _check_out(chosen: Namespace, suffix: str, other: Path | None = None) -> Non
         raise ValueError(f"--out {chosen.out} must be a file that ends in {suffix}.")
     if other and os.path.realpath(chosen.out) == os.path.realpath(other):
         raise ValueError(f"--out {chosen.out} is another file of this command, too: name another one.")
-    check_place(chosen.out, ROOM)
+    check_place(chosen.out)

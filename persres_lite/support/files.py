@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+ROOM = 1 << 23  # bytes: more than a file of residuals or a sheet of pictures usually has
+
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
@@ -40,7 +42,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
                 temporary.unlink()
 
 
-def check_place(path: str | os.PathLike, room: int = 1) -> None:
+def check_place(path: str | os.PathLike) -> None:
     """Find out whether a file can be written, before the work that it is for: by writing one and taking it away again.
 
     No folder is made; where some are missing, the nearest one that is there is tried.
@@ -49,8 +51,6 @@ def check_place(path: str | os.PathLike, room: int = 1) -> None:
     ----------
     path : path
         The file to be written.
-    room : int
-        How many bytes it will have.
 
     Raises
     ------
@@ -60,7 +60,7 @@ def check_place(path: str | os.PathLike, room: int = 1) -> None:
     path = Path(path).expanduser()
     with _naming(path):
         folder = next(folder for folder in path.absolute().parents if folder.exists())
-        if shutil.disk_usage(folder).free < room:
+        if shutil.disk_usage(folder).free < ROOM:
             raise OSError("no space left")
         tempfile.TemporaryFile(dir=folder).close()
 
