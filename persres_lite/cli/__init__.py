@@ -62,8 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work(chosen: argparse.Namespace) -> None:
         from persres_lite.cli import commands  # seconds of torch and diffusers, which --help does not wait for
+        from persres_lite.support.notices import quiet
 
-        getattr(commands, chosen.command)(chosen)
+        with quiet():
+            getattr(commands, chosen.command)(chosen)
 
     return run(work, chosen)
 
