@@ -80,7 +80,7 @@ RIGHT = [  # in other styles than the checks' own
 ]
 
 WRONG = [  # beside the mistakes that a check knows: its name, the answer, a part of the sentence
-    ("ddim_step", lambda z, n, a, b: b**0.5 * z + (1 - b) ** 0.5 * torch.randn_like(z), "not a fresh one"),
+    ("ddim_step", lambda z, n, a, b: b**0.5 * z, "should be"),
     ("projection", functional.conv2d, "calls a convolution"),
     ("residual_linear", lambda x, w, bias, a, b: functional.linear(x, w + a @ b, bias), "forms an m x m matrix"),
     ("attention_map", lambda q, k, t: (q @ k.mT / 8**0.5).softmax(-1)[..., t].sum(-1).mean(0), "table of all weights"),

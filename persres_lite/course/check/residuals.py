@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.nn.functional import linear
 
-from persres_lite.course.check.answers import exercise, pair, random, require
+from persres_lite.course.check.answers import exercise, random, require
 
 SQUARE, A, B, BIAS = random(6, 6), random(6, 2, seed=1), random(2, 6, seed=2), random(6, seed=3)
 CONCENTRATED = torch.linalg.svd(SQUARE)[0] * torch.tensor([8.0, 2.0, 2.0, 2.0, 2.0, 1.0]) @ torch.linalg.svd(SQUARE)[2]
@@ -24,7 +24,6 @@ def residual_linear(x, weight, bias, a, b):
         "the residual is missing": linear(x, weight, bias),
         "the bias is missing": linear(x, weight + a @ b),
         "A and B are exchanged": linear(x, weight, bias) + x @ a @ b,
-        "the bias belongs to W alone: it is counted twice": linear(x, weight + a @ b, 2 * bias),
         "x is a row here, so the weights are transposed: x @ W.T": x @ (weight + a @ b) + bias,
     }
 
@@ -56,15 +55,27 @@ def parameter_count(widths, fraction):
 def merge(weight, a, b, scale):
     """A convolution's weight W (m, m, 1, 1) with `scale` times the residual merged in."""
     full = (a @ b)[:, :, None, None]
-    wrong = {"the scale is missing": weight + full, "the scale belongs to A B, not to W": scale * (weight + full)}
-    return weight + scale * full, wrong
+    return weight + scale * full, {
+        "the scale is missing": weight + full,
+        "the scale belongs to A B, not to W": scale * (weight + full),
+    }
+
+
+def _pair(found, rank):
+    require(isinstance(found, tuple | list) and len(found) == 2, "your function should return two tensors.")
+    fits = np.shape(found[0]) == (6, rank) and np.shape(found[1]) == (rank, 6)
+    require(fits, f"the two tensors should have the shapes (6, {rank}) and ({rank}, 6), as A and B have.")
+    return found
 
 
 def _product(found, matrix, rank):
-    first, second = pair(found, "A and B")
-    fits = np.shape(first) == (6, rank) and np.shape(second) == (rank, 6)
-    require(fits, f"A and B should have the shapes (6, {rank}) and ({rank}, 6).")
+    first, second = _pair(found, rank)
     return first @ second
+
+
+def _beside(found, gradient, a, b):
+    first, second = _pair(found, 2)
+    return torch.cat([first, second.T], 1)
 
 
 @exercise([(SQUARE, 1), (SQUARE, 3)], "no other matrix of that rank is nearer to dW.", read=_product)
@@ -75,7 +86,6 @@ def truncated(matrix, rank):
     return (scaled[:, :rank], right[:rank]), {
         "the singular values are missing": (left[:, :rank], right[:rank]),
         "the singular values are in both factors": (scaled[:, :rank] * values[:rank], right[:rank]),
-        "these are the weakest directions": (scaled[:, -rank:], right[-rank:]),
         "the third result of svd is transposed already": (scaled[:, :rank], right.T[:rank]),
     }
 
@@ -91,11 +101,8 @@ def _reached(strengths, share):
 def needed_rank(matrix, share):
     """How many of the strongest directions hold at least `share` of dW's squared norm."""
     values = torch.linalg.svdvals(matrix)
-    right = _reached(values**2, share)
-    return right, {
+    return _reached(values**2, share), {
         "these are shares of the sum of the singular values; the norm sums their squares": _reached(values, share),
-        "a position is counted from 0, a number of directions from 1": right - 1,
-        "this is one direction more than needed": right + 1,
         "these are the weakest directions: begin with the strongest": _reached(values.flip(0) ** 2, share),
     }
 
@@ -103,15 +110,12 @@ def needed_rank(matrix, share):
 @exercise(
     [(SQUARE, A, B), (SQUARE, torch.zeros(6, 2), B)],
     "each gradient holds the other factor: while A is zero, only A learns, and with both zero nothing would.",
-    parts=("the gradient of A", "the gradient of B"),
+    read=_beside,
     forbidden=dict.fromkeys(("backward", "grad", "requires_grad_", "__set__"), BY_HAND),
 )
 def factor_gradients(gradient, a, b):
     """The gradients of A and of B from G (m, m), the gradient with respect to dW = A B."""
-    return (gradient @ b.T, a.T @ gradient), {
-        "G is transposed": (gradient.T @ b.T, a.T @ gradient.T),
-        "the gradient of A has A's shape, that of B has B's": (a.T @ gradient, gradient @ b.T),
-    }
+    return (gradient @ b.T, a.T @ gradient), {"G is transposed": (gradient.T @ b.T, a.T @ gradient.T)}
 
 
 @exercise(
@@ -124,7 +128,6 @@ def loss(prediction, target):
     return (error**2).mean(), {
         "this is the sum, not the mean": (error**2).sum(),
         "this is the mean of the absolute error": error.abs().mean(),
-        "this is the root of the mean squared error": (error**2).mean().sqrt(),
         "the squares are missing": error.mean(),
     }
 
@@ -135,12 +138,10 @@ def loss(prediction, target):
 )
 def losses_by_noise_level(losses, timesteps, edges):
     """The mean loss of each bin edges[i] <= t < edges[i + 1]."""
-    return [[1.0, 3.0, 12.0]], {
+    return [1.0, 3.0, 12.0], {
         "these are sums, not means": [1.0, 6.0, 24.0],
         "a step on an edge belongs to the bin that begins there": [2.0, 6.0, 16.0],
         "a step on an edge belongs to the bin that begins there, not to the one that ends": [1.5, 6.0, 16.0],
-        "a step on an edge is counted twice: leave out the upper edge": [1.5, 14 / 3, 12.0],
-        "these sums are divided by the number of all losses: divide by that of the bin": [0.2, 1.2, 4.8],
     }
 
 
@@ -154,7 +155,6 @@ def smoothed(losses, width):
     return windows.mean(-1), {
         "these are sums": windows.sum(-1),
         "a loss that has left the window still counts": losses.cumsum(0)[width - 1 :] / width,
-        "this is the median of each window": windows.median(-1).values,
         "there are as many means as losses: keep only the windows that lie wholly inside": everywhere,
     }
 
@@ -178,9 +178,6 @@ def masked_loss(prediction, target, inside):
         "this is the background's loss": (outside * square).mean() / outside.mean(),
         "this is a mean of the pictures' means: take one mean over the whole batch": each.mean(),
         "the mask is not used": square.mean(),
-        "a position counts as far as it is object, not wholly or not at all": (
-            square[(inside > 0.5).expand_as(square)].mean()
-        ),
         "the mask is squared: multiply the squared error by it, not the error": (inside * marked).mean() / area,
     }
 

@@ -10,6 +10,7 @@ from persres_lite.course.check.answers import exercise, random, require
 
 LEAKS, RISING = torch.tensor([0.0, 0.04, 0.10, 0.16]), torch.tensor([0.50, 0.66, 0.78, 0.80])
 UNSORTED = torch.tensor([0.80, 0.50, 0.66, 0.78])
+NORMAL = torch.tensor([-1.959964, 1.959964])
 SKEWED = random(2001) + 0.3 * random(2001, seed=1) ** 2
 
 
@@ -23,8 +24,6 @@ def on_ruler(score, floor, ceiling):
     return right, {
         "at the floor it should be 0: subtract the floor first": score / ceiling,
         "divide by the distance from floor to ceiling, not by the ceiling": (score - floor) / ceiling,
-        "this is how much is missing to the ceiling": (ceiling - score) / (ceiling - floor),
-        "this is still in units of the score: the ceiling should be at 1": score - floor,
         "do not clip it, because the line goes on beyond both ends": min(1.0, max(0.0, right)),
     }
 
@@ -40,10 +39,8 @@ def diversity(features):
     alike = pairs[different].mean()
     return 1 - alike, {
         "a picture with itself is no pair": 1 - pairs.mean(),
-        "this is how alike they are, not how different": alike,
         "give each row the length 1 first": 1 - (features @ features.T)[different].mean(),
         "count the pairs without those of a picture with itself": 1 - alike * (n - 1) / n,
-        "each pair is counted once above and twice below": 1 - alike / 2,
     }
 
 
@@ -53,19 +50,12 @@ def diversity(features):
 )
 def at_equal_leakage(leakage, leaks, scores):
     """The score where a curve leaks as much; leaks (k,) increasing, scores (k,)."""
-    right, k = np.interp(leakage, leaks, scores), int((leaks < leakage).sum())
-    neighbors = float(scores[k - 1] + scores[k])
-    return right, {
-        "this is the nearest point of the curve, not the line between its neighbors": scores[
-            (leaks - leakage).abs().argmin()
-        ],
+    nearest = (leaks - leakage).abs().argmin()
+    return np.interp(leakage, leaks, scores), {
+        "this is the nearest point of the curve, not the line between its neighbors": scores[nearest],
         "this draws one line from the first point to the last": np.interp(leakage, leaks[[0, -1]], scores[[0, -1]]),
-        "the weights of the two neighbors are exchanged": neighbors - right,
-        "this is the middle between the two neighbors, wherever the leakage lies": neighbors / 2,
         "this is a leakage, not a score: the two axes are exchanged": np.interp(leakage, scores, leaks),
-        "a leakage and its score belong together: do not sort the scores by themselves": np.interp(
-            leakage, leaks, scores.sort().values
-        ),
+        "a leakage and its score belong together: do not sort": np.interp(leakage, leaks, scores.sort().values),
     }
 
 
@@ -79,7 +69,6 @@ def grouped_mean(groups):
         "this counts each picture once, so a concept with many pictures counts most": 3.0 / 5,
         "this counts each training once; a concept with more trainings counts more": (0.8 + 0.4 + 0.2) / 3,
         "within a concept each training counts once, however many pictures it has": (2.8 / 4 + 0.2) / 2,
-        "this is the sum over the concepts, not their mean": 0.6 + 0.2,
     }
 
 
@@ -97,13 +86,10 @@ def _ends(found, means, level):
 )
 def interval(means, level):
     """The two ends between which that share of the means (n,) of the draws lies."""
-    low, high, reach = means.quantile((1 - level) / 2), means.quantile((1 + level) / 2), 1.959964 * means.std()
+    low, high = means.quantile((1 - level) / 2), means.quantile((1 + level) / 2)
     return (low, high), {
         "half of what is left out belongs to each side": (means.quantile(1 - level), means.quantile(level)),
         "these are the least and the greatest draw": (means.min(), means.max()),
         "the lower end comes first": (high, low),
-        "this assumes a normal distribution: read the ends from the draws": (
-            means.mean() - reach,
-            means.mean() + reach,
-        ),
+        "this assumes a normal distribution: read the ends from the draws": means.mean() + NORMAL * means.std(),
     }

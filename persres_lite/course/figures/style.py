@@ -33,8 +33,8 @@ SCREEN = 110
 DPI = 2 * SCREEN
 """Of lines and letters: twice the screen's, for sharp ones."""
 PICTURES, QUALITY = 160, 75
-"""Pixels an inch and quality of a JPEG. A table of 4 x 4 pictures takes some 110 KB of a notebook, which must stay below
-a megabyte with all of its figures."""
+"""Pixels an inch and quality of a JPEG: a table of 4 x 4 pictures takes some 110 KB of a notebook, which must stay
+below a megabyte with all of its figures."""
 LARGE = 100_000
 """Bytes of a PNG beyond which a figure of pictures is stored as a JPEG, a fifth of the size."""
 
