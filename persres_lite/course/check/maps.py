@@ -39,10 +39,7 @@ def _iou(mask, truth):
     return float((mask & truth).sum() / (mask | truth).sum())
 
 
-@exercise(
-    [(MASK, TRUTH), (TRUTH, TRUTH)],
-    "equal masks give one, masks that do not touch give zero.",
-)
+@exercise([(MASK, TRUTH), (TRUTH, TRUTH)], "equal masks give one, masks that do not touch give zero.")
 def iou(mask, truth):
     """Intersection over union of boolean tensors (h, w)."""
     both = (mask & truth).sum()
@@ -99,8 +96,7 @@ OTSU = [  # for the first, every mistake cuts at a place of its own
 
 
 @exercise(
-    [(torch.tensor(values),) for values in OTSU],
-    "the split follows the values, so a small object gets a small mask.",
+    [(torch.tensor(values),) for values in OTSU], "the split follows the values, so a small object gets a small mask."
 )
 def otsu(values):
     """The mask of the split of values (n,) with most variance between its classes."""

@@ -118,10 +118,7 @@ def factor_gradients(gradient, a, b):
     return (gradient @ b.T, a.T @ gradient), {"G is transposed": (gradient.T @ b.T, a.T @ gradient.T)}
 
 
-@exercise(
-    [(random(2, 4, 3, 3), random(2, 4, 3, 3, seed=1))],
-    "one mean over batch, channels and positions.",
-)
+@exercise([(random(2, 4, 3, 3), random(2, 4, 3, 3, seed=1))], "one mean over batch, channels and positions.")
 def loss(prediction, target):
     """The mean squared error over everything, one number."""
     error = prediction - target

@@ -79,10 +79,7 @@ def _ends(found, means, level):
 
 
 @exercise(
-    [(SKEWED, 0.95), (SKEWED, 0.5)],
-    "if zero lies within it, the difference may be chance.",
-    read=_ends,
-    tolerance=5e-3,
+    [(SKEWED, 0.95), (SKEWED, 0.5)], "if zero lies within it, the difference may be chance.", read=_ends, tolerance=5e-3
 )
 def interval(means, level):
     """The two ends between which that share of the means (n,) of the draws lies."""

@@ -149,10 +149,7 @@ def gains(
 
 
 def ranked(
-    values: Mapping[str, Any],
-    xlabel: str = "",
-    reference: tuple[str, float] = ("", 0.0),
-    caption: str | None = None,
+    values: Mapping[str, Any], xlabel: str = "", reference: tuple[str, float] = ("", 0.0), caption: str | None = None
 ) -> Drawing:
     """Rows of means with one standard error, as in `gains`, from the values (n,) of each name."""
     spreads = {name: _mean_and_error(np.atleast_1d(as_array(numbers))) for name, numbers in values.items()}
