@@ -165,13 +165,13 @@ def keep(*files: str | Path) -> None:
     download them; elsewhere they are safe, and nothing happens.
     """
     for path in map(Path, files if on_colab() else ()):
-        if DRIVE.is_dir():
+        if not DRIVE.is_dir():
+            colab_files().download(str(path))
+        elif DRIVE not in path.resolve().parents:
             kept = _free(DRIVE / path.name, path.read_bytes())
             with whole_file(kept) as unfinished:
                 shutil.copy(path, unfinished)
             print(f"Kept as {kept}.")
-        else:
-            colab_files().download(str(path))
 
 
 def seen(images: Sequence[Image.Image], size: int) -> list[Image.Image]:
