@@ -51,9 +51,9 @@ def test_a_figure_shows_itself_with_its_caption_as_text(monkeypatch):
 
 def test_many_pictures_are_a_jpeg_that_leaves_room_in_a_notebook():
     pictures = [image for name in ("plum-cat", "berry-mug", "comet-rocket", "tiger-robot") for image in shipped(name)]
-    kind, data, about = figures.grid([pictures[at : at + 4] for at in (0, 4, 8, 12)]).picture()
+    kind, data, _ = figures.grid([pictures[at : at + 4] for at in (0, 4, 8, 12)]).picture()
     assert kind == "image/jpeg" and len(data) < 100_000  # a third more in a notebook
-    assert Image.open(io.BytesIO(data)).width >= 4 * figures.pictures.SHOWN and about["width"] <= 7 * style.SCREEN
+    assert Image.open(io.BytesIO(data)).width >= 4 * figures.pictures.SHOWN
     assert figures.curves({"a": [1, 2]}).picture()[0] == "image/png"
 
 
@@ -85,12 +85,8 @@ def test_small_pictures_are_enlarged_by_a_whole_factor_and_keep_their_colors():
 
 def test_grid_places_pictures_and_words():
     figure = figures.grid([[RED, BLUE], [BLUE, None]], rows=["beach", "snow"], columns=["original", "LAG"])
-    assert [bool(axes.images) and shown(axes)[0, 0].tolist() for axes in figure.axes] == [
-        [255, 0, 0],
-        [0, 0, 255],
-        [0, 0, 255],
-        False,
-    ]
+    colors = [shown(axes)[0, 0].tolist() for axes in figure.axes if axes.images]
+    assert colors == [[255, 0, 0], [0, 0, 255], [0, 0, 255]] and not figure.axes[3].images
     assert {"beach", "snow", "original", "LAG"} <= set(labels(figure))
     assert len(figures.grid([RED, BLUE, RED]).axes) == 3
     with pytest.raises(ValueError):

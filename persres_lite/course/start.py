@@ -157,9 +157,8 @@ def install(requirements: list[Requirement], missing: list[Requirement]) -> None
         kept.write_text("".join(f"{name}=={version}\n" for name, version in _installed(KEPT).items()))
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(kept), *map(str, named)]
         if subprocess.run(command).returncode:
-            raise NotReady(
-                f"pip failed at {', '.join(map(str, missing))}: is there a network? Its message stands above."
-            )
+            listed = ", ".join(map(str, missing))
+            raise NotReady(f"pip could not install {listed}: is there a network? Its message stands above.")
     importlib.invalidate_caches()
 
 
