@@ -33,7 +33,8 @@ def unet_parts(unet: Any) -> dict[str, list[list[Part]]]:
     Transformers are found as `persres_lite.residuals.find_proj_outs` finds them: their number and widths are those of
     the residuals.
     """
-    widths = {name.removesuffix(".proj_out"): layer.weight.shape[0] for name, layer in find_proj_outs(unet).items()}
+    layers: dict[str, Any] = dict(find_proj_outs(unet))
+    widths = {name.removesuffix(".proj_out"): layer.weight.shape[0] for name, layer in layers.items()}
 
     def parts(name: str) -> list[Part]:
         block = unet.get_submodule(name)
@@ -141,7 +142,9 @@ def block_diagram(caption: str | None = None) -> Drawing:
     return figure
 
 
-def _canvas(size: tuple, x: tuple[float, float], y: tuple[float, float], caption: str | None) -> tuple[Drawing, Any]:
+def _canvas(
+    size: tuple[float, float], x: tuple[float, float], y: tuple[float, float], caption: str | None
+) -> tuple[Drawing, Any]:
     figure, axes = new_plot(*size, caption)
     bare(axes)
     axes.set(xlim=x, ylim=y)

@@ -135,10 +135,10 @@ def gains(
     for axes, (title, group) in zip(grid[0], groups.items(), strict=True):
         axes.axvline(reference[1], color="0.35", linestyle="--", linewidth=1.0, label=reference[0])
         for place, (name, (color, _, marker)) in enumerate(zip(names, styles, strict=True)):
-            if interval := group.get(name):
-                look = {"color": color, "alpha": 0.4 if reference[0] and interval["mean"] < reference[1] else 1.0}
-                axes.hlines(place, interval["low"], interval["high"], linewidth=1.6, **look)
-                axes.plot([interval["mean"]], [place], marker=marker, markersize=7, linestyle="", **look)
+            if row := group.get(name):
+                look = {"color": color, "alpha": 0.4 if reference[0] and row["mean"] < reference[1] else 1.0}
+                axes.hlines(place, row["low"], row["high"], linewidth=1.6, **look)
+                axes.plot([row["mean"]], [place], marker=marker, markersize=7, linestyle="", **look)
         axes.set_title(title)
         axes.tick_params(axis="y", length=0)
     _legend(grid[0, 0], bool(reference[0]))

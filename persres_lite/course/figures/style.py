@@ -92,7 +92,7 @@ class Drawing(Figure):
     def picture(self) -> tuple[str, bytes, dict[str, Any]]:
         """Its type, its bytes, and the metadata of a notebook's output: the size to show it at, and its words."""
         kind, dpi, drawn = "png", DPI, self._drawn(DPI)
-        if not any(np.ndim(image.get_array()) == 3 for axes in self.axes for image in axes.images):
+        if not any(np.asarray(image.get_array()).ndim == 3 for axes in self.axes for image in axes.images):
             drawn = drawn.quantize(256, dither=Image.Dither.NONE)  # lines and letters need no more colors
         data = _stored(drawn, kind)
         if drawn.mode == "RGB" and len(data) > LARGE:
