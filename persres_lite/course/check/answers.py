@@ -66,12 +66,14 @@ def exercise(
     cases: list[tuple],
     praise: str,
     *,
+    parts: tuple[str, ...] = (),
     read: Callable | None = None,
+    steady: str = "",
     forbidden: Mapping[str, str] | None = None,
     tolerance: float = 1e-4,
 ) -> Callable[[Callable], Callable[[Any], None]]:
-    """Make a check of a function that gives, for a case, the right answer and the well-known mistakes: what each gives
-    instead, by the sentence that helps.
+    """Make a check of a function that gives, for a case, the right answer (or a list of them) and the well-known
+    mistakes: what each gives instead, by the sentence that helps.
 
     Parameters
     ----------
@@ -79,8 +81,12 @@ def exercise(
         The arguments that the reader's function is tried on, each time.
     praise : str
         What is said of a right answer.
+    parts : tuple of str
+        The names of the two parts of an answer that is a pair.
     read : callable, optional
         Takes what was returned, then the case's arguments: gives what is compared, or raises `Refused`.
+    steady : str
+        What is said where two equal calls give different results.
     forbidden : dict of str to str, optional
         What the exercise does without, see `Watched`.
     tolerance : float
@@ -90,11 +96,17 @@ def exercise(
     def made(known: Callable) -> Callable[[Any], None]:
         def check(answer: Callable) -> str:
             for case in cases:
+                found = call(answer, *case, forbidden=forbidden)
+                require(not steady or np.array_equal(found, call(answer, *case)), steady)
                 right, mistakes = known(*case)
-                results = [call(answer, *case, forbidden=forbidden), right, *mistakes.values()]
-                found, right, *others = [read(each, *case) if read else each for each in results]
-                wrong = dict(zip(mistakes, others, strict=True))
-                same(found, right, f"your result{_said(known, case)}", wrong, tolerance)
+                for part, name in enumerate(parts):
+                    pair(found, " and ".join(parts))
+                    same(found[part], [right[part]], name, {s: each[part] for s, each in mistakes.items()})
+                if not parts:
+                    shown = [read(each, *case) if read else each for each in (found, *mistakes.values())]
+                    rights = right if isinstance(right, list) else [read(right, *case) if read else right]
+                    wrong = dict(zip(mistakes, shown[1:], strict=True))
+                    same(shown[0], rights, f"your result{_said(known, case)}", wrong, tolerance)
             return praise
 
         check.__name__, check.__doc__ = known.__name__, known.__doc__
@@ -138,8 +150,14 @@ def call(function: Callable, *arguments: Any, forbidden: Mapping[str, str] | Non
     return found
 
 
-def same(found: Any, wanted: Any, what: str, mistakes: Mapping[str, Any], tolerance: float) -> None:
-    """Raise `Refused` with one sentence unless `found` is what is `wanted` within rounding.
+def pair(found: Any, names: str) -> Any:
+    """What was returned, if it is two things."""
+    require(isinstance(found, tuple | list) and len(found) == 2, f"your function should return two tensors: {names}.")
+    return found
+
+
+def same(found: Any, wanted: list, what: str, mistakes: Mapping[str, Any], tolerance: float = 1e-4) -> None:
+    """Raise `Refused` with one sentence unless `found` is one of the `wanted` within rounding.
 
     Where a tensor is wanted, an array of NumPy or a list does as well, and for a mask booleans do as well as 0 and 1.
     """
@@ -147,8 +165,8 @@ def same(found: Any, wanted: Any, what: str, mistakes: Mapping[str, Any], tolera
     def close(one: np.ndarray, other: np.ndarray) -> bool:
         return one.shape == other.shape and np.allclose(one, other, atol=tolerance, rtol=tolerance)
 
-    first, right = _array(found, what, np.ndim(wanted) == 0), _array(wanted, what)
-    if close(first, right):
+    first, right = _array(found, what, np.ndim(wanted[0]) == 0), _array(wanted[0], what)
+    if any(close(first, _array(value, what)) for value in wanted):
         return
     fitting = [sentence for sentence, value in mistakes.items() if close(first, _array(value, what))]
     if len(fitting) == 1:  # what two mistakes explain is named after neither

@@ -25,14 +25,14 @@ def share(answer: float, part: int, whole: int) -> str:
         "this is the whole in percent of the part: divide the other way round": 100 * whole / part,
         "the parameters that were added are not part of the U-Net's": 100 * part / (whole + part),
     }
-    right = float(f"{right:.2g}") if answer == float(f"{right:.2g}") else right
-    same(answer, right, "the share", wrong, 0.003 * min(1, right))
+    same(answer, [right, float(f"{right:.2g}")], "the share", wrong, 0.003 * min(1, right))
     return f"{right:.2g} %."
 
 
 @exercise(
     [(CLEAN, NOISE, 0.2, 0.4), (CLEAN, NOISE, 0.7, 1.0)],
     "predict the clean latent, then noise it with the same noise to the next, lower level.",
+    steady="equal inputs give two different latents: noise the guess with the predicted noise, not a fresh one.",
 )
 def ddim_step(noised, predicted, alpha_bar, alpha_bar_next):
     """One deterministic DDIM step (eta = 0)."""
@@ -63,10 +63,14 @@ def v_target(clean, noise, alpha_bar):
 )
 def timestep_of(alpha_bars, share):
     """The first timestep at which noise makes up more than `share` of the variance."""
-    return (1 - alpha_bars > share).int().argmax(), {
+    right = (1 - alpha_bars > share).int().argmax()
+    return right, {
         "this is the first timestep with so much of the picture": (alpha_bars > share).int().argmax(),
         "there is no root in a variance": (1 - alpha_bars.sqrt() > share).int().argmax(),
-        "noise makes up just that share here, and more was asked for": (1 - alpha_bars >= share).int().argmax(),
+        "this is the last timestep with less noise, one too early": right - 1,
+        "at this timestep noise makes up just that share, and more was asked for": (
+            (1 - alpha_bars >= share).int().argmax()
+        ),
     }
 
 
@@ -101,13 +105,16 @@ def alignment(pictures, references):
 def freeze(answer: Callable) -> str:
     """``answer(module)`` freezes the module: no parameter learns, and dropout and the like are off."""
     module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2)).train()
+    before = [parameter.clone() for parameter in module.parameters()]
     returned = call(lambda part: [answer(part)], module)  # nothing need be returned
     learning = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     training = any(part.training for part in module.modules())
-    if returned == [...] and len(learning) == 4 and training:  # the stub, and nothing was done before it
+    if returned == [...] and len(learning) == len(before) and training:  # the stub, and nothing was done before it
         raise Unanswered
     require(not learning, f"{', '.join(learning)} still learn: set requires_grad to False for every parameter.")
     require(not training, "the module is still in training mode: dropout stays random.")
+    unchanged = all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+    require(unchanged, "the weights have changed: freezing keeps them as they are.")
     return "nothing learns, and equal inputs give equal outputs."
 
 

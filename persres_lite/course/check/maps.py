@@ -24,14 +24,13 @@ def attention_map(q, k, tokens):
     """The map of the tokens, (HW,), mean of heads, from q (heads, HW, d) and k (heads, T, d)."""
     logits = q @ k.transpose(-1, -2)  # (heads, HW, T)
     scaled = logits / q.shape[-1] ** 0.5
-
-    def summed(weights):
-        return weights[..., tokens].sum(-1).mean(0)
-
-    return summed(scaled.softmax(-1)), {
-        "divide by the square root of d_k before the softmax": summed(logits.softmax(-1)),
-        "the softmax runs over the tokens, not over the positions": summed(scaled.softmax(1)),
-        "the tokens are summed, not averaged": summed(scaled.softmax(-1)) / len(tokens),
+    summed, first = scaled.softmax(-1)[..., tokens].sum(-1), scaled.softmax(-1)[..., tokens[0]]  # (heads, HW)
+    return summed.mean(0), {
+        "divide by the square root of d_k before the softmax": logits.softmax(-1)[..., tokens].sum(-1).mean(0),
+        "the softmax runs over the tokens, not over the positions": scaled.softmax(1)[..., tokens].sum(-1).mean(0),
+        "the tokens are summed, not averaged": summed.mean(0) / len(tokens),
+        "the heads are averaged, not summed": summed.sum(0),
+        "only the first token is counted": first.mean(0),
     }
 
 
@@ -45,6 +44,7 @@ def iou(mask, truth):
     both = (mask & truth).sum()
     return _iou(mask, truth), {
         "this divides by the size of the mask, not of the union": both / mask.sum(),
+        "this divides by the size of the truth, not of the union": both / truth.sum(),
         "this counts where they agree, background included": (mask == truth).float().mean(),
         "the union is counted with the intersection twice": both / (mask.sum() + truth.sum()),
     }
@@ -80,7 +80,9 @@ def median_mask(maps):
     median = maps.flatten(1).median(1).values[:, None, None]
     return maps > median, {
         "every map of the batch has its own median": maps > maps.median(),
+        "this is the mean, not the median": maps > maps.mean((1, 2), keepdim=True),
         "the mask is 1 where the map is high, not where it is low": maps <= median,
+        "1 belongs above the median: the comparison is the other way round": maps < median,
         "a position at the median itself stays outside": maps >= median,
     }
 
@@ -103,9 +105,12 @@ def otsu(values):
     cuts = [values > cut for cut in values.unique()[:-1]]
     apart = torch.stack([values[high].mean() - values[~high].mean() for high in cuts])
     shares = torch.stack([high.float().mean() for high in cuts])
-    return cuts[(shares * (1 - shares) * apart**2).argmax()], {
+    right = cuts[(shares * (1 - shares) * apart**2).argmax()]
+    return right, {
         "this is the split at the median": values > values.median(),
         "this is the split at the mean of all values": values > values.mean(),
+        "this is the split in the middle between the least and the greatest": values
+        > (values.min() + values.max()) / 2,
         "without the shares one outlier wins: weight by w_0 w_1": cuts[apart.argmax()],
     }
 
@@ -131,12 +136,13 @@ def quantile_mask(heat, share):
 )
 def blend(f, f_residual, mask):
     """(1 - M) f + M f' for f (B, C, h, w) and a mask (B, h, w)."""
-    m = mask[:, None]
+    m, soft = mask[:, None], "a mask may lie between 0 and 1: multiply by it instead of cutting it"
     return (1 - m) * f + m * f_residual, {
         "mask and 1 - mask are exchanged": m * f + (1 - m) * f_residual,
         "where the mask is 1 only f' remains: f is counted too": f + m * f_residual,
         "outside the mask f remains, not zero": m * f_residual,
-        "a mask may lie between 0 and 1: multiply by it instead of cutting it": torch.where(m > 0.5, f_residual, f),
+        soft: torch.where(m > 0.5, f_residual, f),
+        f"{soft} at one half": torch.where(m >= 0.5, f_residual, f),
     }
 
 
@@ -166,4 +172,5 @@ def background_distance(a, b, mask):
         "this looks inside the mask": apart[:, mask].mean(),
         "the object is not left out": apart.mean(),
         "the mean is over the background's positions only": (apart * ~mask).mean(),
+        "this is the squared difference": (apart[:, ~mask] ** 2).mean(),
     }

@@ -21,6 +21,7 @@ def passes(steps, batch_size, photographs):
     return seen / photographs, {
         "this is how many pictures the model sees in all": seen,
         "every step sees batch_size photographs, not one": steps / photographs,
+        "this leaves out how many photographs there are and how many steps": batch_size / photographs,
         "whole passes only: give the mean, which may be a fraction": seen // photographs,
     }
 
@@ -31,14 +32,16 @@ def _laplacian(gray, middle=-4.0, padding=0):
 
 
 @exercise(
-    [(random(64, 48),), (random(50, 50, seed=1),)],  # so large that it does not matter whether n or n - 1 divides
+    [(random(12, 9),), (random(7, 7),)],
     "a blurred picture has no fine detail, so its Laplacian hardly varies.",
     tolerance=1e-3,
 )
 def detail(gray):
-    """The variance of a picture's Laplacian, for (h, w), inside its border."""
+    """The variance of a picture's Laplacian, for (h, w), inside its border; NumPy divides by n, torch by n - 1."""
     laplacian = _laplacian(gray)
-    return laplacian.var(), {
+    return [laplacian.var(), laplacian.var(correction=0)], {
+        "this is the standard deviation": laplacian.std(),
+        "this is the mean": laplacian.mean(),
         "the middle counts minus four times": _laplacian(gray, middle=-1.0).var(),
         "the sign of the middle is wrong": _laplacian(gray, middle=4.0).var(),
         "this is the variance of the picture, not of its Laplacian": gray.var(),
@@ -67,5 +70,7 @@ def best_stage(identity, fit, slack):
         "this stage fits the prompt best, but others that fit well enough have more identity": fit.argmax(),
         "count the slack from the fit of stage 0, not from the best one": within(fit.max() - slack),
         "a stage may lose up to slack of the fit": within(fit[0]),
-        "this is the last stage that fits well enough": within(fit[0] - slack, torch.arange(len(fit)).float()),
+        "this is the last stage that fits well enough, not the one with most identity": within(
+            fit[0] - slack, torch.arange(len(fit)).float()
+        ),
     }

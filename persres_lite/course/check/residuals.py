@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.nn.functional import linear
 
-from persres_lite.course.check.answers import exercise, random, require
+from persres_lite.course.check.answers import exercise, pair, random, require
 
 SQUARE, A, B, BIAS = random(6, 6), random(6, 2, seed=1), random(2, 6, seed=2), random(6, seed=3)
 CONCENTRATED = torch.linalg.svd(SQUARE)[0] * torch.tensor([8.0, 2.0, 2.0, 2.0, 2.0, 1.0]) @ torch.linalg.svd(SQUARE)[2]
@@ -24,6 +24,7 @@ def residual_linear(x, weight, bias, a, b):
         "the residual is missing": linear(x, weight, bias),
         "the bias is missing": linear(x, weight + a @ b),
         "A and B are exchanged": linear(x, weight, bias) + x @ a @ b,
+        "the bias belongs to W alone: it is counted twice": linear(x, weight + a @ b, 2 * bias),
         "x is a row here, so the weights are transposed: x @ W.T": x @ (weight + a @ b) + bias,
     }
 
@@ -55,27 +56,15 @@ def parameter_count(widths, fraction):
 def merge(weight, a, b, scale):
     """A convolution's weight W (m, m, 1, 1) with `scale` times the residual merged in."""
     full = (a @ b)[:, :, None, None]
-    return weight + scale * full, {
-        "the scale is missing": weight + full,
-        "the scale belongs to A B, not to W": scale * (weight + full),
-    }
-
-
-def _pair(found, rank):
-    require(isinstance(found, tuple | list) and len(found) == 2, "your function should return two tensors.")
-    fits = np.shape(found[0]) == (6, rank) and np.shape(found[1]) == (rank, 6)
-    require(fits, f"the two tensors should have the shapes (6, {rank}) and ({rank}, 6), as A and B have.")
-    return found
+    wrong = {"the scale is missing": weight + full, "the scale belongs to A B, not to W": scale * (weight + full)}
+    return weight + scale * full, wrong
 
 
 def _product(found, matrix, rank):
-    first, second = _pair(found, rank)
+    first, second = pair(found, "A and B")
+    fits = np.shape(first) == (6, rank) and np.shape(second) == (rank, 6)
+    require(fits, f"A and B should have the shapes (6, {rank}) and ({rank}, 6).")
     return first @ second
-
-
-def _beside(found, gradient, a, b):
-    first, second = _pair(found, 2)
-    return torch.cat([first, second.T], 1)
 
 
 @exercise([(SQUARE, 1), (SQUARE, 3)], "no other matrix of that rank is nearer to dW.", read=_product)
@@ -86,6 +75,7 @@ def truncated(matrix, rank):
     return (scaled[:, :rank], right[:rank]), {
         "the singular values are missing": (left[:, :rank], right[:rank]),
         "the singular values are in both factors": (scaled[:, :rank] * values[:rank], right[:rank]),
+        "these are the weakest directions": (scaled[:, -rank:], right[-rank:]),
         "the third result of svd is transposed already": (scaled[:, :rank], right.T[:rank]),
     }
 
@@ -101,8 +91,11 @@ def _reached(strengths, share):
 def needed_rank(matrix, share):
     """How many of the strongest directions hold at least `share` of dW's squared norm."""
     values = torch.linalg.svdvals(matrix)
-    return _reached(values**2, share), {
+    right = _reached(values**2, share)
+    return right, {
         "these are shares of the sum of the singular values; the norm sums their squares": _reached(values, share),
+        "a position is counted from 0, a number of directions from 1": right - 1,
+        "this is one direction more than needed": right + 1,
         "these are the weakest directions: begin with the strongest": _reached(values.flip(0) ** 2, share),
     }
 
@@ -110,12 +103,15 @@ def needed_rank(matrix, share):
 @exercise(
     [(SQUARE, A, B), (SQUARE, torch.zeros(6, 2), B)],
     "each gradient holds the other factor: while A is zero, only A learns, and with both zero nothing would.",
-    read=_beside,
+    parts=("the gradient of A", "the gradient of B"),
     forbidden=dict.fromkeys(("backward", "grad", "requires_grad_", "__set__"), BY_HAND),
 )
 def factor_gradients(gradient, a, b):
     """The gradients of A and of B from G (m, m), the gradient with respect to dW = A B."""
-    return (gradient @ b.T, a.T @ gradient), {"G is transposed": (gradient.T @ b.T, a.T @ gradient.T)}
+    return (gradient @ b.T, a.T @ gradient), {
+        "G is transposed": (gradient.T @ b.T, a.T @ gradient.T),
+        "the gradient of A has A's shape, that of B has B's": (a.T @ gradient, gradient @ b.T),
+    }
 
 
 @exercise([(random(2, 4, 3, 3), random(2, 4, 3, 3, seed=1))], "one mean over batch, channels and positions.")
@@ -135,10 +131,12 @@ def loss(prediction, target):
 )
 def losses_by_noise_level(losses, timesteps, edges):
     """The mean loss of each bin edges[i] <= t < edges[i + 1]."""
-    return [1.0, 3.0, 12.0], {
+    return [[1.0, 3.0, 12.0]], {
         "these are sums, not means": [1.0, 6.0, 24.0],
         "a step on an edge belongs to the bin that begins there": [2.0, 6.0, 16.0],
         "a step on an edge belongs to the bin that begins there, not to the one that ends": [1.5, 6.0, 16.0],
+        "a step on an edge is counted twice: leave out the upper edge": [1.5, 14 / 3, 12.0],
+        "these sums are divided by the number of all losses: divide by that of the bin": [0.2, 1.2, 4.8],
     }
 
 
@@ -152,6 +150,7 @@ def smoothed(losses, width):
     return windows.mean(-1), {
         "these are sums": windows.sum(-1),
         "a loss that has left the window still counts": losses.cumsum(0)[width - 1 :] / width,
+        "this is the median of each window": windows.median(-1).values,
         "there are as many means as losses: keep only the windows that lie wholly inside": everywhere,
     }
 
@@ -175,15 +174,18 @@ def masked_loss(prediction, target, inside):
         "this is the background's loss": (outside * square).mean() / outside.mean(),
         "this is a mean of the pictures' means: take one mean over the whole batch": each.mean(),
         "the mask is not used": square.mean(),
+        "a position counts as far as it is object, not wholly or not at all": (
+            square[(inside > 0.5).expand_as(square)].mean()
+        ),
         "the mask is squared: multiply the squared error by it, not the error": (inside * marked).mean() / area,
     }
 
 
-def _exam(losses, patience, ends=False, forgiven=True, before=False):
+def _exam(losses, patience, ends=False, equal=False, forgiven=True, before=False):
     """The exam to go back to, or the one at which the training `ends`; the other options are mistakes."""
     best = number = missed = 0
     for number in range(1, len(losses)):
-        lower = losses[number] < losses[best]
+        lower = losses[number] <= losses[best] if equal else losses[number] < losses[best]
         hit = losses[number] < losses[number - 1] if before else lower
         missed = missed + 1 if not hit else 0 if forgiven else missed
         best = number if lower else best
@@ -195,7 +197,7 @@ def _exam(losses, patience, ends=False, forgiven=True, before=False):
 @exercise(
     [
         ([3.0, 5.0, 4.0, 2.0, 4.0, 5.0, 1.0], 2),
-        ([5.0, 4.0, 3.0, 3.5, 3.2, 2.0], 2),
+        *(([5.0, 4.0, 3.0, 3.5, 3.2, 2.0], patience) for patience in (2, 3)),
         ([5.0, 3.0, 4.0, 2.0, 2.5, 1.0], 2),
         ([2.0, 2.0, 2.0, 3.0, 3.0, 3.0, 1.0], 3),
     ],
@@ -207,5 +209,6 @@ def stopping(losses, patience):
         "the training has ended before this exam: it was never made": losses.index(min(losses)),
         "compare with the lowest loss so far, not the one before": _exam(losses, patience, before=True),
         "only misses in a row count: a new lowest loss forgives them": _exam(losses, patience, forgiven=False),
+        "an equal loss is no lower one": _exam(losses, patience, equal=True),
         "this is where the training ends, and not the best exam until then": _exam(losses, patience, ends=True),
     }

@@ -24,6 +24,8 @@ def on_ruler(score, floor, ceiling):
     return right, {
         "at the floor it should be 0: subtract the floor first": score / ceiling,
         "divide by the distance from floor to ceiling, not by the ceiling": (score - floor) / ceiling,
+        "this is how much is missing to the ceiling": (ceiling - score) / (ceiling - floor),
+        "this is still in units of the score: the ceiling should be at 1": score - floor,
         "do not clip it, because the line goes on beyond both ends": min(1.0, max(0.0, right)),
     }
 
@@ -39,8 +41,10 @@ def diversity(features):
     alike = pairs[different].mean()
     return 1 - alike, {
         "a picture with itself is no pair": 1 - pairs.mean(),
+        "this is how alike they are, not how different": alike,
         "give each row the length 1 first": 1 - (features @ features.T)[different].mean(),
         "count the pairs without those of a picture with itself": 1 - alike * (n - 1) / n,
+        "each pair is counted once above and twice below": 1 - alike / 2,
     }
 
 
@@ -50,12 +54,19 @@ def diversity(features):
 )
 def at_equal_leakage(leakage, leaks, scores):
     """The score where a curve leaks as much; leaks (k,) increasing, scores (k,)."""
-    nearest = (leaks - leakage).abs().argmin()
-    return np.interp(leakage, leaks, scores), {
-        "this is the nearest point of the curve, not the line between its neighbors": scores[nearest],
+    right, k = np.interp(leakage, leaks, scores), int((leaks < leakage).sum())
+    neighbors = float(scores[k - 1] + scores[k])
+    return right, {
+        "this is the nearest point of the curve, not the line between its neighbors": scores[
+            (leaks - leakage).abs().argmin()
+        ],
         "this draws one line from the first point to the last": np.interp(leakage, leaks[[0, -1]], scores[[0, -1]]),
+        "the weights of the two neighbors are exchanged": neighbors - right,
+        "this is the middle between the two neighbors, wherever the leakage lies": neighbors / 2,
         "this is a leakage, not a score: the two axes are exchanged": np.interp(leakage, scores, leaks),
-        "a leakage and its score belong together: do not sort": np.interp(leakage, leaks, scores.sort().values),
+        "a leakage and its score belong together: do not sort the scores by themselves": np.interp(
+            leakage, leaks, scores.sort().values
+        ),
     }
 
 
@@ -69,6 +80,7 @@ def grouped_mean(groups):
         "this counts each picture once, so a concept with many pictures counts most": 3.0 / 5,
         "this counts each training once; a concept with more trainings counts more": (0.8 + 0.4 + 0.2) / 3,
         "within a concept each training counts once, however many pictures it has": (2.8 / 4 + 0.2) / 2,
+        "this is the sum over the concepts, not their mean": 0.6 + 0.2,
     }
 
 
