@@ -174,7 +174,8 @@ def load_base(
     local = Path(source).is_dir()
     try:
         with quiet(bars=not local):
-            pipeline = load(source, revision, dtype or _usual_dtype(target, name), safety_checker)
+            dtype = dtype or _usual_dtype(target, name)
+            pipeline = load(source, revision, dtype, safety_checker)
     except (UnfitBase, MemoryError):
         raise
     except Exception as error:  # the libraries have many words for a file that they did not expect
@@ -183,6 +184,8 @@ def load_base(
             f"The base {name!r} could not be loaded: {source} ({first_sentence(error)}). {todo}, or give the path of a "
             "folder that holds it in diffusers' layout, with safetensors files."
         ) from error
+    if pipeline.unet.dtype != dtype:  # a library that no longer knows the word for it, as diffusers 0.39 did not yet
+        raise RuntimeError(f"{name} was asked for in {dtype} and came in {pipeline.unet.dtype}: update diffusers.")
     _never_clip(pipeline.scheduler)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
