@@ -197,8 +197,8 @@ def step(
 
     Parameters
     ----------
-    unet, scheduler, condition, frozen
-        As for `diffusion_loss`.
+    unet, scheduler, condition, frozen : as for `diffusion_loss`
+        What the loss is of.
     data : TrainingSet
         What the batch is drawn from.
     state : State
