@@ -94,7 +94,7 @@ def find_proj_outs(unet: nn.Module) -> dict[str, nn.Module]:
     ValueError
         If there are none, as in a diffusion transformer.
     """
-    found = {
+    found: dict[str, Any] = {
         f"{name}.proj_out": module.proj_out
         for name, module in unet.named_modules()
         if name and hasattr(module, "proj_out") and hasattr(module, "transformer_blocks")
