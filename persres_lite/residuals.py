@@ -32,7 +32,7 @@ VERSION = 2  # 1 called the losses "history" and the token embeddings "rows"; it
 
 def unet_of(base: Any) -> Any:
     """The U-Net of a diffusers pipeline; a module is returned as it is, and a compiled one as the one inside."""
-    unet = getattr(base, "unet", None) or getattr(base, "transformer", base)
+    unet = getattr(base, "unet", getattr(base, "transformer", base))
     return getattr(unet, "_orig_mod", unet)
 
 
