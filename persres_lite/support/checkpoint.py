@@ -88,7 +88,7 @@ class Keeper:
     def __init__(self, state: State, path: str | os.PathLike | None, settings: dict[str, Any]) -> None:
         self.state, self.path, self.settings = state, path, settings
         if path is not None and Path(path).exists():
-            restore(state, self._read())
+            restore(state, self._read(path))
         self.good = snapshot(state)
         self.write()  # a place that cannot be written to is better known now
 
@@ -122,8 +122,8 @@ class Keeper:
             tensors, rest = self.good
             write_tensors(self.path, tensors, {KEY: json.dumps(rest | {"settings": self.settings})})
 
-    def _read(self) -> Snapshot:
-        tensors, metadata = read_tensors(self.path)
+    def _read(self, path: str | os.PathLike) -> Snapshot:
+        tensors, metadata = read_tensors(path)
         if KEY not in metadata:
             raise ValueError(f"{self.path} is no checkpoint of a training: delete it, or name another file.")
         rest = json.loads(metadata[KEY])

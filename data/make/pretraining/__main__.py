@@ -63,7 +63,8 @@ def adopt(run: Run, shipped: Path) -> None:
         next(folder for folder in (shipped / name, shipped.parent / name) if (folder / "config.json").exists())
         for name in ("toybox-clip", "toybox-dino")
     )
-    text, judge = clip_parts(), judge_parts()
+    text: Any = clip_parts()
+    judge = judge_parts()
     text["clip"].load_state_dict(CLIPModel.from_pretrained(clip).float().state_dict())
     text["clip"].text_model.load_state_dict(base.text_encoder.state_dict())  # in single precision
     judge["encoder"].load_state_dict(ResNetModel.from_pretrained(dino).float().state_dict())

@@ -92,7 +92,8 @@ def optimizers_of(module: nn.Module, lr: float, muon: bool) -> list[torch.optim.
                 matrices.append(parameter)
     decay, own = (1e-3, min(lr / 2, 2e-3)) if muon else (0.05, lr)
     groups = [{"params": outer, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW([group for group in groups if group["params"]], lr=own, betas=(0.9, 0.99))]
+    groups = [group for group in groups if group["params"]]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=own, betas=(0.9, 0.99))]
     if matrices:
         optimizers.append(Muon(matrices, lr, weight_decay=decay))
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -159,7 +159,7 @@ class Learner:
         self.path, self.module = path, module.to(device).train()
         self.step, self.seconds, self.pictures = (state.get(key, 0) for key in ("step", "seconds", "pictures"))
         self.optimizers = optimizers_of(module, lr, muon)
-        self.average = AveragedModel(module, multi_avg_fn=self._follow) if ema else module
+        self.average = cast(Any, AveragedModel(module, multi_avg_fn=self._follow) if ema else module)
         self.decay = ema or 0.0
         if self.step:
             for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
@@ -173,7 +173,7 @@ class Learner:
             parameter.grad = torch.zeros_like(parameter)  # also where a process has nothing to say of it
 
     @torch.no_grad()
-    def _follow(self, averages: list[torch.Tensor], parameters: list[torch.Tensor], count: Any) -> None:
+    def _follow(self, averages: Any, parameters: Any, count: Any) -> None:
         torch._foreach_lerp_(averages, parameters, 1 - min(self.decay, (1 + self.step) / (10 + self.step)))
 
     def save(self) -> None:
