@@ -14,7 +14,7 @@ import transformers
 from nbformat import v4
 from PIL import Image, ImageFilter
 
-from data.make import runs
+from notebooks.tools import runs
 from notebooks.tools import notebooks
 from persres_lite import load_base, load_concept
 from persres_lite.course import own
