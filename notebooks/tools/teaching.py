@@ -155,7 +155,8 @@ def slides(notebooks: dict[str, NotebookNode]) -> list[Slide]:
     """
     plan = ["| from minute | lesson | minutes |", "|---|---|---|"]
     later = ["| lesson | aim |", "|---|---|"]
-    made, start = [], 0
+    made: list[Slide] = []
+    start = 0
     for number, notebook in notebooks.items():
         lesson, opening = _title(notebook), notebook.cells[1].source
         if number in MINUTES:
