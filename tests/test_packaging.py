@@ -137,7 +137,8 @@ def test_gpu_runners_use_stable_diffusion_and_keep_what_a_run_left():
 
 def make(*arguments: str, folder: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    return subprocess.run(["make", *arguments], cwd=folder, env=clean | env, capture_output=True, text=True)
+    command = ["make", f"PYTHON={sys.executable}", *arguments]
+    return subprocess.run(command, cwd=folder, env=clean | env, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -168,24 +169,32 @@ def test_one_failure_hides_no_other_and_every_process_has_one_thread(project, br
     )
 
 
-@pytest.mark.parametrize("command", ["demo", "test", "lab", "notebooks", "gpu", "bench", "pretrain", "results", "size"])
-def test_every_command_is_listed_sets_up_what_it_needs_and_runs_what_is_there(command, project):
-    assert re.search(rf"^make {command} +\S", make().stdout, re.MULTILINE)
-    planned = make("-n", command, f"PYTHON={sys.executable}", folder=project).stdout
-    assert "-m venv .venv" in planned and "--constraint tests/constraints.txt" in planned
+COMMANDS = ("demo", "test", "lab", "notebooks", "gpu", "bench", "pretrain", "results", "size")
+
+
+def test_every_command_is_listed_and_runs_what_is_there():
+    listed = make("help").stdout
+    assert all(re.search(rf"^make {command} +\S", listed, re.MULTILINE) for command in COMMANDS)
+    planned = make("-n", *COMMANDS, "READY=").stdout
     for module in re.findall(r"-m ((?:data|notebooks)\.[\w.]+)", planned):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_sets_up_once_and_again_when_a_pin_has_changed(command, project):
+    planned = make("-n", command, folder=project).stdout
+    assert "-m venv .venv" in planned and "--constraint tests/constraints.txt" in planned
     (project / ".venv").mkdir()
     (project / ".venv" / ".ready").touch()
-    assert "-m venv" not in make("-n", command, folder=project).stdout, "only once"
+    assert "-m venv" not in make("-n", command, folder=project).stdout
     later = (project / ".venv" / ".ready").stat().st_mtime + 5
     os.utime(project / "tests" / "constraints.txt", (later, later))
-    assert "-m venv" in make("-n", command, folder=project).stdout, "again when a pin has changed"
+    assert "-m venv" in make("-n", command, folder=project).stdout
 
 
 def test_colabs_versions_are_tried_apart_from_everything():
-    planned = make("-n", "colab", f"PYTHON={sys.executable}").stdout
+    planned = make("-n", "colab").stdout
     assert f" torch=={COLAB['torch']} " in planned and "-r build/colab/versions.txt" in planned
     assert " torch==9.9 " in make("-n", "colab", "TORCH=9.9").stdout
     assert "-m notebooks.tools.colab" in planned and "make" not in planned and "constraints" not in planned
