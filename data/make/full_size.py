@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
         base.unet.register_to_config(sample_size=32)  # of the latents; what is trained has that size
     found = measure(base, **trial)
     size = "at full size" if width == FULL else f"{width} channels wide instead of {FULL}"
-    made = f"Made by `python -m data.make.full_size {chosen.kind}` on {machine()}, in {str(dtype).removeprefix('torch.')}."
+    made = f"Made by `python -m data.make.full_size {chosen.kind}` on {machine()}, in {str(dtype)[6:]}."
     text = f"# {name}, {size}, random weights\n\n{made}\n\n{markdown(['what', 'found'], found.items())}\n"
     keep(chosen.out / file, found, text)
     print(text)
