@@ -65,9 +65,9 @@ def test_every_method_has_the_same_loss_and_the_floor_is_two_of_them_without_gra
     shapes, grad = [], []
     loss = bench_runs.diffusion_loss
 
-    def record(unet, scheduler, latents, condition, noise, timesteps, weights=None):
+    def record(unet, scheduler, latents, condition, noise, timesteps, weights=None, frozen=None):
         shapes.append((tuple(latents.shape), tuple(condition["encoder_hidden_states"].shape), weights))
-        value = loss(unet, scheduler, latents, condition, noise, timesteps, weights)
+        value = loss(unet, scheduler, latents, condition, noise, timesteps, weights, frozen)
         grad.append(value.requires_grad)
         return value
 
