@@ -66,14 +66,13 @@ def test_what_holds_on_every_base_is_checked_on_toybox_too():
 
 
 def test_a_lesson_in_half_precision_prints_what_holds_on_every_base(tmp_path):
-    """On the layout of Stable Diffusion 2: linear projections, prediction of v."""
-    tiny_pipeline("sd2").save_pretrained(tmp_path / "sd-2-shaped")
+    tiny_pipeline("sd1").save_pretrained(tmp_path / "sd-1.4-shaped")
     (path,) = notebooks.notebook_paths(names=["02"])
     lesson = notebooks.read(path)
     lesson.cells.insert(3, v4.new_code_cell(BF16))
     nbformat.write(lesson, tmp_path / path.name)
-    results = gpu.run([tmp_path / path.name], str(tmp_path / "sd-2-shaped"), tmp_path / "build")
-    assert (results["base"], results["notebooks"][path.stem]["failed"]) == ("sd-2-shaped", [])
+    results = gpu.run([tmp_path / path.name], str(tmp_path / "sd-1.4-shaped"), tmp_path / "build")
+    assert (results["base"], results["notebooks"][path.stem]["failed"]) == ("sd-1.4-shaped", [])
 
 
 def test_without_a_gpu_it_is_one_sentence(capsys, monkeypatch):
