@@ -13,8 +13,7 @@ import transformers
 from nbformat import v4
 from PIL import Image, ImageFilter
 
-from data.make import runs
-from notebooks.tools import notebooks
+from notebooks.tools import notebooks, runs
 from persres_lite import load_base, load_concept
 from persres_lite.course import own
 from persres_lite.course.start import NotReady
