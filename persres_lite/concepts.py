@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from persres_lite.masks import read_mask
-from persres_lite.support.images import Picture, formats, kept_size, picture_files, read_images, some_names
+from persres_lite.support.images import Picture, kept_size, picture_files, read_images, some_names
 from persres_lite.support.notices import tell
 from persres_lite.support.paths import data_dir
 
@@ -23,7 +23,6 @@ RARE_TOKEN = "sks"
 """A word that CLIP's vocabulary holds as one token and that hardly means anything; the paper leaves its choice open."""
 
 CARD = "concept.json"
-WORDS = ("name", "macro_class", "token")
 
 
 @dataclass
@@ -60,12 +59,11 @@ class Concept:
         self.macro_class = " ".join(self.macro_class.split())
         if not self.macro_class:
             raise ValueError(f"The concept {self.name} needs a macro class: say what it is, as macro_class='cat'.")
-        if not self.token or self.token.split() != [self.token]:
+        if self.token.split() != [self.token]:
             raise ValueError(f"The token must be one word without spaces, not {self.token!r}: for example 'sks'.")
         images, masks = ([each.size for each in pictures or ()] for pictures in (self.images, self.masks))
-        if self.masks is not None and masks != images:
-            wanted = f"{self.name} has pictures of {images} and masks of {masks} pixels"
-            raise ValueError(f"{wanted}: give a mask for each picture, of its size.")
+        if masks not in ([], images):
+            raise ValueError(f"{self.name} has masks of {masks} pixels for pictures of {images}: give each its own.")
 
     def __str__(self) -> str:
         return f"{self.token} {self.macro_class}"
@@ -114,7 +112,7 @@ def load_concept(
     FileNotFoundError
         If there is no such folder, file or shipped concept.
     ValueError
-        If no macro class is known, the card is not JSON, a picture or mask cannot be read (see
+        If no macro class is known, the card is no JSON object, a picture or mask cannot be read (see
         `persres_lite.support.images`), there is no picture at all or in several folders, or only some have a mask.
 
     Warns
@@ -128,39 +126,38 @@ def load_concept(
             with TemporaryDirectory() as place:
                 unpacked = Path(place) / source.stem
                 shutil.unpack_archive(source, unpacked, "zip")  # which writes nothing outside of it
-                concept = load_concept(unpacked, macro_class, token)
-            concept.path = None
-            return concept
-    elif not isinstance(source, Image.Image):
-        source = [each if isinstance(each, Image.Image) else Path(each).expanduser() for each in source]
-    outer = source if isinstance(source, Path) and source.is_dir() else None  # may hold the card
-    folder = outer and _with_pictures(outer)
-    images = read_images(folder or source)
-    card = _read_card(folder / CARD) or _read_card(outer / CARD) if folder and outer else {}
-    skipped = [path.name for path in picture_files(folder)[1] if path.name != CARD] if folder else []
-    if skipped:
+                return replace(load_concept(unpacked, macro_class, token), path=None)
+        if source.is_dir():
+            return _read_folder(source, macro_class, token)
+    return Concept("concept", macro_class or "", token or RARE_TOKEN, read_images(source))
+
+
+def _read_folder(outer: Path, macro_class: str | None, token: str | None) -> Concept:
+    folder = _with_pictures(outer)
+    images, card = read_images(folder), _read_card(folder / CARD) or _read_card(outer / CARD)
+    if skipped := [path.name for path in picture_files(folder)[1] if path.name != CARD]:
         tell(f"Skipped what is no picture in {folder} ({len(skipped)}): {some_names(skipped)}.")
     return Concept(
-        name=card.get("name") or (folder.name if folder else "concept"),
-        macro_class=macro_class or card.get("macro_class", ""),
-        token=token or card.get("token", RARE_TOKEN),
-        images=images,
-        masks=_read_masks(folder / "masks", images) if folder else None,
-        path=folder,
-        info={key: value for key, value in card.items() if key not in WORDS},
+        card.pop("name", folder.name),
+        macro_class or card.get("macro_class", ""),
+        token or card.get("token", RARE_TOKEN),
+        images,
+        _read_masks(folder / "masks", images),
+        folder,
+        info={key: value for key, value in card.items() if key not in ("macro_class", "token")},
     )
 
 
 def _find(source: str | Path) -> Path:
     """The folder or file itself, or a shipped concept's folder, whatever the working directory is."""
     path, shipped = Path(source).expanduser(), ""
-    if path.exists():
-        return path
+    places = [path]
     with suppress(FileNotFoundError):  # no project around: only the path itself counts
-        for place in (data_dir() / "concepts" / path, data_dir().parent / path):
-            if (place / CARD).is_file():
-                return place
+        places += [data_dir() / "concepts" / path, data_dir().parent / path]
         shipped = f", or take a shipped concept ({', '.join(shipped_concepts())})"
+    for place in places:
+        if place.exists():
+            return place
     raise FileNotFoundError(f"There is no folder or picture {source}: check the path{shipped}.")
 
 
@@ -168,8 +165,8 @@ def _with_pictures(folder: Path) -> Path:
     """The folder, or, if it has no pictures of its own, the one inside that has, as programs pack and download them."""
     if picture_files(folder)[0]:
         return folder
-    folders = [path for path in folder.rglob("*") if path.is_dir() and path.name != "masks" and path.name[0] != "."]
-    inside = [path for path in sorted(folders) if picture_files(path)[0]]
+    folders = [path for path in sorted(folder.rglob("*")) if path.is_dir()]
+    inside = [path for path in folders if path.name != "masks" and path.name[0] != "." and picture_files(path)[0]]
     if len(inside) > 1:
         names = some_names([str(path.relative_to(folder)) for path in inside])
         raise ValueError(f"{folder} holds pictures in several folders ({names}): give one of them, or put all in one.")
@@ -180,27 +177,27 @@ def _read_card(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        card = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows puts a mark in front
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): mend it or take it away.") from None
-    if not isinstance(card, dict) or not all(isinstance(card.get(word, ""), str) for word in WORDS):
-        raise ValueError(f'{path} must be one JSON object with words in it: {{"macro_class": "cat", "token": "sks"}}.')
-    return card
+        card = dict(json.loads(path.read_text(encoding="utf-8-sig")))  # Windows puts a mark in front
+        return card | {word: str(card[word]) for word in ("name", "macro_class", "token") if word in card}
+    except (ValueError, TypeError, RecursionError) as error:
+        example = '{"macro_class": "cat", "token": "sks"}'
+        raise ValueError(f"{path} is not such a JSON object as {example} ({error}): mend it.") from None
 
 
 def _read_masks(places: Path, images: list[Image.Image]) -> list[Image.Image] | None:
     """A picture and its mask belong together by name, the ending aside."""
     files = {path.stem: path for path in picture_files(places)[0]} if places.is_dir() else {}
+    if not files:
+        return None
     names = [Path(image.info["source"]).stem for image in images]
     missing = list(Counter(names) - Counter(files.keys()))  # also one of two pictures that differ in the ending alone
-    if files and missing:
+    if missing:
         raise ValueError(f"{places} has no mask for {some_names(missing)}: make one for every picture, or none.")
-    return [_read_mask(files[name], image.size) for name, image in zip(names, images, strict=True)] if files else None
+    return [_read_mask(files[name], image.size) for name, image in zip(names, images, strict=True)]
 
 
 def _read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
-    with Image.open(path, formats=formats()) as drawn:
-        values = read_mask(drawn)
+    values = read_mask(path)
     if values.max() < 0.5:
         raise ValueError(f"The mask {path} marks nothing: paint the object white on black.")
     mask = Image.fromarray((255 * values).round().byte().numpy())

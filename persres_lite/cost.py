@@ -93,12 +93,6 @@ def room() -> float | None:
     return (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) / GIB
 
 
-def in_pieces(base: str | os.PathLike) -> bool:
-    """Whether this machine's GPU is too small to train a base by whole steps, as far as that is known."""
-    free = room()
-    return free is not None and base in NEEDS and NEEDS[os.fspath(base)].train > free
-
-
 def on_gpu(base: str | os.PathLike) -> str | None:
     """Say in a sentence what a large base needs of this machine's GPU, and how it will fit.
 
@@ -115,7 +109,7 @@ def on_gpu(base: str | os.PathLike) -> str | None:
     free, need = room(), NEEDS.get(os.fspath(base))
     if free is None or need is None:
         return None
-    how = f"down to {need.least} GiB in smaller pieces" if in_pieces(base) else "as it is"
+    how = f"down to {need.least} GiB in smaller pieces" if need.train > free else "as it is"
     said = (
         f"GPU memory in half precision: {need.sample} GiB to sample, {need.train} GiB to train, {how}; {free:.1f} GiB "
         "are free."

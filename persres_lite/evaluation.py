@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from persres_lite.bases import settings_of
 from persres_lite.concepts import Concept
 from persres_lite.localize import Lag, localized
-from persres_lite.masks import average, resize
+from persres_lite.masks import average, read_mask, resize
 from persres_lite.residuals import Residuals
 from persres_lite.support.memory import advising_smaller
 from persres_lite.support.notices import tell
@@ -332,12 +332,12 @@ def cut_out(images: Pictures, masks: Any) -> list[Image.Image]:
     ----------
     images : picture or list of picture
         n pictures, or one.
-    masks : tensor, array or picture (h, w) or (n, h, w)
+    masks : what `masks.read_mask` reads, one or n
         Where each object is; more than one half counts as inside. Scaled to the pictures (nearest position).
     """
-    images, alone = _listed(images), []
-    for image, mask in zip(images, _stack(masks).expand(len(images), -1, -1), strict=True):
-        inside = Image.fromarray((_resized(mask[None], image.size[::-1], "nearest")[0] > 0.5).numpy())
+    images, masks, alone = _listed(images), read_mask(masks), []
+    for image, mask in zip(images, masks.expand(len(images), *masks.shape[-2:]), strict=True):
+        inside = Image.fromarray((_scaled(mask, image.size[::-1])[0] > 0.5).numpy())
         alone.append(Image.composite(image.convert("RGB"), Image.new("RGB", image.size, "gray"), inside))
     return alone
 
@@ -347,12 +347,12 @@ def iou(mask: Any, truth: Any) -> Tensor:
 
     Parameters
     ----------
-    mask, truth : tensor, array or picture (h, w) or (n, h, w)
+    mask, truth : what `masks.read_mask` reads, one or n
         More than one half counts as inside. A mask of another size than the truth's is first scaled to it (nearest
         position).
     """
-    truth = _stack(truth) > 0.5
-    mask = _resized(_stack(mask), truth.shape[-2:], "nearest") > 0.5
+    size = read_mask(truth).shape[-2:]
+    mask, truth = (_scaled(read_mask(each), size) > 0.5 for each in (mask, truth))
     both, either = (mask & truth).sum((-2, -1)), (mask | truth).sum((-2, -1))
     return torch.where(either == 0, 1.0, both / either.clamp(min=1))
 
@@ -363,11 +363,12 @@ def pointing_game(map: Any, truth: Any) -> Tensor:
 
     Parameters
     ----------
-    map, truth : tensor, array or picture (h, w) or (n, h, w)
-        A map of another size is first scaled to the truth's (bilinear).
+    map : tensor (h, w) or (n, h, w)
+        Of another size it is first scaled to the truth's (bilinear).
+    truth : what `masks.read_mask` reads, one or n
     """
-    truth = _stack(truth) > 0.5
-    map, inside = torch.broadcast_tensors(_resized(_stack(map), truth.shape[-2:], "bilinear"), truth)
+    truth = read_mask(truth).cpu() > 0.5
+    map, inside = torch.broadcast_tensors(_scaled(map, truth.shape[-2:], "bilinear"), truth)
     return inside.flatten(1).gather(1, map.flatten(1).argmax(1, keepdim=True))[:, 0].float()
 
 
@@ -378,24 +379,18 @@ def background_distance(a: Any, b: Any, mask: Any) -> Tensor:
     ----------
     a, b : picture or list of picture
         One picture each or n each, of one size, for example from the same noise with and without residuals.
-    mask : tensor, array or picture (h, w) or (n, h, w)
+    mask : what `masks.read_mask` reads, one or n
         The object: what it covers by more than one half does not count. For two pictures with objects in different
         places give the union of both masks.
 
     Returns
     -------
     Tensor
-        (n,), in units of the full brightness range: 0 for equal backgrounds, 1 for black against white.
-
-    Raises
-    ------
-    ValueError
-        If a mask leaves no background.
+        (n,), in units of the full brightness range: 0 for equal backgrounds, 1 for black against white, NaN where the
+        mask leaves no background.
     """
     difference = (_pixels(a) - _pixels(b)).abs().mean(-1)  # (n, h, w)
-    outside = (_resized(_stack(mask), difference.shape[1:], "nearest") <= 0.5).float()
-    if (outside.sum((-2, -1)) == 0).any():
-        raise ValueError("The mask covers the whole picture, so there is no background to compare.")
+    outside = (_scaled(read_mask(mask), difference.shape[1:]) <= 0.5).float()
     return (difference * outside).sum((-2, -1)) / outside.sum((-2, -1)).expand(len(difference))
 
 
@@ -409,15 +404,6 @@ def _pixels(images: Any) -> Tensor:
     return torch.from_numpy(np.stack(each))
 
 
-def _stack(masks: Any) -> Tensor:
-    """(n, h, w) float of tensors, arrays or pictures (whose 0..255 becomes 0..1), one or several."""
-    if isinstance(masks, (list, tuple)):
-        return torch.cat([_stack(mask) for mask in masks])
-    if isinstance(masks, Image.Image):
-        masks = np.asarray(masks.convert("L"), dtype=np.float32) / 255
-    masks = torch.as_tensor(masks).float().cpu()
-    return masks if masks.dim() == 3 else masks[None]
-
-
-def _resized(maps: Tensor, size: Sequence[int], mode: str) -> Tensor:
-    return F.interpolate(maps[:, None], size=tuple(size), mode=mode)[:, 0]
+def _scaled(maps: Tensor, size: Sequence[int], mode: str = "nearest") -> Tensor:
+    """Maps (h, w) or (n, h, w) at a size, (n, *size), on the CPU."""
+    return F.interpolate(maps.float().cpu().reshape(-1, 1, *maps.shape[-2:]), tuple(size), mode=mode)[:, 0]

@@ -70,8 +70,7 @@ def localized(
     window: tuple[float, float] = (0.0, 1.0),
     fixed_mask: Any = None,
     aggregate: Literal["blocks", "steps", "both"] | None = None,
-    heads: Reduce = mean,
-    layers: Reduce = mean,
+    reduce: Reduce = mean,
     prompts: str | Sequence[str] | None = None,
     **options: Any,
 ) -> Iterator[Lag]:
@@ -107,10 +106,10 @@ def localized(
     aggregate : 'blocks', 'steps' or 'both', optional
         Make each mask of an average of maps instead of one block's at one step (the paper's way): over all blocks (for
         those that have not yet run in this pass, their last map), over all steps so far, or over both.
-    heads, layers : callable
-        How one map is made of those of a layer's heads, and of those of the layers under one projection, where there
-        are several: one in SD 1.x, 2.x and Toybox, 2 or 10 in SDXL. The paper says neither. A function gets maps
-        (B, several, HW, concepts) and gives (B, HW, concepts); by default it is the mean.
+    reduce : callable
+        How one map is made of those of all heads of all layers under one projection (one layer in SD 1.x, 2.x and
+        Toybox, 2 or 10 in SDXL), of which the paper does not speak: (B, layers, heads, HW, concepts) to
+        (B, HW, concepts). By default the mean.
     prompts : str or list of str, optional
         Needed only if the pipeline is called with `prompt_embeds`, or its U-Net directly.
     **options
@@ -150,7 +149,7 @@ def localized(
                 hook = partial(localizer.draw, name=name)
                 stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
         else:
-            stack.enter_context(watch_attention(base, localizer.ask, localizer.tell, heads, layers))
+            stack.enter_context(watch_attention(base, localizer.ask, localizer.tell, reduce))
         stack.enter_context(advising_smaller())
         yield localizer.lag
 
@@ -179,11 +178,6 @@ class _Localizer:
         if self.window == (0, 1):
             return True
         steps = getattr(self.base, "_num_timesteps", None) or len(self.base.scheduler.timesteps)
-        if self.call.step >= steps:
-            raise ValueError(
-                f"The U-Net was called more often than the {steps} steps of this pipeline, so the window is not known: "
-                "another pipeline has called it; open a context for that one."
-            )
         return self.window[0] <= self.call.step / steps < self.window[1]
 
     def ask(self) -> tuple[slice, torch.Tensor] | None:

@@ -13,31 +13,22 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from torch import Tensor, nn
 
-from persres_lite.residuals import (
-    FORMAT,
-    Residuals,
-    find_proj_outs,
-    plain_layer,
-    refuse_absurd,
-    refuse_compiled,
-    refuse_other_weights,
-    unet_of,
-)
+from persres_lite.residuals import Residuals, find_proj_outs, plain_layer, refuse_other_base, unet_of
 from persres_lite.support.files import read_tensors, write_tensors
 
 Format = Literal["diffusers", "kohya"]
 
 PREFIX = "persres_lite."  # of our own entries among the metadata of other tools' files
 
-# The two factors' names as PEFT and diffusers (which may add the adapter's name), older diffusers and kohya spell them.
-_FACTOR = re.compile(r"\.(?:lora_(?P<peft>[AB])(?:\.\w+)?|lora[_.](?P<old>down|up))\.weight")
+# The two factors' names as PEFT and diffusers (which may add the adapter's name), or older diffusers, spell them.
+_FACTOR = re.compile(r"(?:unet\.)?(.+)\.lora(?:_([AB])(?:\.\w+)?|\.(down|up))\.weight")
 
 
 def export_lora(residuals: Residuals, path: str | Path, format: Format = "diffusers") -> str:
@@ -81,24 +72,18 @@ def export_lora(residuals: Residuals, path: str | Path, format: Format = "diffus
             key = "lora_unet_" + name.replace(".", "_")
             alpha = torch.tensor(float(rank))
             tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": alpha}
-    metadata = {PREFIX + name: str(value) for name, value in residuals.metadata.items()} | _labels(residuals, path.stem)
-    metadata |= _peft_metadata(residuals.ranks) if format == "diffusers" else _kohya_metadata(residuals.ranks)
+    ours, words = residuals.metadata, " ".join(residuals.metadata.get(each, "") for each in ("token", "macro_class"))
+    metadata = {PREFIX + name: str(value) for name, value in ours.items()} | _labels(residuals, path.stem, words)
+    metadata |= _ranks_for_peft(residuals.ranks) if format == "diffusers" else _ranks_for_kohya(residuals.ranks)
     write_tensors(path, tensors, metadata)
-    return how_to_use(residuals, path, format)
-
-
-def how_to_use(residuals: Residuals, path: str | Path, format: Format = "diffusers") -> str:
-    """The message that goes with an exported file."""
-    words = _words(residuals)
-    base, path = residuals.metadata.get("base", "the same base"), Path(path)
-    if format == "diffusers":
-        load = f'Load it with pipe.load_lora_weights("{path}") onto {base}'
-    else:
-        load = f"Put {path.name} into models/Lora (A1111) or models/loras (ComfyUI) and use it with {base}"
+    where = {
+        "diffusers": f'Load it with pipe.load_lora_weights("{path}") onto',
+        "kohya": f"Put {path.name} into models/Lora (A1111) or models/loras (ComfyUI) and use it with",
+    }[format]
     return (
-        f'{load}; type "{words}" in the prompt, for example "a photo of a {words} on the beach".\n'
-        "The file is the residual applied everywhere. Localized sampling (LAG) reads attention maps while it samples; "
-        "it stays in persres-lite."
+        f'{where} {ours.get("base", "the same base")}; type "{words}" in the prompt, for example "a photo of a {words} '
+        'on the beach".\nThe file is the residual applied everywhere. Localized sampling (LAG) reads attention maps '
+        "while it samples; it stays in persres-lite."
     )
 
 
@@ -118,58 +103,54 @@ def import_lora(path: str | Path, base: Any, *, only_proj_out: bool = False) -> 
     Returns
     -------
     Residuals
-        With the ranks of the file, except that a rank above the width becomes the width: the product is the same.
-        Token and macro class where our own export wrote them.
+        With the ranks of the file. Token and macro class where our own export wrote them.
 
     Raises
     ------
-    FileNotFoundError
-        If there is no such file.
+    OSError
+        If there is no such file, or it is PEFT's own and the adapter_config.json with its alphas is not beside it.
     ValueError
-        If it is damaged or no plain LoRA (DoRA, a bias), changes other layers too, was made for another base, or is
-        PEFT's own and the adapter_config.json with its alphas is not beside it.
+        If it is damaged or no plain LoRA (DoRA, a bias), changes other layers too, or was made for another base.
     """
-    tensors, metadata = read_tensors(path)
-    if metadata.get("format") == FORMAT:
-        raise ValueError(f"{path} holds residuals already: load it with Residuals.load.")
-    modules = find_proj_outs(unet_of(base))
-    factors, others = _sorted_out(path, tensors, _spellings(unet_of(base), modules))
-    config = _peft_config(Path(path), tensors, metadata)
-    if not factors:
-        where = f"its {len(others)} tensors belong elsewhere" if others else "it is empty"
-        raise ValueError(f"{path} holds no LoRA on this base's output projections: {where}.")
+    stored, metadata = read_tensors(path)
+    unet = unet_of(base)
+    ours = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
+    refuse_other_base(f"The residuals of {path}", ours, unet)
+    config = _peft_config(Path(path), stored, metadata)
+    tensors = {key.replace("base_model.model.", "unet."): tensor for key, tensor in stored.items()}
+    tensors, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(tensors, unet_config=unet.config)  # kohya's names
+    modules = find_proj_outs(unet)
+    factors: dict[tuple[str, str], Tensor] = {}
+    others = []
+    for key, tensor in tensors.items():
+        found = _FACTOR.fullmatch(key)
+        if found and found[1] in modules:
+            factors[found[1], "B" if found[2] == "A" or found[3] == "down" else "A"] = tensor
+        else:
+            others.append(key)
+    if strange := [key for key in (*stored, *others) if "dora_scale" in key or key in others and ".proj_out." in key]:
+        raise ValueError(f"{path} is no plain LoRA: {strange[0]!r} gives its factors another meaning than A B.")
+    if missing := [name for name in modules if (name, "A") not in factors or (name, "B") not in factors]:
+        raise ValueError(
+            f"{path} has no LoRA on {len(missing)} of the {len(modules)} output projections, the first {missing[0]!r}: "
+            "it was made for other layers, or for another base."
+        )
     if others and not only_proj_out:
         raise ValueError(
             f"{path} holds {len(others)} tensors that belong elsewhere, the first {others[0]!r}, and would be another "
             "LoRA without them: pass only_proj_out=True (--only-proj-out) to take the output projections alone."
         )
-    missing = [name for name in modules if not {"A", "B"} <= factors.get(name, {}).keys()]
-    if missing:
-        raise ValueError(f"{path} lacks the factors of {len(missing)} output projections, the first {missing[0]!r}.")
-    for name, pair in factors.items():
-        A, B = pair["A"], pair["B"]
-        width, *kernel = plain_layer(modules[name]).weight.shape[1:]  # m, and 1 x 1 for a convolution
-        rank = B.shape[0] if B.ndim else 0
-        if not rank or A.shape != (width, rank, *kernel) or B.shape != (rank, width, *kernel):
+    residuals = Residuals(base, rank={name: len(factors[name, "B"]) for name in modules})
+    for name, rank in residuals.ranks.items():
+        A, B, weight = factors[name, "A"], factors[name, "B"], plain_layer(modules[name]).weight
+        if (len(A), B.shape[1:]) != (len(weight), weight.shape[1:]):
             raise ValueError(
                 f"{path} has factors {tuple(A.shape)} and {tuple(B.shape)} for {name!r}, whose weight is "
-                f"{(width, width, *kernel)} here: it is damaged, or made for another base (SD 1.x and 2.x files do not "
-                "cross-load)."
+                f"{tuple(weight.shape)} here: it was made for another base (SD 1.x and 2.x files do not cross-load)."
             )
-        alpha = pair["alpha"].item() if "alpha" in pair else _peft_alpha(path, config, name, rank)
-        if not (isinstance(alpha, (int, float)) and 0 < alpha < 1e6):  # tools disagree on what zero means
-            raise ValueError(f"{path} has the alpha {str(alpha)[:80]!r} for {name!r}, where a positive number belongs.")
-        A, B = A.flatten(1).float() * (alpha / rank), B.flatten(1).float()
-        if rank > width:
-            A, B = A @ B, torch.eye(width)
-        refuse_absurd(path, name, A, B)
-        factors[name] = {"A": A, "B": B}
-    residuals = Residuals(base, rank={name: pair["B"].shape[0] for name, pair in factors.items()})
-    for name, pair in factors.items():
-        residuals.A[name].data.copy_(pair["A"])
-        residuals.B[name].data.copy_(pair["B"])
-    ours = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
-    refuse_other_weights(f"The residuals of {path}", ours, unet_of(base))
+        alpha = (alphas or {}).get(f"unet.{name}.alpha") or _peft_alpha(config, name, rank)
+        residuals.A[name].data.copy_(A.flatten(1).float() * (alpha / rank))
+        residuals.B[name].data.copy_(B.flatten(1))
     residuals.metadata |= {key: ours[key] for key in ("base", "token", "macro_class", "rank") if key in ours}
     return residuals
 
@@ -201,7 +182,6 @@ def adapter_layers(base: Any, adapter: str) -> dict[str, nn.Module]:
         If it also changes other layers of the U-Net, where it stays in force everywhere.
     """
     unet = unet_of(base)
-    refuse_compiled(base)
     loaded: dict[str, list[str]] = {}
     for name, module in unet.named_modules():
         for known in getattr(module, "lora_B", None) or ():
@@ -234,61 +214,7 @@ def adapter_layers(base: Any, adapter: str) -> dict[str, nn.Module]:
     return {name: layer.lora_B[adapter] for name, layer in layers.items()}
 
 
-def _spellings(unet: Any, names: dict[str, Any]) -> dict[str, str]:
-    """How files spell each projection: diffusers, PEFT, kohya, and by the block numbers of the original model."""
-    spelled: dict[str, str] = {}
-    each = getattr(getattr(unet, "config", None), "layers_per_block", None)
-    for name in names:
-        flat = name.replace(".", "_")
-        spelled |= {name: name, f"unet.{name}": name, f"base_model.model.{name}": name, f"lora_unet_{flat}": name}
-        place = re.fullmatch(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.proj_out", name)
-        if name == "mid_block.attentions.0.proj_out":
-            original = "middle_block.1.proj_out"
-        elif place and isinstance(each, int):  # a list, for blocks of different depths, has no such numbers
-            number = int(place[2]) * (each + 1) + int(place[3])  # a block ends in one more layer, of another size
-            original = f"input_blocks.{number + 1}" if place[1] == "down" else f"output_blocks.{number}"
-            original += ".1.proj_out"
-        else:
-            continue
-        spelled |= {f"diffusion_model.{original}": name, "lora_unet_" + original.replace(".", "_"): name}
-    return spelled
-
-
-def _sorted_out(
-    path: str | Path, tensors: dict[str, Tensor], spellings: dict[str, str]
-) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """A, B (the paper's letters) and alpha by module, and the names that belong to none of the modules.
-
-    Whatever else stands below a projection changes what its factors mean (DoRA's magnitudes, a bias, LoCon's middle
-    factor, the factors of LoHa and LoKr) and is refused, also where the rest of a file is left out.
-    """
-    factors: dict[str, dict[str, Tensor]] = {}
-    others = []
-    for key, tensor in tensors.items():
-        head = next((head for head in spellings if key.startswith(head)), None)
-        if head is None:
-            others.append(key)
-            continue
-        module, what = spellings[head], key.removeprefix(head)
-        found = _FACTOR.fullmatch(what)
-        letter = "B" if found and (found["peft"] == "A" or found["old"] == "down") else "A"
-        letter = "alpha" if what == ".alpha" and tensor.numel() == 1 else letter
-        known = letter == "alpha" or found and tensor.is_floating_point()
-        if not known or letter in factors.setdefault(module, {}):
-            raise ValueError(
-                f"{path} is no plain LoRA: {key!r} ({str(tensor.dtype).removeprefix('torch.')}) gives the factors of "
-                f"{module!r} another meaning than A B, so they cannot be taken without it."
-            )
-        factors[module][letter] = tensor
-    return factors, others
-
-
-def _words(residuals: Residuals) -> str:
-    """V* and the class, as they are typed in a prompt."""
-    return " ".join(residuals.metadata.get(name, "") for name in ("token", "macro_class")).strip()
-
-
-def _labels(residuals: Residuals, title: str) -> dict[str, str]:
+def _labels(residuals: Residuals, title: str, words: str) -> dict[str, str]:
     """Where other tools look for the family of a file and for its words.
 
     A1111 and sd-scripts read the ``ss_`` entries (without them a file is filed under Stable Diffusion 1, and A1111
@@ -299,34 +225,27 @@ def _labels(residuals: Residuals, title: str) -> dict[str, str]:
     v = residuals.metadata.get("prediction_type") == "v_prediction" and not xl
     version = ("sdxl_base_v1-0" if xl else "sd_v2" if second else "sd_v1") + "_v" * v
     family = "xl-v1-base" if xl else ("v2-768-v" if v else "v2-512") if second else "v1"
-    labels = {
+    return {
         "ss_base_model_version": version,
         "ss_v2": str(second and not xl),
         "ss_output_name": title,
+        "ss_tag_frequency": json.dumps({f"1_{words}": {words: 1}}),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"stable-diffusion-{family}/lora",
         "modelspec.title": title,
+        "modelspec.trigger_phrase": words,
     }
-    if words := _words(residuals):
-        labels["modelspec.trigger_phrase"] = words
-        labels["ss_tag_frequency"] = json.dumps({f"1_{words}": {words: 1}})
-    return labels
 
 
-def _peft_metadata(ranks: dict[str, int]) -> dict[str, str]:
+def _ranks_for_peft(ranks: dict[str, int]) -> dict[str, str]:
     """What diffusers' save_lora_weights writes beside the tensors, reduced to what a LoRA of mixed ranks needs."""
-    config = {
-        "r": next(iter(ranks.values())),
-        "lora_alpha": next(iter(ranks.values())),
-        "rank_pattern": ranks,
-        "alpha_pattern": ranks,
-        "target_modules": list(ranks),
-    }
-    config = {f"unet.{key}": value for key, value in config.items()}
+    first = next(iter(ranks.values()))
+    config = {"r": first, "lora_alpha": first, "rank_pattern": ranks, "alpha_pattern": ranks}
+    config = {f"unet.{key}": value for key, value in (config | {"target_modules": list(ranks)}).items()}
     return {"format": "pt", "lora_adapter_metadata": json.dumps(config)}
 
 
-def _kohya_metadata(ranks: dict[str, int]) -> dict[str, str]:
+def _ranks_for_kohya(ranks: dict[str, int]) -> dict[str, str]:
     """What web interfaces show about a file; the alphas themselves are tensors in this format."""
     largest = str(max(ranks.values()))
     return {"ss_network_module": "networks.lora", "ss_network_dim": largest, "ss_network_alpha": largest}
@@ -336,35 +255,13 @@ def _peft_config(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     """LoraConfig's entries: diffusers keeps them in the metadata, older diffusers nowhere, PEFT in a second file."""
     text = metadata.get("lora_adapter_metadata", "{}")
     if any(key.startswith("base_model.model.") for key in tensors):
-        if not path.with_name("adapter_config.json").is_file():
-            raise ValueError(
-                f"{path} is PEFT's, with its alphas in a second file: put its adapter_config.json beside it."
-            )
         text = path.with_name("adapter_config.json").read_text("utf-8")
-    try:
-        config = {key.removeprefix("unet."): value for key, value in json.loads(text).items()}
-    except (ValueError, AttributeError, RecursionError):
-        raise ValueError(f"The configuration of {path} cannot be read: it should be PEFT's, a JSON object.") from None
-    for name in ("use_dora", "lora_bias"):
-        if config.get(name):
-            raise ValueError(f"{path} asks for {name}: that is no plain LoRA, and its factors mean more than A B.")
-    return config
+    return {key.removeprefix("unet."): value for key, value in json.loads(text).items()}
 
 
-def _peft_alpha(path: str | Path, config: dict[str, Any], name: str, rank: int) -> Any:
-    """The alpha of one module; a file that says nothing means alpha = r, so that the product is not scaled.
-
-    PEFT takes the keys of alpha_pattern for regular expressions, which can be made to run for years. Here one is a
-    name: the whole one after "^", else any end of it, in which ".*" may stand for anything.
-    """
+def _peft_alpha(config: dict[str, Any], name: str, rank: int) -> float:
+    """The alpha of one module; a file that says nothing means alpha = r, so that the product is not scaled."""
     alpha = config.get("lora_alpha", 8 if config else rank)  # 8 is PEFT's default
-    for key, value in reversed(dict(config.get("alpha_pattern") or {}).items()):  # of several the first counts
-        pattern = key.removeprefix("^").removesuffix("$").replace("\\.", ".").replace(".*", "*")
-        if not re.fullmatch(r"[\w.*]*", pattern):
-            raise ValueError(
-                f"{path} has the regular expression {key[:80]!r} in its alpha_pattern, and a file does not get to run "
-                "one: save it with the names of the modules."
-            )
-        if fnmatchcase(name, pattern) or not key.startswith("^") and fnmatchcase(name, f"*.{pattern}"):
-            alpha = value
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next((patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", name)), alpha)  # as PEFT reads it
     return alpha * rank**0.5 if config.get("use_rslora") else alpha

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -96,9 +97,8 @@ class Call:
     base : pipeline
         Whose tokenizer finds words.
     prompts : list of str
-        One for each image, in the order of the batch. Empty if they are not known: then every row counts.
-    second : list of str
-        What XL's second encoder reads, mostly the same.
+        One for each image, in the order of the batch; of XL those that its first encoder reads. Empty if they are not
+        known: then every row counts.
     encoded : tensor (images, T, width)
         What the prompts were encoded to.
 
@@ -110,8 +110,8 @@ class Call:
         Which of its rows are the prompts', and under guidance which are the negative prompts'.
     """
 
-    def __init__(self, base: Any, prompts: list[str], second: list[str], encoded: Any) -> None:
-        self.base, self.prompts, self.second, self.encoded = base, prompts, second, encoded
+    def __init__(self, base: Any, prompts: list[str], encoded: Any) -> None:
+        self.base, self.prompts, self.encoded = base, prompts, encoded
         self.step, self.rows = -1, slice(0, 0)
         self.others: slice | None = None
         self._text: Any = None  # of the latest U-Net call
@@ -122,16 +122,13 @@ class Call:
         Raises
         ------
         ValueError
-            If a prompt lacks one of the words, or if XL's two encoders read them at different places.
+            If a prompt lacks one of the words.
         """
         columns = torch.zeros(len(self.prompts), self.encoded.shape[1], len(words), device=self.encoded.device)
         for column, each in enumerate(words):
-            for row, texts in enumerate(zip(self.prompts, self.second, strict=True)):
-                if needed or each in words_of(texts[0]):
-                    places, there = find_words(self.base, texts, each)
-                    if places != there:
-                        raise ValueError(f"prompt and prompt_2 have {each!r} at different places: give it one place.")
-                    columns[row, places, column] = 1
+            for row, prompt in enumerate(self.prompts):
+                if needed or each in words_of(prompt):
+                    columns[row, find_words(self.base, [prompt], each)[0], column] = 1
         return columns
 
     def next(self, text: torch.Tensor) -> None:
@@ -177,10 +174,7 @@ def _same_text(text: torch.Tensor, noted: torch.Tensor) -> bool:
 
 @contextmanager
 def watch_prompts(
-    base: Any,
-    begin: Callable[[Call], None],
-    prompts: str | Sequence[str] | None = None,
-    needed: bool = True,
+    base: Any, begin: Callable[[Call], None], prompts: str | Sequence[str] | None = None, needed: bool = True
 ) -> Iterator[None]:
     """Tell `begin` of each pipeline call inside the context, and keep the call's step and rows up to date.
 
@@ -204,47 +198,38 @@ def watch_prompts(
     ------
     ValueError
         Inside the context, from the pipeline call if it is given `prompt_embeds` while `prompts` are unknown; from the
-        U-Net call, as `Call.next` says, and if no prompt is known yet; at the end, if the U-Net was passed by.
+        U-Net call, as `Call.next` says, and if no prompt is known yet.
     """
     announced = [prompts] if isinstance(prompts, str) else list(prompts or [])
-    calls: list[Call] = []  # the latest
-    waiting: list[Call] = []  # it, until the U-Net is called
+    latest: list[Call] = []
 
-    def start(prompts: list[str], second: list[str], encoded: Any) -> None:
-        calls[:] = [Call(base, prompts, second, encoded)]
-        begin(calls[0])
+    def start(prompts: list[str], encoded: Any) -> None:
+        latest[:] = [Call(base, prompts, encoded)]
+        begin(latest[0])
 
     def hear(given: dict[str, Any], encoded: torch.Tensor) -> None:
         if given.get("prompt") is None and needed and not announced:
             raise ValueError("The pipeline was called with `prompt_embeds`, which hide the words: pass `prompts=` too.")
-        prompt = announced or given.get("prompt") or ""
-        both = prompt, prompt if announced else given.get("prompt_2") or prompt
-        each = [[text] if isinstance(text, str) else text for text in both]
-        first, second = [[one for one in texts for _ in range(max(1, len(encoded) // len(texts)))] for texts in each]
-        start(first, second, _encode(base, first, encoded) if announced else encoded)
-        waiting[:] = calls
+        texts = announced or given.get("prompt") or ""
+        texts = [texts] if isinstance(texts, str) else texts
+        each = [text for text in texts for _ in range(max(1, len(encoded) // len(texts)))]  # one an image
+        start(each, _encode(base, each, encoded) if announced else encoded)
 
     def count(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        if not calls:
+        if not latest:
             raise ValueError("No prompt is known yet: call the pipeline itself, or open the context with prompts.")
-        waiting.clear()
         text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
-        calls[0].next(text[0] if isinstance(text, tuple) else text)  # with IP-Adapter, (text, pictures)
+        latest[0].next(text[0] if isinstance(text, tuple) else text)  # with IP-Adapter, (text, pictures)
 
     encoded = _encode(base, announced) if announced else None
     if encoded is not None or not needed:
-        start(announced, announced, encoded)
+        start(announced, encoded)
     counting = base.unet.register_forward_pre_hook(count, with_kwargs=True)
     try:
         with _listening(base, hear):
             yield
     finally:
         counting.remove()
-    if waiting:
-        raise ValueError(
-            "The pipeline has encoded its prompts, but the U-Net of this context was not called: another one has taken "
-            "its place, or compiled code calls it, which does not know the context."
-        )
 
 
 @torch.no_grad()
@@ -256,33 +241,21 @@ def _encode(base: Any, prompts: list[str], known: Any = None) -> Any:
     return type(base).encode_prompt(base, prompt=prompts, **how)[0]  # not the instance's own, at which contexts listen
 
 
-class _Heard:
-    """A pipeline's `encode_prompt`, at which contexts listen; they may close in any order."""
-
-    def __init__(self, base: Any) -> None:
-        self.own = {name: each for name, each in vars(base).items() if name == "encode_prompt"}  # somebody's
-        self.__wrapped__ = base.encode_prompt
-        self.listeners: list[Callable] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(self.__wrapped__).bind(*args, **kwargs).arguments
-        encoded = self.__wrapped__(*args, **kwargs)
-        for hear in self.listeners:
-            hear(given, encoded[0])
-        return encoded
-
-
 @contextmanager
 def _listening(base: Any, hear: Callable[[dict[str, Any], torch.Tensor], None]) -> Iterator[None]:
     """`hear` is told of each `base.encode_prompt`: what it was given, and what it gave for the prompts."""
-    if not isinstance(base.encode_prompt, _Heard):
-        base.encode_prompt = _Heard(base)
-    heard = base.encode_prompt
-    heard.listeners.append(hear)
+    encode, own = base.encode_prompt, vars(base).get("encode_prompt")  # an outer context's, perhaps
+
+    @wraps(encode)
+    def listening(*args: Any, **kwargs: Any) -> Any:
+        encoded = encode(*args, **kwargs)
+        hear(inspect.signature(encode).bind(*args, **kwargs).arguments, encoded[0])
+        return encoded
+
+    base.encode_prompt = listening
     try:
         yield
     finally:
-        heard.listeners.remove(hear)
-        if not heard.listeners:
-            del base.encode_prompt
-            vars(base).update(heard.own)
+        del base.encode_prompt
+        if own:
+            base.encode_prompt = own

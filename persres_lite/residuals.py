@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from string import hexdigits
 from typing import Any
 
 import numpy as np
@@ -29,64 +28,50 @@ from persres_lite.support.rare_token import ENCODERS, rare_token_attached
 
 FORMAT = "personalized-residuals"
 VERSION = 2  # 1 called the losses "history" and the token embeddings "rows"; it is still read
-LARGEST = 1e3  # of a change of one weight; the weights themselves stay below 10
 
 
-def unet_of(base: Any) -> nn.Module:
+def unet_of(base: Any) -> Any:
     """The U-Net of a diffusers pipeline; a module is returned as it is, and a compiled one as the one inside."""
-    if getattr(base, "transformer", None) is not None:
-        _refuse_transformer(base.transformer)
-    unet = base if isinstance(base, nn.Module) else getattr(base, "unet", None)
-    if unet is None:
-        raise TypeError(f"{type(base).__name__} has no U-Net: pass a Stable Diffusion pipeline or its `unet`.")
+    unet = getattr(base, "unet", getattr(base, "transformer", base))
     return getattr(unet, "_orig_mod", unet)
 
 
-def refuse_compiled(base: Any) -> None:
+def refuse_compiling(base: Any) -> RemovableHandle:
     """Refuse a U-Net that would not call what is attached to it: compiled code knows the hooks of its first call only.
+
+    It is asked now and at every call of the U-Net, until the hook that is returned is removed.
 
     Raises
     ------
     ValueError
         If it or a part of it was compiled (pytorch #117758).
     """
-    parts = [base if isinstance(base, nn.Module) else base.unet]
-    for part in parts:  # grows below; asked at every U-Net call, and `modules()` takes ten times as long
-        own = vars(part)  # compiling leaves its traces here: of `compile()`, of torch.compile(module), of its forward
-        compiled = own.get("_compiled_call_impl") or "_orig_mod" in own["_modules"]
-        if compiled or hasattr(own.get("forward"), "_torchdynamo_orig_callable"):
-            raise ValueError(
-                "This U-Net was compiled by torch.compile, and compiled code does not call what is attached to its "
-                "layers: merge the residuals into its weights (`residuals.merge(base)`), or load it without compiling."
-            )
-        parts += filter(None, own["_modules"].values())
+
+    def ask(*_: Any) -> None:
+        parts = [getattr(base, "unet", base)]
+        for part in parts:  # grows below; asked at every call, and `modules()` takes ten times as long
+            own = vars(part)  # compiling leaves its traces here: `compile()`, torch.compile(module), or of its forward
+            compiled = own.get("_compiled_call_impl") or "_orig_mod" in own["_modules"]
+            if compiled or hasattr(own.get("forward"), "_torchdynamo_orig_callable"):
+                raise ValueError(
+                    "This U-Net was compiled by torch.compile, and compiled code does not call what is attached to its "
+                    "layers: merge the residuals into its weights (`residuals.merge(base)`), or load it uncompiled."
+                )
+            parts += filter(None, own["_modules"].values())
+
+    ask()
+    return unet_of(base).register_forward_pre_hook(ask)
 
 
-def refuse_compiling(base: Any) -> RemovableHandle:
-    """`refuse_compiled` now and at every call of the U-Net, until the hook that is returned is removed."""
-    refuse_compiled(base)
-    return unet_of(base).register_forward_pre_hook(lambda module, args: refuse_compiled(base))
-
-
-def refuse_offloaded(base: Any, also_whole: bool = False) -> None:
-    """Refuse a U-Net whose weights are not there between its calls.
-
-    Parameters
-    ----------
-    base : pipeline or Module
-        What was loaded.
-    also_whole : bool
-        Refuse one that is moved as a whole, too (`enable_model_cpu_offload`): its weights are there, on the CPU.
+def refuse_offloaded(base: Any) -> None:
+    """Refuse a U-Net whose weights are there for each of its calls only.
 
     Raises
     ------
     ValueError
-        If it is so.
+        If accelerate moves it or its parts.
     """
-    unet = unet_of(base)
-    hook = getattr(unet, "_hf_hook", None)
-    moved = getattr(hook, "offload", False) or type(hook).__name__ == "CpuOffload"
-    if any(parameter.is_meta for parameter in unet.parameters()) or also_whole and moved:
+    if hasattr(unet_of(base), "_hf_hook"):
         raise ValueError(
             "The weights of this U-Net are offloaded and come to the device for each call only: load the base without "
             "offloading (no `enable_model_cpu_offload`), or call `remove_all_hooks()` and `to(device)` first."
@@ -107,29 +92,21 @@ def find_proj_outs(unet: nn.Module) -> dict[str, nn.Module]:
     Raises
     ------
     ValueError
-        If nothing is found, or if `unet` is a diffusion transformer.
+        If there are none, as in a diffusion transformer.
     """
-    found: dict[str, nn.Module] = {}
-    for name, module in unet.named_modules():
-        if isinstance(getattr(module, "proj_out", None), nn.Module) and hasattr(module, "transformer_blocks"):
-            if name == "" or getattr(getattr(module, "config", None), "patch_size", None) is not None:
-                _refuse_transformer(module)
-            found[f"{name}.proj_out"] = module.proj_out
+    found: dict[str, Any] = {
+        f"{name}.proj_out": module.proj_out
+        for name, module in unet.named_modules()
+        if name and hasattr(module, "proj_out") and hasattr(module, "transformer_blocks")
+    }
     if not found:
         raise ValueError(
-            f"Found 0 output projections in {type(unet).__name__}: it has no module with both `proj_out` and "
-            "`transformer_blocks`; pass a Stable Diffusion U-Net."
+            f"{type(unet).__name__} has no transformer blocks that end in a `proj_out`, and a diffusion transformer's "
+            "is another layer: take the U-Net of a Stable Diffusion pipeline."
         )
     # Down, mid, up: named_modules lists the mid block last.
     order = {"down": 0, "mid": 1, "up": 2}
     return dict(sorted(found.items(), key=lambda item: order.get(item[0].split("_")[0], 3)))
-
-
-def _refuse_transformer(module: nn.Module) -> None:
-    raise ValueError(
-        f"{type(module).__name__} is a diffusion transformer: its `proj_out` is the final unpatchify layer, not the "
-        "output projection of a block; personalized residuals need a U-Net."
-    )
 
 
 def plain_layer(module: Any) -> Any:
@@ -231,7 +208,8 @@ class Residuals:
         self.A: dict[str, nn.Parameter] = {}
         self.B: dict[str, nn.Parameter] = {}
         for name, module in find_proj_outs(unet).items():
-            width, device = _width(module), _device(module)
+            weight = plain_layer(module).weight
+            width, device = len(weight), "cpu" if weight.is_meta else weight.device
             r = rank[name] if isinstance(rank, Mapping) else rank
             r = max(1, round(r * width)) if isinstance(r, float) else r
             if not 1 <= r <= width:
@@ -278,12 +256,6 @@ class Residuals:
         """The values of `named_parameters`, for an optimizer."""
         yield from self.named_parameters().values()
 
-    def to(self, device: torch.device | str) -> Residuals:
-        """Move the factors in place, so that an optimizer keeps its hold on them; returns self."""
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(device)
-        return self
-
     def delta(self, name: str) -> Tensor:
         """dW_i = A_i B_i of one layer, (m, m)."""
         return self.A[name] @ self.B[name]
@@ -294,22 +266,16 @@ class Residuals:
         Raises
         ------
         ValueError
-            If names, widths, the kind of layers or the weights differ, or if these residuals are merged into this
-            model.
+            If its layers or weights are others than those they were made for, or if they are merged into it.
         """
         unet = unet_of(base)
-        modules, here = find_proj_outs(unet), structure(unet)
-        if self.metadata["structure"] != here or self.A.keys() != modules.keys():
-            raise ValueError(
-                f"These residuals were made for a U-Net with {self.metadata['structure']}; this one has {here}."
-            )
-        refuse_other_weights("These residuals", self.metadata, unet)
-        weights = {id(plain_layer(module).weight) for module in modules.values()}
-        if any(id(weight) in weights for weight, _, _ in self._merged):
+        refuse_other_base("These residuals", self.metadata, unet)
+        modules = find_proj_outs(unet)
+        weights = [plain_layer(module).weight for module in modules.values()]
+        if any(weight is merged for weight in weights for merged, _, _ in self._merged):
             raise ValueError("These residuals are merged into this model already: call `unmerge()` first.")
-        device = _device(next(iter(modules.values())))
-        if next(self.parameters()).device != device:
-            self.to(device)
+        for parameter in self.parameters():  # in place, so that an optimizer keeps its hold on them
+            parameter.data = parameter.data.to("cpu" if weights[0].is_meta else weights[0].device)
         return modules
 
     @contextmanager
@@ -334,16 +300,17 @@ class Residuals:
         with ExitStack() as hooks:
             hooks.callback(refuse_compiling(base).remove)
             for name, module in self.layers_in(base).items():
-                hook = partial(self._add, A=self.A[name], B=self.B[name], scale=scale)
-                hooks.callback(module.register_forward_hook(hook).remove)
+                hooks.callback(module.register_forward_hook(partial(self._add, name, scale)).remove)
             if scale != 0:
                 hooks.enter_context(self.token_attached(base))
             hooks.enter_context(advising_smaller())
             yield self
 
-    def _add(self, module: nn.Module, inputs: tuple, output: Tensor, *, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def _add(self, name: str, scale: float, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         """Forward hook of `attached`."""
-        return output if scale == 0 or self._muted else add_low_rank(output, inputs[0], A, B, scale=scale)
+        if scale == 0 or self._muted:
+            return output
+        return add_low_rank(output, inputs[0], self.A[name], self.B[name], scale=scale)
 
     @contextmanager
     def muted(self) -> Iterator[None]:
@@ -420,43 +387,23 @@ class Residuals:
         tensors, metadata = read_tensors(path)
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} does not hold personalized residuals; a LoRA file must be imported first.")
-        version = metadata.get("version", "0")
-        if version not in map(str, range(VERSION + 1)):
-            raise ValueError(f"{path} is of version {version[:80]}, newer than {VERSION}: update the package.")
-        here = structure(unet_of(base))
-        if metadata.get("structure") != here:
-            whose = f"another base, {metadata.get('base', 'unnamed')}, with {metadata.get('structure')}"
-            raise ValueError(f"{path} was made for {whose}; this one has {here}.")
-        refuse_other_weights(f"The residuals of {path}", metadata, unet_of(base))
-        for encoder in ENCODERS:  # files of version 1 called a learned embedding "rows"
-            if f"{encoder}.rows" in tensors:
-                tensors[f"{encoder}.token_embedding"] = tensors.pop(f"{encoder}.rows")
-        widths = {name: _width(module) for name, module in find_proj_outs(unet_of(base)).items()}
-        counted = {
-            name: tensors[f"{name}.B"].numel() // m if f"{name}.B" in tensors else 1 for name, m in widths.items()
-        }
-        residuals = cls(base, rank={name: min(max(1, counted[name]), m) for name, m in widths.items()})
-        residuals.token_embeddings = {
-            encoder: nn.Parameter(tensors[f"{encoder}.token_embedding"].float())
-            for encoder in ENCODERS
-            if f"{encoder}.token_embedding" in tensors
-        }
-        expected = {name: parameter.shape for name, parameter in residuals.named_parameters().items()}
-        differing = expected.items() ^ {name: tensor.shape for name, tensor in tensors.items()}.items()
-        if differing:
-            raise ValueError(
-                f"{path} is damaged: {min(differing)[0]!r} is missing, has another shape or is none of its."
-            )
-        for name, parameter in residuals.named_parameters().items():
-            parameter.data.copy_(tensors[name])
-        residuals.to(next(residuals.parameters()).device)
-        for name in residuals.A:
-            refuse_absurd(path, name, residuals.A[name], residuals.B[name])
+        if int(metadata["version"]) > VERSION:
+            raise ValueError(f"{path} is of version {metadata['version']}, newer than {VERSION}: update the package.")
+        refuse_other_base(f"The residuals of {path}", metadata, unet_of(base))
         try:
-            losses = json.loads(metadata.pop("losses", metadata.pop("history", "[]")))
+            residuals = cls(base, rank={name[:-2]: len(B) for name, B in tensors.items() if name.endswith(".B")})
+            for name, parameter in residuals.named_parameters().items():
+                parameter.data.copy_(tensors[name].view_as(parameter))
+            losses = json.loads(metadata.pop("losses", metadata.pop("history", "[]")))  # version 1 had "history"
             residuals.losses = [float(loss) for loss in losses]
-        except (ValueError, TypeError, RecursionError):
-            raise ValueError(f"{path} has losses that are no list of numbers: it is damaged.") from None
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{path} is damaged: it does not hold what was learned of each layer ({error})."
+            ) from error
+        for encoder in ENCODERS:
+            rows = tensors.get(f"{encoder}.token_embedding", tensors.get(f"{encoder}.rows"))  # as in version 1
+            if rows is not None:
+                residuals.token_embeddings[encoder] = nn.Parameter(rows.float())
         residuals.metadata = metadata | {"version": str(VERSION)}
         return residuals
 
@@ -478,7 +425,7 @@ def fingerprint(unet: Any) -> str:
     return np.packbits(torch.cat(signs).numpy()).tobytes().hex()
 
 
-def refuse_other_weights(whose: str, metadata: Mapping[str, str], unet: Any) -> None:
+def refuse_other_base(whose: str, metadata: Mapping[str, str], unet: Any) -> None:
     """Residuals go on the model that they were trained on, or on one that was fine-tuned from it.
 
     Parameters
@@ -493,56 +440,14 @@ def refuse_other_weights(whose: str, metadata: Mapping[str, str], unet: Any) -> 
     Raises
     ------
     ValueError
-        If the fingerprints have less than two thirds in common.
+        If the layers differ, or the fingerprints have less than two thirds in common.
     """
-    stored, here = metadata.get("fingerprint", ""), fingerprint(unet)
-    if not stored or not here:
-        return
-    known = len(stored) == len(here) and not set(stored) - set(hexdigits)
-    differing = (int(stored, 16) ^ int(here, 16)).bit_count() if known else 4 * len(here)
-    if differing > 4 * len(here) / 3:
+    made, here = metadata.get("base", "another base"), structure(unet)
+    if metadata.get("structure", here) != here:
+        raise ValueError(f"{whose} were made for a U-Net with {metadata['structure']} ({made}); this one has {here}.")
+    stored, signs = metadata.get("fingerprint"), fingerprint(unet)
+    if stored and signs and (int(stored, 16) ^ int(signs, 16)).bit_count() > 4 * len(signs) / 3:
         raise ValueError(
-            f"{whose} were trained on other weights than those of this model, though of the same shapes: load "
-            f"{metadata.get('base', 'the base that they came from')}, or a model that was fine-tuned from it."
+            f"{whose} were trained on other weights than those of this model, though of the same shapes: load {made}, "
+            "or a model that was fine-tuned from it."
         )
-
-
-def refuse_absurd(path: str | os.PathLike, name: str, A: Tensor, B: Tensor) -> None:
-    """Refuse factors that would drown the model, or overflow to NaN and a black picture: one flipped bit does that.
-
-    Parameters
-    ----------
-    path : path
-        The file that they come from.
-    name : str
-        Their projection.
-    A, B : tensor (m, r) and (r, m)
-        In fp32.
-
-    Raises
-    ------
-    ValueError
-        If an entry of A B may exceed `LARGEST`.
-    """
-    bound = largest_change(A, B)
-    if not bound <= LARGEST:
-        raise ValueError(
-            f"{path} would change weights of {name!r} by up to {bound:.0e}, where the weights are about 1: the file is "
-            "damaged, or the training that wrote it had diverged."
-        )
-
-
-def largest_change(A: Tensor, B: Tensor) -> float:
-    """No entry of A B (m, m) is larger."""
-    return (A.abs().amax(0) * B.abs().amax(1)).sum().item()
-
-
-def _width(module: nn.Module) -> int:
-    """m."""
-    return plain_layer(module).weight.shape[0]
-
-
-def _device(module: nn.Module) -> torch.device:
-    """Where a layer's weight is; the CPU if it has no numbers (built without weights, or offloaded for now)."""
-    device = plain_layer(module).weight.device
-    return torch.device("cpu") if device.type == "meta" else device

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from nbformat import NotebookNode, v4
 
-from data.make import runs
-from notebooks.tools import notebooks
+from notebooks.tools import notebooks, runs
 from tests.tiny import tiny_pipeline
 
 ADDRESS = "https://github.com/persres-lite/persres-lite"
@@ -54,6 +53,7 @@ check.merge(merge)"""
 
 WRONG = """def merge(W, A, B, scale):
     return W + (A @ B)[:, :, None, None]"""
+SAYS = "scale"
 
 PREDICT = """**Predict before you run.** What is 2 + 2?
 
@@ -77,7 +77,7 @@ def example(first_cell: str | None = None) -> NotebookNode:
         text("## Discussion\n\nFour is enough."),
         text("## Exercises"),
         text(EXERCISE),
-        code(STUB, metadata={"tags": ["exercise"], "persres": {"wrong": [WRONG]}}),
+        code(STUB, metadata={"tags": ["exercise"], "persres": {"wrong": [{"code": WRONG, "says": SAYS}]}}),
         text("## References\n\n- arXiv 2405.12978"),
     ]
     made = notebooks.stamped(v4.new_notebook(cells=cells), NAME, ADDRESS)

@@ -56,11 +56,6 @@ def test_pictures_without_a_card(folder):
         assert str(concept) == "sks cat" and concept.images and concept.masks is None and concept.path is None
 
 
-def test_without_masks_there_are_none(folder):
-    shutil.rmtree(folder / "masks")
-    assert load_concept(folder).masks is None
-
-
 def test_other_files_are_skipped_named_and_counted(folder):
     (folder / "notes.txt").write_text("x")
     (folder / "list.csv").write_text("x")
@@ -102,13 +97,12 @@ def test_home_is_expanded(folder, monkeypatch):
     "damage, sentence",
     [
         (lambda folder: (folder / "concept.json").unlink(), "plum-cat needs a macro class"),
-        (lambda folder: (folder / "concept.json").write_text("{"), "concept.json is not valid JSON"),
-        (lambda folder: (folder / "concept.json").write_text("[1]"), "concept.json must be one JSON object"),
-        (lambda folder: (folder / "concept.json").write_text('{"token": 3}'), "must be one JSON object"),
+        (lambda folder: (folder / "concept.json").write_text("{"), "concept.json is not such a JSON object"),
+        (lambda folder: (folder / "concept.json").write_text("[1]"), "concept.json is not such a JSON object"),
         (lambda folder: (folder / "10.jpg").write_text("x"), "10.jpg cannot be read as a picture"),
         (lambda folder: (folder / "masks" / "10.png").unlink(), "no mask for 10: make one for every picture, or none"),
         (lambda folder: (folder / "0.jpg").rename(folder / "1.png"), "no mask for 1:"),  # which of them is 1.png's?
-        (lambda folder: Image.new("L", (9, 9), 255).save(folder / "masks" / "10.png"), r"\(9, 9\).*of its size"),
+        (lambda folder: Image.new("L", (9, 9), 255).save(folder / "masks" / "10.png"), r"\(9, 9\).*give each its own"),
         (lambda folder: Image.new("L", (96, 64)).save(folder / "masks" / "10.png"), "10.png marks nothing: paint"),
         (lambda folder: [path.unlink() for path in folder.glob("*.jpg")], "There is no picture in .*plum-cat"),
     ],
@@ -122,10 +116,9 @@ def test_damaged_folders(folder, damage, sentence):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        ({"macro_class": "  "}, r"The concept thing needs a macro class"),
-        ({"macro_class": "cat", "token": ""}, r"The token must be one word without spaces, not '': for example 'sks'"),
-        ({"macro_class": "cat", "token": "my cat"}, r"The token must be one word without spaces, not 'my cat'"),
-        ({"macro_class": "cat", "masks": [Image.new("L", (4, 4))]}, r"thing has .* give a mask for each picture"),
+        ({"macro_class": "  "}, "The concept thing needs a macro class"),
+        ({"macro_class": "cat", "token": "my cat"}, r"The token must be one word .* not 'my cat'"),
+        ({"macro_class": "cat", "masks": [Image.new("L", (4, 4))]}, r"thing has masks of .* give each its own"),
     ],
 )
 def test_impossible_concepts(arguments, sentence):
@@ -155,5 +148,5 @@ def test_without_the_project_only_the_path_counts(tmp_path, monkeypatch):
     monkeypatch.setenv("PERSRES_DATA", str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match=r"There is no folder or picture plum-cat: check the path\.$"):
         load_concept("plum-cat")
-    with pytest.raises(FileNotFoundError, match=r"set PERSRES_DATA to the data folder of one"):
+    with pytest.raises(FileNotFoundError, match="set PERSRES_DATA"):
         data_dir()

@@ -5,7 +5,6 @@ same noise drawn in several ways.
 from __future__ import annotations
 
 import re
-from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ from transformers import (
 
 from persres_lite import Residuals, evaluation, localized
 from persres_lite.concepts import load_concept
-from persres_lite.evaluation import background_distance, compare, cut_out, draw, iou, load_judges, pointing_game
+from persres_lite.evaluation import background_distance, compare, cut_out, iou, load_judges, pointing_game
 from tests.helpers import random_residuals
 from tests.tiny import tiny_pipeline, tiny_tokenizer
 
@@ -188,8 +187,7 @@ def test_background_distance_leaves_the_object_out():
     assert background_distance(a, b, square(left=4, top=4)).tolist() == pytest.approx([16 / 48])
     white = Image.new("RGB", (8, 8), "white")
     assert background_distance([a, a], [white, a], square(4, side=2)).tolist() == [1.0, 0.0]
-    with pytest.raises(ValueError, match="no background"):
-        background_distance(a, a, torch.ones(8, 8))
+    assert background_distance(a, white, torch.ones(8, 8)).isnan().all(), "no background"
 
 
 def test_an_object_is_cut_out_on_gray():
@@ -234,22 +232,3 @@ def test_ways_differ_where_the_residual_is_not_zero(tiny):
     assert set(made.masks) == {"LAG", "everywhere"} and (made.masks["everywhere"] == 1).all()
     assert 0.3 < made.masks["LAG"].mean() < 0.7
     assert made.pictures["LAG"] not in (made.pictures["original"], made.pictures["residual"])
-
-
-def test_a_usual_way_can_be_left_out(tiny):
-    made = drawn(tiny, random_residuals(tiny), ways={"LAG": None, "residual": None})
-    assert list(made.pictures) == ["original"] and not made.masks
-
-
-def test_several_concepts_at_once(tiny):
-    """Of each the residuals, and of LAG each one's own mask."""
-    pairs = [(random_residuals(tiny, seed=seed), words) for seed, words in ((1, "sks cat"), (2, "beach"))]
-    prompts, options = ["a sks cat on the beach"], {"num_inference_steps": 2, "height": 32, "width": 32}
-    made = compare(tiny, pairs, "", prompts=prompts, seeds=[0], progress=False, guidance_scale=5.0, **options)
-    contexts = {"residual": [each.attached(tiny) for each, _ in pairs], "LAG": [localized(tiny, pairs)]}
-    for way, opened in contexts.items():
-        with ExitStack() as stack:
-            lag = [stack.enter_context(context) for context in opened][0]
-            noise = torch.Generator().manual_seed(0)
-            assert draw(tiny, prompts, generator=[noise], guidance_scale=5.0, **options) == made.pictures[way]
-    assert len(lag.parts) == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from persres_lite.attention import AttentionRecord
+from persres_lite.concepts import load_concept
 from persres_lite.course import figures
 from persres_lite.course.figures import style
 from persres_lite.course.figures.diagram import unet_parts
@@ -49,11 +49,16 @@ def test_a_figure_shows_itself_with_its_caption_as_text(monkeypatch):
     assert pyplot.get_fignums() == []
 
 
-def test_pictures_are_large_enough_and_many_of_them_a_jpeg():
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
-    kind, data, _ = figures.grid([noise] * 10).picture()
-    assert kind == "image/jpeg" and Image.open(io.BytesIO(data)).width >= 10 * figures.pictures.SHOWN
+def test_many_pictures_are_a_jpeg_that_leaves_room_in_a_notebook():
+    pictures = [image for name in ("plum-cat", "berry-mug", "comet-rocket", "tiger-robot") for image in shipped(name)]
+    kind, data, _ = figures.grid([pictures[at : at + 4] for at in (0, 4, 8, 12)]).picture()
+    assert kind == "image/jpeg" and len(data) < 100_000  # a third more in a notebook
+    assert Image.open(io.BytesIO(data)).width >= 4 * figures.pictures.SHOWN
     assert figures.curves({"a": [1, 2]}).picture()[0] == "image/png"
+
+
+def shipped(name):
+    return load_concept(name).images
 
 
 def test_a_way_of_sampling_looks_the_same_in_every_figure():
@@ -75,19 +80,13 @@ def test_small_pictures_are_enlarged_by_a_whole_factor_and_keep_their_colors():
     large = figures.enlarge(half, 192)
     assert large.size == (192, 192)
     assert large.getpixel((40, 96)) == (255, 0, 0) and large.getpixel((150, 96)) == (0, 0, 255)
-    row = np.asarray(large)[96, :, 0].astype(int)
-    assert ((row > 25) & (row < 230)).sum() <= 3  # the edge stays an edge
     assert figures.enlarge(Image.new("RGB", (500, 300)), 192).size == (500, 300)
 
 
 def test_grid_places_pictures_and_words():
     figure = figures.grid([[RED, BLUE], [BLUE, None]], rows=["beach", "snow"], columns=["original", "LAG"])
-    assert [shown(axes)[0, 0].tolist() if axes.images else None for axes in figure.axes] == [
-        [255, 0, 0],
-        [0, 0, 255],
-        [0, 0, 255],
-        None,
-    ]
+    colors = [shown(axes)[0, 0].tolist() for axes in figure.axes if axes.images]
+    assert colors == [[255, 0, 0], [0, 0, 255], [0, 0, 255]] and not figure.axes[3].images
     assert {"beach", "snow", "original", "LAG"} <= set(labels(figure))
     assert len(figures.grid([RED, BLUE, RED]).axes) == 3
     with pytest.raises(ValueError):
@@ -100,7 +99,7 @@ def test_heat_is_bright_where_the_map_is_high():
     weak = np.asarray(figures.heat_picture(RED, LEFT, low=0.0, high=4.0)).astype(int).sum(-1)
     assert weak[:, :64].mean() < pixels[:, :64].mean()
     flat = figures.heat_picture(RED, torch.ones(4, 4))  # a constant map does not divide by zero
-    assert len(np.unique(np.asarray(flat).reshape(-1, 3), axis=0)) == 1
+    assert all(low == high for low, high in flat.getextrema())
 
 
 def test_heats_share_one_scale_with_a_color_bar():
@@ -129,12 +128,9 @@ def test_outlines_mark_mask_and_truth():
 
 def test_curves_draw_values_smoothed_and_with_a_band():
     values = np.array([1.0, 3.0, 5.0, 7.0])
-    axes = figures.curves({"a": values}, xlabel="step", ylabel="loss").axes[0]
-    assert axes.lines[0].get_ydata().tolist() == values.tolist()
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "loss")
     raw, smooth = figures.curves({"a": values}, smooth=2).axes[0].lines
+    assert raw.get_ydata().tolist() == values.tolist() and raw.get_alpha() < 1
     assert smooth.get_ydata().tolist() == [2.0, 4.0, 6.0] and smooth.get_xdata().tolist() == [0.5, 1.5, 2.5]
-    assert raw.get_alpha() < 1
     banded = figures.curves({"a": np.stack([values, values + 2]), "b": values}, x=[1, 2, 3, 4], log=True).axes[0]
     assert banded.lines[0].get_ydata().tolist() == [2.0, 4.0, 6.0, 8.0]
     assert len(banded.collections) == 1 and banded.get_yscale() == "log"
@@ -165,24 +161,19 @@ def test_bars_of_no_method_have_a_color_that_no_way_has():
     assert other not in NEUTRAL and not {*NEUTRAL} & {*COLORS, *(color for color, _, _ in WAYS.values())}
 
 
-def test_rows_with_intervals_are_sorted_around_zero():
-    one, two = {"mean": 0.1, "low": 0.0, "high": 0.2}, SimpleNamespace(mean=-0.1, low=-0.3, high=0.1)
-    for figure in (
-        figures.forest({"disc": two, "LAG": one}, "gain"),
-        figures.gains({"side": {"disc": two, "LAG": one}}),
-    ):
-        (axes,) = figure.axes
-        assert [text.get_text() for text in axes.get_yticklabels()] == ["LAG", "disc"]
-        assert axes.lines[0].get_xdata()[0] == 0.0, "the line at zero"
-        assert [each.get_segments()[0][:, 0].tolist() for each in axes.collections] == [[-0.3, 0.1], [0.0, 0.2]]
-    middle, side = figures.forest({"middle": {"LAG": one, "disc": two}, "side": {"disc": one}}).axes
+def test_rows_with_intervals_are_sorted_around_zero_and_a_way_keeps_its_color():
+    one, two = {"mean": 0.1, "low": 0.0, "high": 0.2}, {"mean": -0.1, "low": -0.3, "high": 0.1}
+    middle, side = figures.gains({"middle": {"disc": two, "LAG": one}, "side": {"disc": one}}, "gain").axes
+    assert [text.get_text() for text in middle.get_yticklabels()] == ["LAG", "disc"]
+    assert middle.lines[0].get_xdata()[0] == 0.0, "the line at zero"
+    assert [each.get_segments()[0][:, 0].tolist() for each in middle.collections] == [[0.0, 0.2], [-0.3, 0.1]]
     assert (middle.get_title(), side.get_title()) == ("middle", "side")
-    assert middle.lines[2].get_color() == side.lines[1].get_color(), "a way keeps its color"
+    assert middle.lines[2].get_color() == side.lines[1].get_color()
 
 
 def test_ranked_means_are_pale_below_the_reference():
     axes = figures.ranked({"low": [0.1, 0.3], "high": 0.8}, xlabel="IoU", reference=("disc", 0.5)).axes[0]
-    line, low, high = axes.lines
+    line, high, low = axes.lines
     assert [text.get_text() for text in axes.get_yticklabels()] == ["high", "low"]
     assert (low.get_xdata()[0], high.get_xdata()[0]) == pytest.approx((0.2, 0.8))
     assert low.get_alpha() < high.get_alpha() and line.get_xdata()[0] == 0.5
@@ -192,13 +183,10 @@ def test_a_tradeoff_has_lines_points_what_they_are_the_mean_of_and_intervals():
     given = {"each": {"LAG": [(0.04, 0.6), (0.06, 0.8)]}, "ranges": {"LAG": ((0.0, 0.2), (0.4, 0.7))}}
     axes = figures.tradeoff({"residual": [(0.0, 0.5), (0.1, 0.7)]}, {"LAG": (0.05, 0.68)}, "moved", **given).axes[0]
     assert [line.get_xydata().tolist() for line in axes.lines] == [[[0.0, 0.5], [0.1, 0.7]], [[0.05, 0.68]]]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["residual", "LAG"]
     pale, across, up = axes.collections
     assert np.allclose(pale.get_offsets(), given["each"]["LAG"]) and pale.get_alpha() < 0.5
-    assert [each.get_segments()[0].tolist() for each in (across, up)] == [
-        [[0.0, 0.68], [0.2, 0.68]],
-        [[0.05, 0.4], [0.05, 0.7]],
-    ]
+    assert across.get_segments()[0].tolist() == [[0.0, 0.68], [0.2, 0.68]]
+    assert up.get_segments()[0].tolist() == [[0.05, 0.4], [0.05, 0.7]]
 
 
 def test_a_block_has_four_parts_and_four_skips():
@@ -210,9 +198,8 @@ def test_a_block_has_four_parts_and_four_skips():
 
 
 def test_a_mosaic_shows_every_number_on_one_scale():
-    figure = figures.mosaic([[0.0, 0.5], [1.0, 0.2]], ["down", "up"], "step", "covered", 0, 1)
-    assert shown(figure.axes[0]).tolist() == [[0.0, 0.5], [1.0, 0.2]]
-    assert figure.axes[0].images[0].get_clim() == (0, 1)
+    (image,) = figures.mosaic([[0.0, 0.5], [1.0, 0.2]], ["down", "up"], "step", "covered", 0, 1).axes[0].images
+    assert image.get_array().tolist() == [[0.0, 0.5], [1.0, 0.2]] and image.get_clim() == (0, 1)
 
 
 def test_a_heat_table_is_red_below_zero_and_blue_above():
@@ -229,7 +216,7 @@ def test_a_low_rank_residual_is_drawn_to_scale():
     figure = figures.low_rank_diagram(64, 16)
     boxes = {patch.get_gid(): (patch.get_width(), patch.get_height()) for patch in figure.axes[0].patches}
     assert boxes == {"W": (2.0, 2.0), "A": (0.5, 2.0), "B": (2.0, 0.5)}
-    assert {"A\n64 × 16", "B\n16 × 64"} <= {*labels(figure)} and "rank 16" in figure.caption
+    assert {"A\n64 × 16", "B\n16 × 64"} <= {*labels(figure)}
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
@@ -249,11 +236,7 @@ def test_the_diagram_has_a_bar_for_every_output_projection(kind):
 def test_the_diagrams_parts_are_in_the_order_of_the_forward_pass():
     with torch.device("meta"):
         parts = unet_parts(tiny_unet("sdxl"))
-    assert [[part.kind for part in block] for block in parts["down"]] == [
-        ["resnet", "resnet", "smaller"],
-        ["resnet", "transformer", "resnet", "transformer", "smaller"],
-        ["resnet", "transformer", "resnet", "transformer"],
-    ]
+    assert [part.kind for part in parts["down"][1]] == ["resnet", "transformer", "resnet", "transformer", "smaller"]
     assert [(part.kind, part.depth) for part in parts["mid"][0]] == [("resnet", 1), ("transformer", 3), ("resnet", 1)]
     assert [part.kind for part in parts["up"][0]] == ["resnet", "transformer"] * 3 + ["larger"]
 

@@ -148,7 +148,7 @@ def test_pefts_own_file_needs_its_config_beside_it(sd1, tmp_path):
     path = tmp_path / "adapter_model.safetensors"
     save_file({f"base_model.model.{key}": tensor.contiguous() for key, tensor in state.items()}, path)
     fresh = tiny_pipeline("sd1")
-    with pytest.raises(ValueError, match=r"put its adapter_config\.json beside it"):
+    with pytest.raises(FileNotFoundError, match="adapter_config"):
         import_lora(path, fresh)
     config.save_pretrained(tmp_path)
     with import_lora(path, fresh).attached(fresh):
@@ -270,26 +270,6 @@ def test_kohyas_own_names_of_xl(sdxl, tmp_path):
     torch.testing.assert_close(sample(sdxl, PROMPT), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_rank_above_the_width_is_the_same_product(kind, tmp_path):
-    base = tiny_pipeline(kind)
-    _, state = lora_by_peft(base, ["proj_out"], {MID: 80})  # of width 64
-    theirs = sample(base, PROMPT)
-    type(base).save_lora_weights(tmp_path, unet_lora_layers=state)
-    fresh = tiny_pipeline(kind)
-    residuals = import_lora(tmp_path / "pytorch_lora_weights.safetensors", fresh)
-    assert residuals.ranks[MID] == 64
-    with residuals.attached(fresh):
-        ours = sample(fresh, PROMPT)
-    assert (theirs - sample(fresh, PROMPT)).abs().max() > 0.1
-    # By hand, because diffusers before 0.40 scales a file of mixed rank without alphas wrongly (#14409).
-    for name in (name for name in state if name.endswith(".lora_A.weight")):
-        weight = fresh.unet.get_submodule(name.removesuffix(".lora_A.weight")).weight
-        product = state[name.replace("lora_A", "lora_B")].flatten(1) @ state[name].flatten(1)
-        weight.data += product.reshape(weight.shape)
-    torch.testing.assert_close(ours, sample(fresh, PROMPT), rtol=1e-3, atol=1e-3)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_factors_in_few_bits(unets, tmp_path, dtype):
     residuals, path = make_residuals(unets["sd1"]), tmp_path / "cat.safetensors"
@@ -306,74 +286,44 @@ def test_factors_in_few_bits(unets, tmp_path, dtype):
 # What is refused
 
 
-def changed(unets, path, format, change):
-    export_lora(make_residuals(unets["sd1"]), path, format)
-    return rewritten(path, change)
-
-
-UP, DOWN = f"{MID_KOHYA}.lora_up.weight", f"{MID_KOHYA}.lora_down.weight"
+INSIDE = f"unet.{MID}.lora_"
 
 
 @pytest.mark.parametrize(
     ("name", "tensor", "named"),
     [
         (f"{MID_KOHYA}.dora_scale", torch.ones(64, 1), "no plain LoRA"),
-        (f"{MID_KOHYA}.lora_mid.weight", torch.ones(6, 6, 1, 1), "no plain LoRA"),
-        (f"{MID_KOHYA}.diff_b", torch.ones(64), "no plain LoRA"),
-        (f"{MID_KOHYA}.alpha", torch.ones(2), "no plain LoRA"),
-        (UP, torch.ones(64, 6, 1, 1, dtype=torch.int8), "no plain LoRA"),
-        (f"unet.{MID}.lora_A.weight", torch.ones(6, 64, 1, 1), "no plain LoRA"),  # a second one
-        (UP, torch.ones(64, 4, 1, 1), "damaged, or made for another base"),
-        (DOWN, torch.ones(6, 64, 3, 3), "damaged, or made for another base"),
-        (DOWN, torch.tensor(0.5), "damaged, or made for another base"),
-        (DOWN, torch.full((6, 64, 1, 1), 2e37), "would change weights of 'mid_block"),
-        (DOWN, torch.full((6, 64, 1, 1), math.inf), "holds NaN or infinity"),
-        (f"{MID_KOHYA}.alpha", torch.tensor(0.0), "where a positive number belongs"),
-        (UP, None, "lacks the factors of 1 output projections, the first 'mid_block"),
-        ("elsewhere.lora_up.weight", torch.ones(2), r"belong elsewhere.*--only-proj-out"),
+        (f"{INSIDE}magnitude_vector", torch.ones(64), "no plain LoRA"),
+        (f"{INSIDE}B.bias", torch.ones(64), "no plain LoRA"),
+        (f"{INSIDE}A.weight", torch.ones(6, 64, 3, 3), "made for another base"),
+        (f"{INSIDE}A.weight", torch.full((6, 64, 1, 1), math.inf), "holds NaN or infinity"),
+        (f"{INSIDE}B.weight", None, f"no LoRA on 1 of the 16 output projections, the first '{MID}'"),
+        ("text_encoder.lora_B.weight", torch.ones(2), r"belong elsewhere.*--only-proj-out"),
     ],
 )
 def test_a_tensor_that_cannot_be_meant_is_refused(unets, tmp_path, name, tensor, named):
+    path = tmp_path / "cat.safetensors"
+    export_lora(make_residuals(unets["sd1"]), path)
+
     def change(tensors, metadata):
         tensors.pop(name, None)
         if tensor is not None:
             tensors[name] = tensor
 
     with pytest.raises(ValueError, match=named):
-        import_lora(changed(unets, tmp_path / "cat.safetensors", "kohya", change), unets["sd1"])
+        import_lora(rewritten(path, change), unets["sd1"])
 
 
-@pytest.mark.parametrize(
-    ("config", "named"),
-    [
-        ({"unet.lora_alpha": "8"}, "where a positive number belongs"),
-        ({"unet.lora_alpha": math.nan}, "where a positive number belongs"),
-        ({"unet.alpha_pattern": {MID: -1}}, "where a positive number belongs"),
-        ({"unet.use_dora": True}, "use_dora"),
-        ({"unet.alpha_pattern": {"(([a-z0-9_.])+)+X": 3}}, "a file does not get to run one"),
-        ({"unet.alpha_pattern": {"mid|up": 3}}, "a file does not get to run one"),
-        ("[" * 100_000, "cannot be read"),
-        ("[]", "cannot be read"),
-    ],
-)
-def test_a_configuration_that_cannot_be_meant_is_refused(unets, tmp_path, config, named):
-    path = tmp_path / "cat.safetensors"
-    export_lora(make_residuals(unets["sd1"]), path)
-    with pytest.raises(ValueError, match=named):
-        import_lora(with_config(path, config), unets["sd1"])
-
-
-def test_files_of_another_kind_are_refused(sd1, tmp_path):
-    residuals, path = make_residuals(sd1), tmp_path / "cat.safetensors"
+def test_files_of_another_kind_are_refused(unets, tmp_path):
+    residuals, path = make_residuals(unets["sd1"]), tmp_path / "cat.safetensors"
     export_lora(residuals, path)
+    with pytest.raises(ValueError, match="made for a U-Net with 16 convolutions"):
+        import_lora(path, unets["sd2"])
     with pytest.raises(ValueError, match=r"SD 1\.x and 2\.x files do not cross-load"):
-        import_lora(path, tiny_pipeline("sd2"))
-    residuals.save(path)
-    with pytest.raises(ValueError, match=r"Residuals\.load"):
-        import_lora(path, sd1)
+        import_lora(rewritten(path, lambda tensors, metadata: metadata.clear()), unets["sd2"])
     path.write_bytes(b"not a file of tensors")
     with pytest.raises(ValueError, match="not a whole safetensors file"):
-        import_lora(path, sd1)
+        import_lora(path, unets["sd1"])
 
 
 def test_what_cannot_be_exported_is_refused_and_leaves_no_file(sd1, tmp_path):
@@ -389,26 +339,13 @@ def test_what_cannot_be_exported_is_refused_and_leaves_no_file(sd1, tmp_path):
 # Alphas
 
 
-def with_config(path, config):
-    """The diffusers file with other entries beside its tensors."""
-
-    def change(tensors, metadata):
-        metadata["lora_adapter_metadata"] = config if isinstance(config, str) else json.dumps(config)
-
-    return rewritten(path, change)
-
-
 @pytest.mark.parametrize(
     ("pattern", "hits"),
     [
         (MID, [MID]),
         ("attentions.0.proj_out", ["down_blocks.0.attentions.0.proj_out", MID]),
         (f"^{MID}", [MID]),
-        ("^attentions.0.proj_out", []),
-        (MID.replace(".", "\\."), [MID]),
-        ("mid_block.*", [MID]),
         ("mid_block.*.proj_out$", [MID]),
-        ("block.attentions.0.proj_out", []),
         ("proj_in", []),
     ],
 )
@@ -416,7 +353,8 @@ def test_names_in_a_configuration_mean_what_they_mean_to_peft(unets, tmp_path, p
     residuals, path = make_residuals(unets["sd1"]), tmp_path / "cat.safetensors"
     export_lora(residuals, path)
     config = {"unet.lora_alpha": 6, "unet.alpha_pattern": {pattern: 60}}
-    again = import_lora(with_config(path, config), unets["sd1"])
+    rewritten(path, lambda tensors, metadata: metadata.update(lora_adapter_metadata=json.dumps(config)))
+    again = import_lora(path, unets["sd1"])
     for name in ("down_blocks.0.attentions.0.proj_out", MID, "up_blocks.1.attentions.1.proj_out"):
         ratio = (again.delta(name).norm() / residuals.delta(name).norm()).item() * residuals.ranks[name]
         assert ratio == pytest.approx(60 if name in hits else 6, rel=1e-3), name

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 
 from persres_lite.prompts import Call, find_words, token_positions, watch_prompts, words_of
 from tests.helpers import hooks_of
-from tests.tiny import sample, tiny_pipeline, tiny_tokenizer
+from tests.tiny import sample, tiny_tokenizer
 
 PROMPT = "a photo of a sks cat on the beach"
 #        0 1 2     3  4 5   6   7  8   9
@@ -66,7 +65,7 @@ def test_words_of_a_prompt():
 
 def test_rows_are_known_by_their_text_in_whatever_order(sd1):
     positive, negative = sd1.encode_prompt(PROMPT, "cpu", 1, True)
-    call = Call(sd1, [PROMPT], [PROMPT], positive)
+    call = Call(sd1, [PROMPT], positive)
     one, two = slice(0, 1), slice(1, 2)
     for text, rows, others in [
         (torch.cat([negative, positive]), two, one),
@@ -113,12 +112,15 @@ def test_embeddings_are_taken_for_those_of_the_prompts_only_if_they_are(sd1):
         sample(sd1, None, prompt_embeds=embeds, negative_prompt_embeds=negative, steps=1)
 
 
-def test_the_second_prompt_of_xl_has_the_words_at_the_same_place(sdxl):
-    with watch_prompts(sdxl, lambda call: call.columns(["sks cat"])):
-        sample(sdxl, PROMPT, prompt_2="a photo of a sks cat in the snow", steps=1)
-        for second, message in (("a sks cat", "'sks cat' at different places"), ("a dog", '"a dog" does not contain')):
-            with pytest.raises(ValueError, match=message):
-                sample(sdxl, PROMPT, prompt_2=second, steps=1)
+def test_contexts_inside_contexts_each_hear_of_the_call(sd1):
+    first, second = [], []
+    with watch_prompts(sd1, first.append):
+        with watch_prompts(sd1, second.append):
+            sample(sd1, "a cat", steps=1)
+        sample(sd1, "a dog", steps=1)
+    assert [call.prompts for call in first] == [["a cat"], ["a dog"]]
+    assert [call.prompts for call in second] == [["a cat"]]
+    assert hooks_of(sd1.unet) == 0 and "encode_prompt" not in vars(sd1)
 
 
 def test_calls_that_nobody_announced(sd1):
@@ -127,36 +129,3 @@ def test_calls_that_nobody_announced(sd1):
         sd1.unet(torch.zeros(1, 4, 16, 16), 10, embeds)
     with watch_prompts(sd1, lambda call: None, needed=False):  # as for masks that are drawn by hand
         sd1.unet(torch.zeros(1, 4, 16, 16), 10, embeds)
-    second = StableDiffusionPipeline.from_pipe(sd1)
-    second.set_progress_bar_config(disable=True)
-    with watch_prompts(sd1, lambda call: None):
-        sample(sd1, steps=1)
-        with pytest.raises(ValueError, match="rows of text that are not"):
-            sample(second, "a dog", steps=1)  # it shares the U-Net
-
-
-@pytest.mark.parametrize("how", ["replaced", "compiled around"])
-def test_a_unet_that_is_passed_by_is_told(sd1, how):
-    unet, other = sd1.unet, tiny_pipeline("sd1", seed=1).unet
-    with pytest.raises(ValueError, match="another one has taken its place, or compiled code"):
-        with watch_prompts(sd1, lambda call: None):
-            if how == "replaced":
-                sd1.unet = other
-                sample(sd1, steps=1)
-            else:  # what was compiled before the context was open calls no hooks of the model
-                embeds = sd1.encode_prompt(PROMPT, "cpu", 1, False)[0]
-                unet.forward(torch.zeros(1, 4, 16, 16), 10, embeds)
-    assert hooks_of(unet) == 0 and "encode_prompt" not in vars(sd1)
-
-
-def test_contexts_close_in_any_order(sd1):
-    first, second = [], []
-    one, two = watch_prompts(sd1, first.append), watch_prompts(sd1, second.append)
-    one.__enter__(), two.__enter__()
-    sample(sd1, "a cat", steps=1)
-    one.__exit__(None, None, None)
-    sample(sd1, "a dog", steps=1)
-    two.__exit__(None, None, None)
-    assert [call.prompts for call in first] == [["a cat"]]
-    assert [call.prompts for call in second] == [["a cat"], ["a dog"]]
-    assert hooks_of(sd1.unet) == 0 and "encode_prompt" not in vars(sd1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from persres_lite.localize import localized
 from persres_lite.lora import export_lora, import_lora
 from persres_lite.residuals import Residuals, add_low_rank, find_proj_outs, fingerprint
 from tests.helpers import call_arguments, hooks_of, random_residuals
-from tests.tiny import KINDS, sample, tiny_pipeline, tiny_unet
+from tests.tiny import sample, tiny_pipeline, tiny_unet
 
 CROSS_FOUR = {
     "block_out_channels": (320, 640, 1280, 1280),
@@ -101,23 +102,13 @@ def test_projections_are_listed_in_the_order_of_the_forward_pass(pipeline):
     assert called == list(find_proj_outs(pipeline.unet))
 
 
-def test_diffusion_transformers_are_refused_by_name():
-    config = {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1, "sample_size": 8}
-    model = PixArtTransformer2DModel(**config, norm_num_groups=2, cross_attention_dim=8, caption_channels=8)
-
-    class Pipeline:
-        transformer = model
-
-    for what in (model, Pipeline()):
-        with pytest.raises(ValueError, match="PixArtTransformer2DModel is a diffusion transformer"):
-            Residuals(what)
-
-
 def test_models_without_such_projections_are_refused_by_name():
-    with pytest.raises(ValueError, match="Found 0 output projections in AutoencoderKL"):
-        find_proj_outs(AutoencoderKL(block_out_channels=(8,), norm_num_groups=4))
-    with pytest.raises(TypeError, match="object has no U-Net: pass a Stable Diffusion pipeline"):
-        Residuals(object())
+    """In a diffusion transformer `proj_out` is the last layer."""
+    config = {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1, "sample_size": 8}
+    transformer = PixArtTransformer2DModel(**config, norm_num_groups=2, cross_attention_dim=8, caption_channels=8)
+    for model in (transformer, AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)):
+        with pytest.raises(ValueError, match=f"{type(model).__name__} has no transformer blocks .* U-Net"):
+            Residuals(SimpleNamespace(transformer=model))
 
 
 # Ranks and initialization
@@ -234,38 +225,26 @@ def test_half_precision_bases_keep_fp32_residuals(autocast):
     assert all(A.grad.dtype == torch.float32 and A.grad.any() for A in residuals.A.values())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_residuals_of_other_weights_are_refused(tmp_path, kind):
+def test_residuals_of_other_weights_are_refused(tmp_path, sd1):
     """The same shapes, and another model: a picture would come out, and not of this concept."""
-    base, other = tiny_pipeline(kind), tiny_pipeline(kind, seed=1)
-    residuals = random_residuals(base)
+    other, residuals = tiny_pipeline("sd1", seed=1), random_residuals(sd1)
     residuals.metadata["base"] = "sd-1.4"
-    sentence = "were trained on other weights than those of this model, though of the same shapes: load sd-1.4, or a"
-    path = residuals.save(tmp_path / "cat.safetensors")
-    with pytest.raises(ValueError, match=f"These residuals {sentence}"), residuals.attached(other):
-        pass
-    with pytest.raises(ValueError, match=sentence), localized(other, residuals, "sks cat"):
-        pass
-    with pytest.raises(ValueError, match=sentence):
-        residuals.merge(other.unet)
-    with pytest.raises(ValueError, match=f"The residuals of {path} {sentence}"):
-        Residuals.load(path, other)
-    for format in ("diffusers", "kohya"):
-        export_lora(residuals, path, format)
-        with pytest.raises(ValueError, match=f"The residuals of {path} {sentence}"):
-            import_lora(path, other)
-    assert hooks_of(other.unet) == 0
+    path, lora = residuals.save(tmp_path / "cat.safetensors"), tmp_path / "lora.safetensors"
+    export_lora(residuals, lora)
+    for use in (
+        lambda: residuals.layers_in(other),
+        lambda: Residuals.load(path, other),
+        lambda: import_lora(lora, other),
+    ):
+        with pytest.raises(ValueError, match="trained on other weights than those of this model.* load sd-1.4"):
+            use()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
-def test_the_same_weights_in_another_precision_are_the_same_model(pipeline, dtype):
-    residuals = random_residuals(pipeline)
-    pipeline.unet.to(dtype)
-    assert residuals.layers_in(pipeline)
-    agreeing = 1 - (int(fingerprint(pipeline.unet), 16) ^ int(residuals.metadata["fingerprint"], 16)).bit_count() / (
-        4 * len(residuals.metadata["fingerprint"])
-    )
-    assert agreeing > 0.9
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_the_same_weights_in_another_precision_are_the_same_model(sd1, dtype):
+    stored = fingerprint(sd1.unet)
+    differing = int(fingerprint(sd1.unet.to(dtype)), 16) ^ int(stored, 16)
+    assert differing.bit_count() < 0.1 * 4 * len(stored)
 
 
 def test_a_fine_tuned_model_is_still_the_same_one(sd1):
@@ -311,25 +290,16 @@ def test_a_compiled_model_is_told_because_it_would_not_call_what_is_attached(sd1
     torch.testing.assert_close(sample(compiled), right, rtol=1e-3, atol=1e-3)
 
 
-def compile_now(base, how):
-    """Each way that the documentation of PyTorch or diffusers names; the backend runs the code as it is."""
-    if how == "unet.compile":
-        base.unet.compile(backend="eager")
-    elif how == "whole graph":
-        base.unet.compile(backend="eager", fullgraph=True)
-    elif how == "torch.compile":
-        base.unet = torch.compile(base.unet, backend="eager")
-    elif how == "forward":
-        base.unet.forward = torch.compile(base.unet.forward, backend="eager")
-    elif how == "one block":
-        base.unet.mid_block = torch.compile(base.unet.mid_block, backend="eager")
-    else:
-        base.unet.compile_repeated_blocks(backend="eager")
-
-
-WAYS_TO_COMPILE = ("unet.compile", "whole graph", "torch.compile", "forward", "one block", "repeated blocks")
-OTHER_CONTEXTS = ("localized", "drawn", "recorded")
-CASES = [("attached", how) for how in WAYS_TO_COMPILE] + [(context, "one block") for context in OTHER_CONTEXTS]
+#: Each way that the documentation of PyTorch or diffusers names; the backend runs the code as it is.
+WAYS_TO_COMPILE = {
+    "unet.compile": lambda base: base.unet.compile(backend="eager"),
+    "torch.compile": lambda base: setattr(base, "unet", torch.compile(base.unet, backend="eager")),
+    "forward": lambda base: setattr(base.unet, "forward", torch.compile(base.unet.forward, backend="eager")),
+    "one block": lambda base: base.unet.mid_block.compile(backend="eager"),
+    "repeated blocks": lambda base: base.unet.compile_repeated_blocks(backend="eager"),
+}
+CASES = [("attached", how) for how in WAYS_TO_COMPILE]
+CASES += [(context, "one block") for context in ("localized", "drawn", "recorded")]
 
 
 @pytest.mark.parametrize(("context", "how"), CASES)
@@ -345,7 +315,7 @@ def test_a_model_that_is_compiled_while_a_context_is_open_is_told_at_its_next_ca
     unet = base.unet
     with opened[context]():
         sample(base, steps=1)
-        compile_now(base, how)
+        WAYS_TO_COMPILE[how](base)
         with pytest.raises(ValueError, match="compiled code does not call what is attached .* merge the residuals"):
             sample(base, steps=1)
     assert hooks_of(unet) == 0
@@ -360,7 +330,7 @@ def test_merging_into_offloaded_weights_is_refused(sd1):
     residuals.merge(sd1)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_merging_into_quantized_weights_is_refused(dtype):
     base = tiny_pipeline("sd2")
     residuals = random_residuals(base)
@@ -453,15 +423,13 @@ FIRST = "down_blocks.0.attentions.0.proj_out"
 @pytest.mark.parametrize(
     ("tensors", "metadata", "named"),
     [
-        ({f"{FIRST}.A": None}, {}, f"damaged: '{FIRST}.A'"),
-        ({"somewhere.A": torch.zeros(2, 2)}, {}, "damaged: 'somewhere.A'"),
+        ({f"{FIRST}.A": None}, {}, f"damaged.*{FIRST}.A"),
+        ({f"{FIRST}.A": torch.zeros(32, 5)}, {}, "damaged"),
         ({f"{FIRST}.B": torch.full((2, 32), math.nan)}, {}, f"holds NaN or infinity in '{FIRST}.B'"),
-        ({f"{FIRST}.A": torch.zeros(32, 5)}, {}, f"damaged: '{FIRST}.A'"),
-        ({f"{FIRST}.A": torch.full((32, 2), 1e30)}, {}, f"would change weights of '{FIRST}' by up to"),
         ({}, {"version": "3"}, "of version 3, .* update the package"),
-        ({}, {"losses": "[" * 5000}, "losses .* damaged"),
+        ({}, {"losses": "[" * 5000}, "damaged"),
         ({}, {"format": ""}, "a LoRA file must be imported first"),
-        ({}, {"structure": "16 convolutions 320x16", "base": "sd-1.4"}, "another base, sd-1.4, .* this one has 16"),
+        ({}, {"structure": "16 convolutions 320x16", "base": "sd-1.4"}, r"320x16 \(sd-1.4\); this one has 16"),
     ],
 )
 def test_wrong_files_are_refused_with_the_difference(tmp_path, sd1, tensors, metadata, named):
@@ -474,7 +442,7 @@ def test_wrong_files_are_refused_with_the_difference(tmp_path, sd1, tensors, met
         Residuals.load(tmp_path / "wrong.safetensors", sd1)
 
 
-@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+@pytest.mark.parametrize("keep", [0, 200, -1])
 def test_truncated_files_are_refused(tmp_path, sd1, keep):
     path = Residuals(sd1).save(tmp_path / "cat.safetensors")
     path.write_bytes(path.read_bytes()[:keep])
@@ -486,5 +454,5 @@ def test_missing_and_foreign_files_are_refused(tmp_path, sd1, sdxl):
     with pytest.raises(FileNotFoundError, match="There is no file .*nowhere.safetensors"):
         Residuals.load(tmp_path / "nowhere.safetensors", sd1)
     path = Residuals(sd1).save(tmp_path / "cat.safetensors")
-    with pytest.raises(ValueError, match="made for another base, unnamed, with 16 conv.*this one has 11 linear"):
+    with pytest.raises(ValueError, match="made for a U-Net with 16 conv.*this one has 11 linear"):
         Residuals.load(path, sdxl)

@@ -327,7 +327,7 @@ def test_quick_study_shows_what_must_hold(tmp_path):
     frame = report.frame_of(rows.rows_of(tmp_path))
     found = report.means(frame, ("method", "scene", "way")).loc[m.RESIDUAL]
     place, side = found.loc["place"], found.loc["side"]
-    assert place.leak[ways.LAG] < place.leak["whole, x 1"]  # at weaker strengths: the full study, eight pictures cannot
+    # Of leakage a few pictures say nothing: one of eight that flips is .125. That is for the study "headline".
     assert place.identity["complement"] + 0.1 < place.identity[ways.LAG]
     assert side.identity["complement"] < side.identity["swap"] < side.identity[ways.LAG]
     for ending in (".md", ".json", "-leakage.png", "-attention.png", "-cost.png"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from copy import deepcopy
 
 import nbformat
 import pytest
@@ -87,20 +86,16 @@ def test_a_question_stands_before_the_figure_that_answers_it_and_the_lesson_spea
     text = nbformat.v4.new_markdown_cell
     said = "The pixel is red."
     book.cells[5:6] = [text("**Predict before you run.** What?\n\n<details>…</details>"), book.cells[5], text(said)]
-    free = [deepcopy(book.cells[6]) for _ in range(20)]
-    book.cells[8:8] = free
     made = teaching.slides({"04": book})
     asked = next(number for number, slide in enumerate(made) if slide.text.startswith("**Predict"))
     assert "<details>" in made[asked].text and made[asked + 1].pictures and made[asked + 1].notes == said
-    assert sum(bool(slide.pictures) for slide in made) == teaching.FIGURES["04"]
     assert f"<aside><p>{said}</p>" in teaching.page(made)
     assert not any("2 + 2" in slide.text for slide in made)  # its answer is printed, not shown by a figure
 
 
 def test_a_lessons_equations_stand_on_one_slide(book):
     book.cells[3].source = "## Theory\n\nFirst\n\n$$a = b$$\n\nwords between\n\nthen\n\n$$c = d$$\n\nthe end"
-    (made,) = teaching.equations(book)
-    assert made.text == "First\n\n$$a = b$$\n\nthen\n\n$$c = d$$"
+    assert teaching.equations_of(book.cells[3]) == "First\n\n$$a = b$$\n\nthen\n\n$$c = d$$"
 
 
 def test_equations_and_code_are_kept_and_numbers_of_references_are_not():
@@ -115,16 +110,16 @@ def test_equations_and_code_are_kept_and_numbers_of_references_are_not():
 def test_a_question_about_a_list_brings_the_list(book):
     text = "### Which?\n\nThese:\n\n- one\n- two\n\n**Predict before you run.** Order them."
     book.cells.insert(5, nbformat.v4.new_markdown_cell(text))
-    asked = next(slide for slide in teaching.results(book) if teaching.PREDICT in slide.text)
+    asked = next(slide for slide in teaching.lesson_slides(book, "04 · An example") if teaching.PREDICT in slide.text)
     assert asked.title == "Which?" and asked.text.startswith("These:\n\n- one")
     book.cells.insert(6, nbformat.v4.new_markdown_cell("Other words come before the figure."))
-    assert not any(teaching.PREDICT in slide.text for slide in teaching.results(book))
+    assert not any(teaching.PREDICT in slide.text for slide in teaching.lesson_slides(book, "04 · An example"))
 
 
 def test_a_cell_asks_for_its_slide_or_for_none(book):
     book.cells[4].metadata["persres"] = {"slide": "How it learns"}
     book.cells[5].metadata["persres"] = {"slide": False}
-    made = list(teaching.results(book))
+    made = list(teaching.lesson_slides(book, "04 · An example"))
     assert "How it learns" in [slide.title for slide in made] and not any(slide.pictures for slide in made)
 
 

@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from data.make import bench_runs, runs
-from data.make.bench_runs import MODELS, sampling_run, take_turns, training_step
+from data.make.bench_runs import MODELS, peak, sampling_run, take_turns, training_step
+from data.make.shared import ROOT, keep, machine, markdown
 from persres_lite import Residuals
 
 TRAINING = ("residuals", "lora", "full", "floor")
@@ -50,20 +50,17 @@ GOALS = {  # what is divided by what, and what it may be at most
 def memory_of(model: str, method: str, device: torch.device) -> float:
     """Peak bytes of two training steps on top of the loaded model, of a process that does nothing else."""
     step = training_step(MODELS[model](device), method)
-    before = bench_runs.start_memory(device)
-    step()
-    step()  # Adam makes its moments in the first
-    return bench_runs.peak_memory(device) - before
+    with peak(device) as found:
+        step()
+        step()  # Adam makes its moments in the first
+    return found[0]
 
 
 def peak_memory(model: str, method: str, device: str) -> float:
     """`memory_of` in a fresh process."""
     command = [sys.executable, "-m", "data.make.bench", "--models", model, "--device", device]
-    done = subprocess.run([*command, "--memory-of", method], capture_output=True, text=True)
-    if done.returncode != 0:
-        why = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise RuntimeError(f"Measuring the memory of {method} on {model} failed: {why[0]}")
-    return float(done.stdout.strip().splitlines()[-1])
+    done = subprocess.run([*command, "--memory-of", method], stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.split()[-1])
 
 
 def enough_memory(model: str, device: torch.device) -> bool:
@@ -117,7 +114,7 @@ def table(results: dict[str, Any]) -> str:
             spread = "one run" if row["kind"] == "memory" else " to ".join(f"{value:.3f}" for value in row["quartiles"])
             goal = "" if row["goal"] is None else f"at most {row['goal']:g}"
             rows.append([f"{row['kind']}: {row['of']} / {row['to']}", f"**{row['median']:.3f}**", spread, goal])
-        ratio = runs.markdown(["ratio", "median", "quartiles", "goal"], rows)
+        ratio = markdown(["ratio", "median", "quartiles", "goal"], rows)
         rows = []
         for kind in ("sampling", "training"):
             for name, times in found[kind].items():
@@ -127,7 +124,7 @@ def table(results: dict[str, Any]) -> str:
                 rows.append([f"{kind}: {name}", *seconds, len(times), memory])
         heads = ["", "median seconds", "fastest", "rounds", "peak memory above the model"]
         title = f"## {model}: {found['about']}, training batch {found['batch']}"
-        parts += [title, ratio, runs.markdown(heads, rows), *(f"Left out: {reason}." for reason in found["skipped"])]
+        parts += [title, ratio, markdown(heads, rows), *(f"Left out: {reason}." for reason in found["skipped"])]
     return "\n\n".join([*parts, "What the methods are stands at the top of `data/make/bench.py`.\n"])
 
 
@@ -137,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--repeats", type=int, help="rounds; default: as many as end in six minutes on two cores")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=runs.ROOT / "data/results", help="folder; default: data/results")
+    parser.add_argument("--out", type=Path, default=ROOT / "data/results", help="folder; default: data/results")
     parser.add_argument("--memory-of", choices=TRAINING, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     device = torch.device(chosen.device)
@@ -145,15 +142,15 @@ def main(arguments: list[str] | None = None) -> None:
         print(memory_of(chosen.models[0], chosen.memory_of, device))
         return
     start = time.perf_counter()
-    machine = f"{runs.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    results: dict[str, Any] = {"command": "python -m data.make.bench", "machine": machine, "models": {}}
+    where = f"{machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    results: dict[str, Any] = {"command": "python -m data.make.bench", "machine": where, "models": {}}
     for model in chosen.models:
         usual = ROUNDS[model] if device.type == "cpu" else dict.fromkeys(("sampling", "training"), 15)
         found = measure(model, device, {kind: chosen.repeats or count for kind, count in usual.items()})
         results["models"][model] = found | {"ratios": ratios(found)}
     results["minutes"] = round((time.perf_counter() - start) / 60, 1)
     text = table(results)
-    runs.keep(chosen.out / "bench", results, text)
+    keep(chosen.out / "bench", results, text)
     print(f"{text}\nWritten to {chosen.out} after {results['minutes']} minutes.")
 
 

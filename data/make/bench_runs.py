@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,13 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
-    EulerDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from data.make.runs import reset_peak, resident_peak
+from data.make.shared import reset_peak, resident_peak
 from persres_lite import Residuals, load_base
 from persres_lite.bases import encode_prompt, settings_of
 from persres_lite.evaluation import usual_ways
@@ -64,7 +63,8 @@ MODELS: dict[str, Callable[[torch.device], Subject]] = {"toybox": toybox, "sd-1.
 
 
 def random_pipeline(width: int, device: torch.device, dtype: torch.dtype, kind: str = "sd-1.4") -> Any:
-    """The pipeline of `kind` with random weights; its words are Toybox's tokenizer's, for nothing is fetched.
+    """The pipeline of `kind` with random weights, so that nothing is fetched: U-Net and autoencoder as they are, text
+    encoders of one layer and with the words of Toybox's tokenizer.
 
     Parameters
     ----------
@@ -76,21 +76,23 @@ def random_pipeline(width: int, device: torch.device, dtype: torch.dtype, kind: 
     tokenizer = load_base("toybox").tokenizer
     tokenizer.model_max_length = 77
     torch.manual_seed(0)
-    layers = 12 if width == FULL else 1
-    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-    text = CLIPTextModel(_text_config(tokenizer, 768, layers, width))
-    parts: dict[str, Any] = {"tokenizer": tokenizer, "vae": _autoencoder(width, kind), "text_encoder": text}
     pipeline: Any
+    parts: dict[str, Any] = {"tokenizer": tokenizer, "text_encoder": CLIPTextModel(_text_config(tokenizer, 768))}
+    parts["vae"] = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512) if width == FULL else (32, 32, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+    )
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    parts["scheduler"] = DDIMScheduler(**noise, clip_sample=False, set_alpha_to_one=False)
     if kind == "sdxl":
-        second = CLIPTextModelWithProjection(_text_config(tokenizer, 1280, 1, width))
-        parts |= {"tokenizer_2": tokenizer, "text_encoder_2": second, "scheduler": EulerDiscreteScheduler(**noise)}
-        pipeline = StableDiffusionXLPipeline(unet=_xl_unet(width), add_watermarker=False, **parts)
+        second = CLIPTextModelWithProjection(_text_config(tokenizer, 1280))
+        parts |= {"tokenizer_2": tokenizer, "text_encoder_2": second, "unet": xl_unet(width)}
+        pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
     else:
-        levels = tuple(width * factor for factor in (1, 2, 4, 4))
-        parts["unet"] = random_unet(torch.device("cpu"), block_out_channels=levels, attention_head_dim=8)
-        parts["scheduler"] = DDIMScheduler(**noise, clip_sample=False, set_alpha_to_one=False)
         none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipeline = StableDiffusionPipeline(**parts, **none)
+        pipeline = StableDiffusionPipeline(**parts, **none, unet=sd14_unet(width))
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval().to(dtype)
@@ -98,37 +100,29 @@ def random_pipeline(width: int, device: torch.device, dtype: torch.dtype, kind: 
     return pipeline.to(device)
 
 
-def _text_config(tokenizer: Any, channels: int, layers: int, width: int) -> CLIPTextConfig:
+def _text_config(tokenizer: Any, channels: int) -> CLIPTextConfig:
     return CLIPTextConfig(
-        vocab_size=49408 if width == FULL else len(tokenizer),
+        vocab_size=len(tokenizer),
         hidden_size=channels,
         projection_dim=channels,
-        intermediate_size=4 * channels,
-        num_hidden_layers=layers,
+        num_hidden_layers=1,
         num_attention_heads=channels // 64,
-        max_position_embeddings=77,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
 
 
-def _autoencoder(width: int, kind: str) -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=tuple(width * 4 * factor // 10 // 32 * 32 or 32 for factor in (1, 2, 4, 4)),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=1024 if kind == "sdxl" else 512,
-        scaling_factor=0.13025 if kind == "sdxl" else 0.18215,
-    )
+def sd14_unet(width: int = FULL, device: str = "cpu") -> UNet2DConditionModel:
+    """Stable Diffusion 1.4's."""
+    levels = (width, 2 * width, 4 * width, 4 * width)
+    return _filled(device, sample_size=64, cross_attention_dim=768, block_out_channels=levels)
 
 
-def _xl_unet(width: int) -> UNet2DConditionModel:
+def xl_unet(width: int) -> UNet2DConditionModel:
     """XL's: three levels, without attention on the first, ten transformer layers under one projection on the last."""
-    return random_unet(
-        torch.device("cpu"),
+    return _filled(
+        "cpu",
         sample_size=128,
         block_out_channels=(width, 2 * width, 4 * width),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -143,17 +137,16 @@ def _xl_unet(width: int) -> UNet2DConditionModel:
     )
 
 
-def random_unet(device: torch.device, **config: Any) -> UNet2DConditionModel:
-    """A frozen U-Net of SD 1.4's configuration with small random weights, filled faster than its own initialization."""
+def _filled(device: str, **config: Any) -> UNet2DConditionModel:
+    """A frozen U-Net with small random weights, filled faster than its own initialization."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**{"sample_size": 64, "cross_attention_dim": 768} | config)
+        unet = UNet2DConditionModel(**config)
     unet.to_empty(device=device)
     pattern = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(device) * 0.02
     with torch.no_grad():
         for parameter in unet.parameters():
-            flat = parameter.view(-1)
-            for start in range(0, len(flat), len(pattern)):
-                flat[start : start + len(pattern)] = pattern[: len(flat) - start]
+            repeats = -(-parameter.numel() // len(pattern))
+            parameter.copy_(pattern.repeat(repeats)[: parameter.numel()].view_as(parameter))
     return unet.eval().requires_grad_(False)
 
 
@@ -230,34 +223,31 @@ def sampling_run(subject: Subject, method: str, residuals: Residuals) -> Callabl
     return run
 
 
-def take_turns(
-    runs: dict[str, Callable[[], object]], repeats: int, device: torch.device, warm_up: int = 1
-) -> dict[str, list[float]]:
-    """Seconds of each method in each round, the device's work included; the order rotates, so that no method always
-    follows the same one.
+def take_turns(runs: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each method in each round after one that is not counted, the device's work included; the order
+    rotates, so that no method always follows the same one.
     """
     names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(warm_up + repeats):
+    for number in range(1 + repeats):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             start = time.perf_counter()
             runs[name]()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            if number >= warm_up:
+            if number:
                 times[name].append(time.perf_counter() - start)
     return times
 
 
-def start_memory(device: torch.device) -> float:
-    """Forget the peak so far; returns the bytes in use, on a GPU by CUDA's own counter."""
-    if device.type != "cuda":
-        return reset_peak()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    return float(torch.cuda.memory_allocated())
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most bytes since `start_memory`."""
-    return float(torch.cuda.max_memory_allocated()) if device.type == "cuda" else resident_peak()
+@contextmanager
+def peak(device: torch.device) -> Iterator[list[float]]:
+    """The list that it gives holds at its end how many bytes more than before were in use within, at the peak."""
+    found: list[float] = []
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if cuda else reset_peak()
+    yield found
+    found.append(float(torch.cuda.max_memory_allocated() if cuda else resident_peak()) - before)

@@ -1,6 +1,6 @@
 """The whole job in a minute: `make demo` learns one shipped concept on Toybox and draws it with and without LAG.
 
-    python -m data.make.demo [--concept NAME] [--steps N] [--seed N] [--out FILE.png]
+    python -m data.make.demo [--concept NAME] [--steps N] [--out FILE.png]
 
 One picture is written: the references, and for four places that none of them shows, from the same noise, the original
 model, the residual everywhere, and LAG with its mask.
@@ -69,7 +69,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__.splitlines()[0])
     parser.add_argument("--concept", default=CONCEPT, help=f"{', '.join(shipped_concepts())} (default: {CONCEPT})")
     parser.add_argument("--steps", type=int, help="of training; default: the base's recipe")
-    parser.add_argument("--seed", type=int, default=0, help="of training and of the pictures' noise")
     parser.add_argument("--out", type=Path, default=Path("build/demo.png"), help="default: build/demo.png")
     chosen = parser.parse_args(arguments)
     begun = time.perf_counter()
@@ -82,14 +81,14 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{concept.name}: {concept.info.get('description', concept.macro_class)}; named “{concept}”.", flush=True)
 
     start = time.perf_counter()
-    residuals = personalize(base, concept, steps=chosen.steps, seed=chosen.seed)
+    residuals = personalize(base, concept, steps=chosen.steps)
     share = residuals.num_parameters() / sum(parameter.numel() for parameter in base.unet.parameters())
     print(
         f"Learned in {time.perf_counter() - start:.1f} s: {len(residuals.losses)} steps, "
         f"{residuals.num_parameters():,} parameters, {share:.1%} of the U-Net's, which stayed frozen.",
         flush=True,
     )
-    comparison = compare(base, residuals, concept, places, [chosen.seed], progress=False)
+    comparison = compare(base, residuals, concept, places, [0], progress=False)
     print(f"Drew {len(places)} prompts three times, each time from the same noise:")
     print("\n".join(report(judge, concept, places, comparison)))
     with whole_file(chosen.out) as unfinished:

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from data.make.inverse import read
 from data.make.pretraining.dataset import ACCESSORIES as LARGER
 from data.make.pretraining.dataset import draw_scenes, scenes_of, to_float
-from data.make.runs import between, keep, markdown
+from data.make.shared import between, keep, markdown
 from persres_lite.attention import record_attention
 from persres_lite.bases import load_base
 from persres_lite.masks import median

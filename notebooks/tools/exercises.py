@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import nbformat
 from nbformat import NotebookNode
 
-from data.make import runs
+from notebooks.tools import runs
 
 _FOLDED = r"<details>\s*<summary>{}</summary>{}</details>"
 UNANSWERED, CORRECT = "Not answered yet", "Correct"
@@ -26,7 +26,7 @@ class Exercise:
     check: str
     """The lines of the reader's cell from the first one that begins with ``check.``"""
     wrong: tuple[tuple[str, str], ...]
-    """Wrong answers, each with words of the sentence that refuses it; "" where none are promised."""
+    """Wrong answers, each with words of the sentence that refuses it."""
     right: tuple[str, ...]
     """Right answers in other styles than the solution's: as a loop, in NumPy, with another function."""
 
@@ -65,16 +65,9 @@ def exercises(notebook: NotebookNode) -> list[Exercise]:
         if lacks:
             raise ValueError(f"exercise {number} lacks {lacks[0]}")
         assert solution is not None and check is not None
-        wrong = tuple((each, "") if isinstance(each, str) else (each["code"], each["says"]) for each in about["wrong"])
+        wrong = tuple((each["code"], each["says"]) for each in about["wrong"])
         found.append(Exercise(number, index + 1, text, solution[1], check[0], wrong, tuple(about.get("right", []))))
     return found
-
-
-def unproven(exercise: Exercise) -> list[str]:
-    """What an exercise's metadata still lack: three wrong answers with their sentences, two more right ones."""
-    named = sum(bool(says) for _, says in exercise.wrong)
-    lacks = {"wrong answers with the sentence that refuses them": 3 - named, "right answers": 2 - len(exercise.right)}
-    return [f"exercise {exercise.number} needs {count} more {what}" for what, count in lacks.items() if count > 0]
 
 
 def with_solutions(notebook: NotebookNode) -> NotebookNode:

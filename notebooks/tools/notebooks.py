@@ -5,11 +5,10 @@ python -m notebooks.tools.notebooks stamp            badges, first code cells an
 python -m notebooks.tools.notebooks run [NAME ...]   run in place in fresh kernels, save outputs and measurements
 python -m notebooks.tools.notebooks solve [NAME ...] try every solution and every wrong answer of the exercises
 python -m notebooks.tools.notebooks table            the README's table of notebooks
-python -m notebooks.tools.notebooks student [NAME ...] build/student: without solutions and outputs
+python -m notebooks.tools.notebooks student          build/student: without solutions and outputs
 python -m notebooks.tools.notebooks answers          build/answers.md: the answer key of all exercises
 python -m notebooks.tools.notebooks slides           build/slides.html: 90 minutes, in one file without a network
-python -m notebooks.tools.notebooks links            relative links, anchors and badges, offline
-python -m notebooks.tools.notebooks                  only say what is not as these commands would leave it
+python -m notebooks.tools.notebooks                  say which links lead nowhere, and what needs stamp or table
 """
 
 from __future__ import annotations
@@ -20,33 +19,29 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbformat import NotebookNode
 
-from data.make import runs
-from notebooks.tools import exercises, links, teaching
+from data.make.shared import ROOT, between, markdown
+from notebooks.tools import exercises, links, runs, teaching
 from persres_lite.support.files import whole_file
 
-ROOT = Path(__file__).resolve().parents[2]
+GITHUB = "https://github.com/"
+COLAB = "https://colab.research.google.com/"
+BADGE = f"[![Open in Colab]({COLAB}assets/colab-badge.svg)]({COLAB}github/{{}}/blob/main/notebooks/{{}})"
 
-COLAB = "https://colab.research.google.com/github/"
-BADGE = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({COLAB}{{}}/blob/main/notebooks/{{}})"
+GPU_RESULTS = Path("data/results/gpu.json")
+"""What `make gpu` measured, once someone has taken it over."""
 
 
 def public_address(root: Path = ROOT) -> str:
-    """The repository's one public address: the ``Repository`` entry of ``pyproject.toml``.
-
-    Raises
-    ------
-    ValueError
-        If the entry is missing or is not on GitHub, which the Colab badges need.
+    """The repository's one public address: the ``Repository`` entry of ``pyproject.toml``, on GitHub as the Colab
+    badges need it.
     """
-    found = re.search(
-        r'^Repository = "(https://github\.com/[\w.-]+/[\w.-]+?)(?:\.git)?/?"$',
-        (root / "pyproject.toml").read_text(encoding="utf-8"),
-        re.MULTILINE,
-    )
+    text = (root / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(r'^Repository = "(https://github\.com/[\w.-]+/[\w.-]+?)(?:\.git)?/?"$', text, re.MULTILINE)
     if found is None:
         raise ValueError('pyproject.toml needs Repository = "https://github.com/owner/name" under [project.urls].')
     return found[1]
@@ -54,15 +49,18 @@ def public_address(root: Path = ROOT) -> str:
 
 def first_cell(address: str) -> str:
     """The first code cell, the same in every notebook: that of lesson 00, with the address in it."""
-    (cell,) = [
-        cell for cell in read(notebook_paths()[0]).cells if cell.metadata.get("persres", {}).get("role") == "setup"
-    ]
+    (cell,) = with_role(read(notebook_paths()[0]), "setup")
     return re.sub(r'"https://github\.com/[^"]+"', f'"{address}"', cell.source)
 
 
 def badge(address: str, name: str) -> str:
     """The Colab badge of ``notebooks/<name>``."""
-    return BADGE.format(address.removeprefix("https://github.com/"), name)
+    return BADGE.format(address.removeprefix(GITHUB), name)
+
+
+def with_role(notebook: NotebookNode, role: str) -> list[NotebookNode]:
+    """The cells whose ``metadata.persres.role`` it is."""
+    return [cell for cell in notebook.cells if cell.metadata.get("persres", {}).get("role") == role]
 
 
 def stamped(notebook: NotebookNode, name: str, address: str) -> NotebookNode:
@@ -74,12 +72,10 @@ def stamped(notebook: NotebookNode, name: str, address: str) -> NotebookNode:
     result = nbformat.from_dict(notebook)
     wanted = {"badge": (0, "markdown", badge(address, name)), "setup": (2, "code", first_cell(address))}
     for role, (place, kind, source) in wanted.items():
-        found = [cell for cell in result.cells if cell.metadata.get("persres", {}).get("role") == role]
-        if not found:
+        if not with_role(result, role):
             make = getattr(nbformat.v4, f"new_{kind}_cell")
             result.cells.insert(place, make(metadata={"persres": {"role": role}}, id=role))
-            found = [result.cells[place]]
-        found[0].source = source
+        with_role(result, role)[0].source = source
     return result
 
 
@@ -88,7 +84,7 @@ def restamp(text: str, address: str) -> str:
     match = re.search(r"git clone (?:--depth 1 )?https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?(?=[\s`]|$)", text)
     if match is None:
         return text
-    new = address.removeprefix("https://github.com/")
+    new = address.removeprefix(GITHUB)
     return re.sub(rf"(github(?:\.com)?/){re.escape(match[1])}(?![\w-])", rf"\g<1>{new}", text)
 
 
@@ -101,13 +97,17 @@ def notebook_paths(root: Path = ROOT, names: list[str] | None = None) -> list[Pa
         If a name fits no notebook.
     """
     paths = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    wanted = {
-        Path(name).name: [path for path in paths if path.name.startswith(Path(name).name)] for name in names or []
-    }
-    for name, found in wanted.items():
-        if not found:
+    for name in names or []:
+        if not any(path.name.startswith(name) for path in paths):
             raise FileNotFoundError(f"No notebook begins with {name!r}; there are {[path.stem for path in paths]}.")
-    return sorted({path for found in wanted.values() for path in found}) if names else paths
+    return [path for path in paths if not names or path.name.startswith(tuple(names))]
+
+
+def counted(paths: list[Path]) -> Iterator[Path]:
+    """Say before each notebook which one it is."""
+    for number, path in enumerate(paths, start=1):
+        print(f"[{number}/{len(paths)}] {path.stem}", flush=True)
+        yield path
 
 
 def read(path: Path) -> NotebookNode:
@@ -132,26 +132,59 @@ def stamp_files(root: Path = ROOT) -> dict[Path, str]:
     return wanted | {root / "README.md": restamp((root / "README.md").read_text(encoding="utf-8"), address)}
 
 
+def opening(notebook: NotebookNode) -> tuple[str, str]:
+    """Title and aim of a notebook: its first heading, and the sentence after ``**Aim:**``."""
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    title = re.search(r"^# (.+)$", text, re.MULTILINE)
+    aim = re.search(r"^\*\*Aim:\*\* (.+)$", text, re.MULTILINE)
+    if title is None or aim is None:
+        raise ValueError("a notebook opens with a line '# NN · Title' and a line '**Aim:** one sentence'")
+    return title[1].strip(), aim[1].strip()
+
+
+def table(notebooks: list[tuple[Path, NotebookNode]], gpu: dict[str, Any] | None = None) -> str:
+    """The README's table: a row for each notebook, from its title, its aim and its measurements.
+
+    Parameters
+    ----------
+    gpu : dict, optional
+        The results of `make gpu` (`notebooks.tools.gpu.run`), for one more column.
+    """
+    rows, machines = [], {}
+    for path, notebook in notebooks:
+        title, aim = opening(notebook)
+        row = [f"[{title}](notebooks/{path.name})", aim, "not run", "not run"]
+        if measured := notebook.metadata.get("persres"):
+            row[2:] = [f"{measured['seconds'] / 60:.1f}", f"{measured['peak_gb']} GB"]
+            machines[measured["machine"]] = True
+        if gpu:
+            there = gpu["notebooks"].get(path.stem)
+            row.append(f"{there['minutes']} minutes, {there['gpu_gb']} GB" if there else "not run")
+        rows.append(row)
+    heads = ["notebook", "idea", "minutes", "memory", *([f"{gpu['base']} on a GPU"] if gpu else [])]
+    where = [*machines, *([f"the last column on {gpu['machine']}"] if gpu else [])]
+    return f"{markdown(heads, rows)}\n\nMeasured on {'; '.join(where)}, from start to end in a fresh kernel."
+
+
 def table_file(root: Path = ROOT) -> dict[Path, str]:
     """What `table` writes: the README with the table of notebooks between its two markers."""
-    results = root / runs.GPU_RESULTS
+    results = root / GPU_RESULTS
     gpu = json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
-    rows = runs.table([(path, read(path)) for path in notebook_paths(root)], gpu)
-    return {root / "README.md": runs.between((root / "README.md").read_text(encoding="utf-8"), "notebooks", rows)}
+    rows = table([(path, read(path)) for path in notebook_paths(root)], gpu)
+    return {root / "README.md": between((root / "README.md").read_text(encoding="utf-8"), "notebooks", rows)}
 
 
-def teaching_files(kind: str, root: Path = ROOT, names: list[str] | None = None) -> dict[Path, str]:
+def teaching_files(kind: str, root: Path = ROOT) -> dict[Path, str]:
     """What `student`, `answers` or `slides` writes below ``build``."""
-    books = {path: read(path) for path in notebook_paths(root, names)}
-    build = root / "build"
+    books = {path: read(path) for path in notebook_paths(root)}
     if kind == "answers":
-        return {build / "answers.md": teaching.answer_key(list(books.values()))}
+        return {root / "build/answers.md": teaching.answer_key(list(books.values()))}
     if kind == "slides":
         made = teaching.slides({path.name[:2]: book for path, book in books.items()})
-        return {build / "slides.html": teaching.page(made)}
-    pages = {page.name: page.read_text(encoding="utf-8") for page in sorted((root / "notebooks").glob("*.md"))}
-    pages |= {path.name: nbformat.writes(teaching.student(book)) + "\n" for path, book in books.items()}
-    return {build / "student" / name: text for name, text in pages.items()}
+        return {root / "build/slides.html": teaching.page(made)}
+    pages = {page: page.read_text(encoding="utf-8") for page in sorted((root / "notebooks").glob("*.md"))}
+    pages |= {path: nbformat.writes(teaching.student(book)) + "\n" for path, book in books.items()}
+    return {root / "build/student" / path.name: text for path, text in pages.items()}
 
 
 def problems(root: Path = ROOT) -> list[str]:
@@ -161,52 +194,32 @@ def problems(root: Path = ROOT) -> list[str]:
     return links.broken(root, public_address(root)) + [f"{path}: run stamp, then table" for path in sorted(stale)]
 
 
-COMMANDS = ("check", "stamp", "run", "solve", "table", "student", "answers", "slides", "links")
+COMMANDS = ("check", "stamp", "run", "solve", "table", "student", "answers", "slides")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Carry out one command; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", default="check", choices=COMMANDS)
-    parser.add_argument("names", nargs="*", help="only these notebooks, by the beginning of their names: 00 04")
+    parser.add_argument("names", nargs="*", help="run, solve: only these notebooks, by how their names begin: 00 04")
     options = parser.parse_args(arguments)
-    command = options.command
-    if command in ("run", "solve"):
-        one = _run if command == "run" else _solve
-        return min(1, sum(one(path) for path in counted(notebook_paths(ROOT, options.names))))
-    if command in ("check", "links"):
-        found = problems(ROOT) if command == "check" else links.broken(ROOT, public_address(ROOT))
-        print("\n".join(found) or "all well")
-        return 1 if found else 0
     files = {"stamp": stamp_files, "table": table_file}
-    write(files[command](ROOT) if command in files else teaching_files(command, ROOT, options.names), ROOT)
-    return 0
-
-
-def _run(path: Path) -> int:
-    done = runs.run(read(path), path.parent, on_cell=_progress)
-    write({path: nbformat.writes(done) + "\n"}, ROOT)
-    print(f"  {runs.time_and_memory(done)}", flush=True)
-    return 0
-
-
-def _solve(path: Path) -> int:
-    done = runs.execute(exercises.with_solutions(read(path)), path.parent, on_cell=_progress)
-    found = exercises.unproved(done)
-    print("  " + ("\n  ".join(found) or "every solution passes, every wrong answer is refused"), flush=True)
-    return len(found)
-
-
-def counted(paths: list[Path]) -> Iterator[Path]:
-    """Say before each notebook which one it is."""
-    for number, path in enumerate(paths, start=1):
-        print(f"[{number}/{len(paths)}] {path.stem}", flush=True)
-        yield path
-
-
-def _progress(number: int, count: int) -> None:
-    if sys.stdout.isatty():
-        print(f"  cell {number} of {count} ", end="\r", flush=True)
+    found = []
+    if options.command == "check":
+        found = problems(ROOT)
+        print("\n".join(found) or "all well")
+    elif options.command == "run":
+        for path in counted(notebook_paths(ROOT, options.names)):
+            done = runs.run_for_saving(read(path), path.parent)
+            write({path: nbformat.writes(done) + "\n"}, ROOT)
+            print(f"  {runs.time_and_memory(done)}", flush=True)
+    elif options.command == "solve":
+        for path in counted(notebook_paths(ROOT, options.names)):
+            found += exercises.unproved(runs.execute(exercises.with_solutions(read(path)), path.parent))
+        print("\n".join(found) or "every solution passes, every wrong answer is refused")
+    else:
+        write(files[options.command](ROOT) if options.command in files else teaching_files(options.command, ROOT), ROOT)
+    return min(1, len(found))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a lecturer takes from the notebooks: the student's version, the answer key, and slides for 90 minutes.
 
-Slides are chosen by `RULES`, so they fit the notebooks in any state: a cell's own wish (``metadata.persres.slide``, a
-title, or false for no slide) comes first.
+Slides are chosen by the rules of `lesson_slides`, so they fit the notebooks in any state: a cell's own wish
+(``metadata.persres.slide``, a title, or false for no slide) comes first.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ import base64
 import html
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from nbconvert.filters import markdown2html
 from nbformat import NotebookNode
 from PIL import Image
 
-from data.make import runs
-from notebooks.tools import exercises
+from notebooks.tools import exercises, runs
 
 SOLUTION = re.compile(r"\n*<details>\s*<summary>Solution</summary>.*?</details>", re.DOTALL)
 FOLDED = re.compile(r"\n*<details>.*?</details>", re.DOTALL)
@@ -30,6 +29,9 @@ REFERENCE = r" \[[1-9]\d*(?:, ?[1-9]\d*)*\](?!\()"
 MATH = r"\$\$(?P<display>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^$\n]+?)\$"
 SPECIAL = re.compile(rf"{CODE}|{MATH}|{REFERENCE}", re.DOTALL)
 PREDICT = "**Predict before you run.**"
+EXERCISE = re.compile(
+    r"### Exercise (?P<number>[\d.]+): (?P<title>[^\n]+)\n(?P<text>.*?\*\*Minutes:\*\* (?P<minutes>\d+).*)", re.DOTALL
+)
 PAGE = Path(__file__).with_name("slides.html")
 
 MINUTES = {"00": 10, "02": 25, "04": 20, "05": 35}
@@ -41,8 +43,8 @@ EXERCISES = {"04": 5, "05": 10}
 QUESTIONS = 2
 """Of a lesson's questions to predict that a figure answers, so many get a slide."""
 
-FIGURES = {"00": 6, "02": 7, "04": 7, "05": 10}
-"""Figures a lesson may have; of more, some in between are left out, but none that a cell or a question asks for."""
+EQUATIONS = ("01", "03")
+"""Lessons of which the 90 minutes need only the equations."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,6 @@ class Slide:
     notes: str = ""
     """Markdown for the lecturer, shown by the key N."""
     lesson: str = ""
-    kept: bool = False
-    """Whether it stays however many figures the lesson has."""
 
 
 def student(notebook: NotebookNode) -> NotebookNode:
@@ -87,21 +87,21 @@ def student(notebook: NotebookNode) -> NotebookNode:
     return result
 
 
-def answers(notebook: NotebookNode) -> str:
-    """The answer key of one notebook, as Markdown: statement, solution, its note, common wrong answers and what the
-    check says to each.
+def answer_key(notebooks: Sequence[NotebookNode]) -> str:
+    """The answer key of the series, as Markdown: of each exercise the statement, the solution with its note, common
+    wrong answers and what the check says to each.
     """
-    parts = [f"## {_title(notebook)}"]
-    for exercise in exercises.exercises(notebook):
-        folded = re.search(r"<summary>Solution</summary>(.*?)</details>", exercise.text, re.DOTALL)
-        parts += [FOLDED.sub("", exercise.text).strip(), "**Solution**", folded[1].strip() if folded else ""]
-        parts += ["**Common wrong answers**"]
-        for code, says in exercise.wrong:
-            refused = f"The check says: “… {says} …”" if says else "The check refuses it."
-            parts += [f"```python\n{code}\n```", refused]
-        if exercise.right:
+    parts = ["# Answer key"]
+    for notebook in notebooks:
+        parts += [f"## {_title(notebook)}"]
+        for exercise in exercises.exercises(notebook):
+            folded = re.findall(r"<summary>Solution</summary>(.*?)</details>", exercise.text, re.DOTALL)
+            parts += [FOLDED.sub("", exercise.text).strip(), "**Solution**", *map(str.strip, folded)]
+            parts += ["**Common wrong answers**"]
+            for code, says in exercise.wrong:
+                parts += [f"```python\n{code}\n```", f"The check says: “… {says} …”"]
             parts += ["**Also right**", *(f"```python\n{code}\n```" for code in exercise.right)]
-    return without_links("\n\n".join(parts))
+    return without_links("\n\n".join(parts)) + "\n"
 
 
 def without_links(text: str) -> str:
@@ -109,85 +109,44 @@ def without_links(text: str) -> str:
     return LINK.sub(lambda match: match["words"] or match[0], text)
 
 
-def answer_key(notebooks: Sequence[NotebookNode]) -> str:
-    """The answer key of the series, as one Markdown text."""
-    return "# Answer key\n\n" + "\n\n".join(answers(each) for each in notebooks if exercises.exercises(each)) + "\n"
-
-
-def aim(notebook: NotebookNode) -> Iterator[Slide]:
-    """The lesson's title, aim and abilities, and how long its cells run."""
-    yield Slide(_title(notebook), _opening(notebook)[notebook.cells[1].source.index("\n") :].strip(), kind="lesson")
-
-
-def equations(notebook: NotebookNode) -> Iterator[Slide]:
-    """The displayed equations of the first cell that has any, each with the paragraph before it."""
-    cell = next((cell for cell in notebook.cells[2:] if _has_equations(cell)), None)
-    if cell is not None:
-        yield _equations(cell, f"{_title(notebook)}: in equations")
-
-
-def results(notebook: NotebookNode) -> Iterator[Slide]:
-    """In reading order: the first equations, figures, questions that a figure answers, exercises that fit the lesson's
-    minutes as "your turn", what there is to move by hand, and what a cell's metadata ask for.
+def lesson_slides(notebook: NotebookNode, lesson: str) -> Iterator[Slide]:
+    """A lesson's slides: its aim, then in reading order the first equations, questions that a figure answers, exercises
+    that fit the lesson's minutes, what there is to move by hand, figures, and what a cell's metadata ask for.
     """
-    heading, number = _title(notebook), _title(notebook)[:2]
-    left = {"minutes": EXERCISES.get(number, 0), "questions": QUESTIONS, "equations": 1}
-    asking = False  # whether the next figure answers a question that has a slide
+    aim = notebook.cells[1].source
+    yield Slide(lesson, aim[aim.index("\n") :].strip(), kind="lesson", lesson=lesson)
+    heading, number = lesson, lesson[:2]
+    minutes, questions, equations = EXERCISES.get(number, 0), QUESTIONS, 1
     for place, cell in enumerate(notebook.cells[2:], start=2):
         wish = cell.metadata.get("persres", {}).get("slide")
-        if cell.cell_type == "markdown":
-            if not cell.source.startswith("### Exercise"):
-                heading = (re.findall(r"^#{2,3} (.+)$", cell.source, re.MULTILINE) or [heading])[-1]
-            made = _said(notebook, place, heading, left) if wish is None else None
-            if made or wish:
-                yield made or Slide(wish, FOLDED.sub("", cell.source), kept=True)
-            asking = asking or bool(made and PREDICT in made.text)
+        exercise = EXERCISE.match(cell.source)
+        if cell.cell_type == "markdown" and not exercise:
+            heading = (re.findall(r"^#{2,3} (.+)$", cell.source, re.MULTILINE) or [heading])[-1]
+        if wish is False:
             continue
-        shown = list(_pictures(cell))
-        if wish or (shown and wish is not False):
-            text = "" if shown else f"```python\n{cell.source}\n```"
-            yield Slide(wish or heading, text, shown, notes=_notes(notebook, place), kept=bool(wish) or asking)
-            asking = False
-        elif number in EXERCISES and wish is None and "explorers." in cell.source:
-            before = notebook.cells[place - 1]
-            if before.cell_type == "markdown" and PREDICT not in before.source:
-                title = f"Try it: {heading[:1].lower()}{heading[1:]}"
-                yield Slide(title, _paragraphs(FOLDED.sub("", before.source))[-1], kind="turn", kept=True)
-
-
-def _said(notebook: NotebookNode, place: int, heading: str, left: dict[str, int]) -> Slide | None:
-    """The slide of a text, if it is an exercise, the first equations or a question, and some of its kind are left."""
-    cell = notebook.cells[place]
-    exercise = re.match(r"### Exercise ([\d.]+): ([^\n]+)\n(.*?\*\*Minutes:\*\* (\d+).*)", cell.source, re.DOTALL)
-    if exercise:
-        if int(exercise[4]) > left["minutes"]:
-            return None
-        left["minutes"] -= int(exercise[4])
-        title = f"Your turn: {exercise[2]} ({exercise[1]})"
-        return Slide(title, FOLDED.sub("", exercise[3]).strip(), kind="turn", kept=True)
-    if _has_equations(cell) and left["equations"]:
-        left["equations"] = 0
-        return _equations(cell, "In equations")
-    if PREDICT in cell.source and left["questions"] and _answered(notebook, place):
-        left["questions"] -= 1
-        return Slide(heading, _question(cell.source), kind="turn", kept=True)
-    return None
-
-
-Rule = Callable[[NotebookNode], Iterator[Slide]]
-RULES: dict[str, tuple[Rule, ...]] = {
-    "00": (aim, results),
-    "01": (equations,),
-    "02": (aim, results),
-    "03": (equations,),
-    "04": (aim, results),
-    "05": (aim, results),
-}
-"""Which slides a lesson gives, by its number: functions of the notebook."""
+        pictures = list(_pictures(cell))
+        if pictures:
+            yield Slide(wish or heading, "", pictures, notes=_notes(notebook, place), lesson=lesson)
+        elif wish:
+            text = FOLDED.sub("", cell.source) if cell.cell_type == "markdown" else f"```python\n{cell.source}\n```"
+            yield Slide(wish, text, lesson=lesson)
+        elif exercise and int(exercise["minutes"]) <= minutes:
+            minutes -= int(exercise["minutes"])
+            text = FOLDED.sub("", exercise["text"]).strip()
+            yield Slide(f"Your turn: {exercise['title']} ({exercise['number']})", text, kind="turn", lesson=lesson)
+        elif _has_equations(cell) and equations:
+            equations = 0
+            yield Slide("In equations", equations_of(cell), lesson=lesson)
+        elif PREDICT in cell.source and questions and _answered(notebook, place):
+            questions -= 1
+            yield Slide(heading, _question(cell.source), kind="turn", lesson=lesson)
+        elif number in EXERCISES and cell.cell_type == "code" and "explorers." in cell.source:
+            asked = _paragraphs(FOLDED.sub("", notebook.cells[place - 1].source))[-1]
+            yield Slide(f"Try it: {heading[:1].lower()}{heading[1:]}", asked, kind="turn", lesson=lesson)
 
 
 def slides(notebooks: dict[str, NotebookNode]) -> list[Slide]:
-    """The slides of the 90 minutes: a plan, the lessons' slides by `RULES`, and what to do afterwards.
+    """The slides of the 90 minutes: a plan, the lessons' slides, and what to do afterwards.
 
     Parameters
     ----------
@@ -196,20 +155,21 @@ def slides(notebooks: dict[str, NotebookNode]) -> list[Slide]:
     """
     plan = ["| from minute | lesson | minutes |", "|---|---|---|"]
     later = ["| lesson | aim |", "|---|---|"]
+    made: list[Slide] = []
     start = 0
     for number, notebook in notebooks.items():
+        lesson, opening = _title(notebook), notebook.cells[1].source
         if number in MINUTES:
-            plan.append(f"| {start} | {_title(notebook)} | {MINUTES[number]} |")
+            plan.append(f"| {start} | {lesson} | {MINUTES[number]} |")
             start += MINUTES[number]
-        elif found := re.search(r"\*\*Aim:\*\*\s*(.+?)(?=\n\n|\Z)", _opening(notebook), re.DOTALL):
-            later.append(f"| {_title(notebook)} | {found[1].strip()} |")
-    made = [Slide("Personalized residuals in 90 minutes", "\n".join([*plan, "", PAPER, "", KEYS]), kind="lesson")]
-    for number, rules in RULES.items():
-        if number in notebooks:
-            shown = [slide for rule in rules for slide in rule(notebooks[number])]
-            lesson = _title(notebooks[number])
-            made += [replace(slide, lesson=lesson) for slide in _thinned(shown, FIGURES.get(number, 0))]
-    return [*made, Slide("Afterwards", "\n".join(later), kind="lesson")] if later[2:] else made
+            made += lesson_slides(notebook, lesson)
+        else:
+            later += [f"| {lesson} | {aim} |" for aim in re.findall(r"\*\*Aim:\*\* (.+)", opening)]
+            if number in EQUATIONS:
+                cell = next(cell for cell in notebook.cells[2:] if _has_equations(cell))
+                made.append(Slide(f"{lesson}: in equations", equations_of(cell), lesson=lesson))
+    first = Slide("Personalized residuals in 90 minutes", "\n".join([*plan, "", PAPER, "", KEYS]), kind="lesson")
+    return [first, *made, Slide("Afterwards", "\n".join(later), kind="lesson")]
 
 
 PAPER = (
@@ -310,10 +270,6 @@ MATHTEXT = {
 """What matplotlib's own LaTeX does not know, and what it knows in its place."""
 
 
-def _opening(notebook: NotebookNode) -> str:
-    return notebook.cells[1].source
-
-
 def _paragraphs(text: str) -> list[str]:
     return [each for each in re.split(r"\n\s*\n", text.strip()) if each]
 
@@ -322,15 +278,15 @@ def _has_equations(cell: NotebookNode) -> bool:
     return cell.cell_type == "markdown" and "$$" in cell.source and not cell.source.startswith("### Exercise")
 
 
-def _equations(cell: NotebookNode, title: str) -> Slide:
-    paragraphs = _paragraphs(cell.source)
+def equations_of(cell: NotebookNode) -> str:
+    """The displayed equations of a text, each with the paragraph before it."""
+    paragraphs = ["", *_paragraphs(cell.source)]
     kept = []
-    for number, each in enumerate(paragraphs):
+    for before, each in zip(paragraphs, paragraphs[1:], strict=False):
         if "$$" in each:
-            before = paragraphs[number - 1] if number else ""
-            kept += [] if not before or "$$" in before or before.startswith(("#", "|", "- ")) else [before]
+            kept += [] if "$$" in before or before.startswith(("#", "|", "- ")) else [before]
             kept.append(each)
-    return Slide(title, "\n\n".join(kept), kept=True)
+    return "\n\n".join(kept).strip()
 
 
 def _question(text: str) -> str:
@@ -371,12 +327,3 @@ def _pictures(cell: NotebookNode) -> Iterator[tuple[str, str, str]]:
             if kind in output.get("data", {}):
                 alt = output.get("metadata", {}).get("alt") or output.metadata.get(kind, {}).get("alt", "")
                 yield kind, "".join(output.data[kind]).replace("\n", ""), alt
-
-
-def _thinned(made: list[Slide], most: int) -> list[Slide]:
-    """At most so many figures, evenly from first to last; all that is to be kept, and all text."""
-    free = [number for number, slide in enumerate(made) if slide.pictures and not slide.kept]
-    room = max(0, most - sum(bool(slide.pictures and slide.kept) for slide in made))
-    if len(free) > room:
-        free = [free[round(place * (len(free) - 1) / max(1, room - 1))] for place in range(room)]
-    return [slide for number, slide in enumerate(made) if slide.kept or not slide.pictures or number in free]

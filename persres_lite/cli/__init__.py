@@ -62,8 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work(chosen: argparse.Namespace) -> None:
         from persres_lite.cli import commands  # seconds of torch and diffusers, which --help does not wait for
+        from persres_lite.support.notices import quiet
 
-        getattr(commands, chosen.command)(chosen)
+        with quiet():
+            getattr(commands, chosen.command)(chosen)
 
     return run(work, chosen)
 
@@ -147,9 +149,7 @@ def personalize(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=_number(float, 1e-12, 1e30), help="learning rate; the paper's is 1e-3")
     add("--rank", type=_rank, help="a fraction of the width, or a whole number; the paper's is 0.05")
     add("--init", choices=("lora", "random"), default="lora", help="lora starts at the original model (default)")
-    looks = (
-        "masked: at the object alone (needs masks); outside: beyond it at what the frozen model draws (default: paper)"
-    )
+    looks = "masked: at the object alone; outside: beyond it at what the frozen model draws (default: paper)"
     add("--loss", choices=("paper", "masked", "outside"), default="paper", help=looks)
     add("--train-token", action="store_true", help="V*'s embedding learns too")
     add("--checkpoint", type=_path, metavar="FILE", help="where an interrupted run goes on")

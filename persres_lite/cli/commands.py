@@ -5,15 +5,11 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import logging
 import os
 import re
-import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -25,7 +21,7 @@ from PIL import Image, ImageEnhance
 from persres_lite import Residuals, load_base, load_concept
 from persres_lite import compare as side_by_side
 from persres_lite import personalize as learn
-from persres_lite.bases import BASES, settings_of, sources_of
+from persres_lite.bases import BASES, settings_of, source_of
 from persres_lite.cli import SCHEDULERS
 from persres_lite.cli.errors import Failed, say
 from persres_lite.concepts import Concept
@@ -44,17 +40,12 @@ from persres_lite.training import Diverged
 
 Pairs = list[tuple[Residuals, str]]  # each with the words whose attention makes its mask
 
-ROOM = 1 << 23  # bytes: more than a file of residuals or a sheet of pictures usually has
-
-for _library in ("diffusers", "transformers", "huggingface_hub"):
-    logging.getLogger(_library).setLevel(logging.ERROR)  # of the rest nothing can be acted on by who types commands
-
 
 def personalize(chosen: Namespace) -> None:
     """Learn a concept and write its residuals."""
     _check_out(chosen, ".safetensors", chosen.checkpoint)
     if chosen.checkpoint:
-        check_place(chosen.checkpoint, ROOM)
+        check_place(chosen.checkpoint)
     name, sources = _base_name(chosen), chosen.concept
     concept = load_concept(sources if len(sources) > 1 else sources[0], chosen.macro_class, chosen.token)
     base = _base(chosen, name)
@@ -70,8 +61,9 @@ def personalize(chosen: Namespace) -> None:
             progress=not chosen.quiet,
         )
     except Diverged as error:
-        raise Failed(_diverged(str(error), chosen)) from error
-    _keep(residuals.save, chosen.out)
+        again = f" Delete {chosen.checkpoint} first: it goes on with its own rate only." if chosen.checkpoint else ""
+        raise Failed(f"{str(error).partition(';')[0]}. No residuals were written.{again}") from error
+    residuals.save(chosen.out)
     print(
         f"{chosen.out}: {residuals.num_parameters():,} parameters for {str(concept)!r}, learned from "
         f"{len(concept.images)} pictures in {len(residuals.losses)} steps and {time.perf_counter() - begun:.0f} s."
@@ -100,7 +92,7 @@ def sample(chosen: Namespace) -> None:
     """Draw pictures, each to a file of its own."""
     if chosen.out.is_file():
         raise ValueError(f"{chosen.out} is a file: --out names a folder for the pictures.")
-    check_place(chosen.out / "picture.png", ROOM)
+    check_place(chosen.out / "picture.png")
     base, pairs, prompts = _read(chosen)
     for prompt in prompts:
         for seed in range(chosen.seed, chosen.seed + chosen.images):
@@ -123,7 +115,7 @@ def compare(chosen: Namespace) -> None:
         progress=not chosen.quiet,
         **_sampling(chosen),
     )
-    _keep(partial(_write, _png(comparison.sheet())), chosen.out)
+    _write(_png(comparison.sheet()), chosen.out)
     print(f"{chosen.out}: {len(comparison.prompts)} rows, each from one noise.")
 
 
@@ -173,9 +165,6 @@ def _read(chosen: Namespace) -> tuple[Any, Pairs, list[str]]:
     texts = [" ".join(text.split()) for text in chosen.prompt[len(more) :]]
     if not texts:
         raise ValueError('There is no prompt: add one, as in "a photo of a {} on the beach".')
-    for text in texts:
-        if re.match(r"[-\u2010-\u2015\u2212]", text):
-            raise ValueError(f"{text!r} begins with a dash: is it an option? Those have two hyphens and a known name.")
     base = _base(chosen, _base_name(chosen, paths[0]))
     if chosen.scheduler:
         base.scheduler = getattr(diffusers, SCHEDULERS[chosen.scheduler]).from_config(base.scheduler.config)
@@ -225,16 +214,12 @@ def _check_lag(chosen: Namespace, base: Any, pairs: Pairs, prompts: list[str]) -
     """What LAG could be refused for, before the first picture."""
     for _, words in pairs:
         find_words(base, prompts, words)
-        for prompt in prompts:
-            if (count := prompt.count(words)) > 1:
-                tell(f'"{words}" stands {count} times in "{prompt}", and LAG opens where any of them looks.')
     if not chosen.window[0] < chosen.window[1]:
         raise ValueError("--window must begin before it ends, as in --window 0 0.5 for the first half.")
-    rule = find_rule(chosen.mask, **dict(chosen.mask_option))
     try:
-        rule(torch.arange(16.0).view(1, 4, 4))
+        find_rule(chosen.mask, **dict(chosen.mask_option))(torch.arange(16.0).view(1, 4, 4))
     except Exception as error:  # of torch, which a value out of its range comes to
-        raise ValueError(f"The mask rule {chosen.mask!r} does not go with its --mask-option ({error}).") from error
+        raise ValueError(f"--mask {chosen.mask} does not go with its --mask-option: {error}.") from error
 
 
 def _base_name(chosen: Namespace, path: Path | None = None) -> str:
@@ -256,7 +241,7 @@ def _base_name(chosen: Namespace, path: Path | None = None) -> str:
 
 def _base(chosen: Namespace, name: str) -> Any:
     """The frozen model; what a large one costs is said before anything is fetched, and not of a name that is wrong."""
-    sources_of(name)
+    source_of(name)
     usual = chosen.device is None or chosen.device.startswith("cuda")
     if chosen.command != "export" and (cost := without_gpu(name) or (on_gpu(name) if usual else None)):
         say(cost)
@@ -302,15 +287,6 @@ def _draw(chosen: Namespace, base: Any, pairs: Pairs, prompt: str, seed: int) ->
         return draw(base, [prompt], **options)[0]
 
 
-def _diverged(message: str, chosen: Namespace) -> str:
-    """Python's message without the part about its exception, and with how to go on from here."""
-    reason = message.partition(";")[0]
-    if "at step 1:" in reason:  # nothing was learned yet, so no rate can help
-        return f"{reason.partition(':')[0]}, before anything was learned: the base is broken, or try --dtype float32."
-    again = f" Delete {chosen.checkpoint} first: it goes on with its own rate only." if chosen.checkpoint else ""
-    return f"{reason}. No residuals were written.{again}"
-
-
 def _slug(prompt: str) -> str:
     """A prompt as a part of a file's name: its letters in any script, not more than file systems take."""
     words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")
@@ -339,23 +315,10 @@ def _write_beside(picture: Image.Image, path: Path) -> Path:
     return place
 
 
-def _keep(write: Callable[[Path], Any], path: Path) -> None:
-    """Write a result; if its place has filled up meanwhile, elsewhere, since hours of work may be in it."""
-    try:
-        write(path)
-    except OSError as error:
-        for place in (Path.cwd() / path.name, Path(tempfile.gettempdir()) / path.name):
-            with suppress(OSError):
-                if not place.exists():
-                    write(place)
-                    raise Failed(f"{error} So the result is in {place}.") from error
-        raise Failed(str(error)) from error
-
-
 def _check_out(chosen: Namespace, suffix: str, other: Path | None = None) -> None:
     """Told before the work, not after it: whether `--out` can be written."""
     if chosen.out.suffix.lower() != suffix or chosen.out.is_dir():
         raise ValueError(f"--out {chosen.out} must be a file that ends in {suffix}.")
     if other and os.path.realpath(chosen.out) == os.path.realpath(other):
         raise ValueError(f"--out {chosen.out} is another file of this command, too: name another one.")
-    check_place(chosen.out, ROOM)
+    check_place(chosen.out)

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 from persres_lite.support.notices import Notice
 
-LONGEST = 2000  # letters of a message: the name of a tensor in someone's file may have millions
+SMALLER = "close what else uses it, or try --dtype bfloat16, a smaller --height and --width, or --device cpu"
 
 WRONG_INPUT = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
@@ -27,9 +27,7 @@ class Failed(Exception):
 def run(work: Callable[[Namespace], None], chosen: Namespace) -> int:
     """Do a command's work and return its exit code."""
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # our own remarks, and none of the libraries', which a user can do nothing about
+        with warnings.catch_warnings():  # our own remarks alone: about the libraries' a user can do nothing
             warnings.simplefilter("ignore")
             warnings.filterwarnings("always", category=Notice)
             warnings.showwarning = lambda message, *_, **__: say(str(message))
@@ -49,8 +47,7 @@ def run(work: Callable[[Namespace], None], chosen: Namespace) -> int:
 def say(what: str) -> None:
     """Print one line on the error stream, whatever a hostile file has put into a name."""
     line = "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in what)
-    line = " ".join(line.split())
-    print(f"persres-lite: {line if len(line) <= LONGEST else line[:LONGEST] + ' …'}", file=sys.stderr, flush=True)
+    print("persres-lite:", *line.split(), file=sys.stderr, flush=True)
 
 
 def _sentence(error: Exception, chosen: Namespace) -> str:
@@ -68,22 +65,12 @@ def _sentence(error: Exception, chosen: Namespace) -> str:
         broken = "if --mode original fails as well, the base is broken, otherwise the residuals are"
         return f"{what} Try --dtype float32 or a --scale below 1; {broken}."
     if out_of_memory(error):
-        return f"out of memory: {_smaller(chosen, on_cpu='CPU' in what or isinstance(error, MemoryError))}."
+        return f"out of memory: {SMALLER}."
     for name in vars(chosen):  # an argument of Python's is advised: the option stands for it here
         option = "--" + name.removeprefix("macro_").replace("_", "-")
         what = re.sub(rf"\b{name}=True\b", option, what)
         what = re.sub(rf"\b{name}='(\w+)'", rf"{option} \1", what)
     return what if isinstance(error, ValueError | Failed | OSError | ImportError) else ""
-
-
-def _smaller(chosen: Namespace, on_cpu: bool) -> str:
-    """What needs less memory than the command that ran out of it, apart from what was asked for already."""
-    tries = ["close what else uses it"]
-    if chosen.dtype == "float32" or chosen.dtype is None and on_cpu:  # on a GPU half precision is the default
-        tries.append("try --dtype bfloat16")
-    if chosen.command in ("sample", "compare"):
-        tries += ["a smaller --height and --width"] + ["--device cpu"] * (not on_cpu)
-    return ", or ".join(tries)
 
 
 def _interrupted(chosen: Namespace) -> str:

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets as widgets
-import numpy as np
 import torch
 from IPython.display import display
 from PIL import Image
+from torch.nn.functional import interpolate
 
 from persres_lite.course.figures.pictures import enlarge, heat_picture, outline_picture
 from persres_lite.course.figures.stills import short_name
@@ -24,7 +24,7 @@ from persres_lite.course.figures.style import as_array
 from persres_lite.masks import RULES, make_mask
 from persres_lite.support.sheet import sheet
 
-ALL = "all"
+ALL = "all"  # and not None, which a slider takes for nothing chosen
 SIDE = 256
 """Pixels that a picture in an explorer has at least."""
 
@@ -47,11 +47,6 @@ class Explorer:
             control.observe(self._follow, names="value")
         self._follow()
 
-    @property
-    def pixels(self) -> np.ndarray:
-        """What is shown now, (height, width, 3), 0 to 255."""
-        return np.asarray(Image.open(io.BytesIO(self.picture.value)).convert("RGB"))
-
     def _follow(self, change: Any = None) -> None:
         picture, words = self.draw(**{name: control.value for name, control in self.controls.items()})
         buffer = io.BytesIO()
@@ -62,7 +57,7 @@ class Explorer:
         display(self.box)
 
 
-def maps(record: Any, picture: Image.Image, words: Sequence[str] | None = None, image: int = 0) -> Explorer:
+def maps(record: Any, picture: Image.Image) -> Explorer:
     """Look where each word looked, at each step and in each block.
 
     Parameters
@@ -71,24 +66,19 @@ def maps(record: Any, picture: Image.Image, words: Sequence[str] | None = None, 
         From `record_attention`.
     picture : picture
         What the pipeline made.
-    words : list of str, optional
-        Those of the record by default.
-    image : int
-        Which image of the batch.
     """
-    words = list(words or record.words)
-    steps = [("all", ALL), *((str(step), step) for step in record.steps)]
-    blocks = [("all", ALL), *((short_name(block), block) for block in record.blocks)]
+    steps = [(ALL, ALL), *((str(step), step) for step in record.steps)]
+    blocks = [(ALL, ALL), *((short_name(block), block) for block in record.blocks)]
 
     def draw(word: str, step: int | str, block: str) -> tuple[Image.Image, str]:
-        found = record.map(word, step=None if step == ALL else step, block=None if block == ALL else block, image=image)
+        found = record.map(word, step=None if step == ALL else step, block=None if block == ALL else block)
         said = f"<b>{word}</b>: {found.shape[0]} × {found.shape[1]} positions, highest {found.max():.3f}"
         return heat_picture(enlarge(picture, SIDE), found), said
 
     return Explorer(
         draw,
         {
-            "word": widgets.Dropdown(options=words, description="word"),
+            "word": widgets.Dropdown(options=list(record.words), description="word"),
             "step": widgets.SelectionSlider(options=steps, description="step"),
             "block": widgets.Dropdown(options=blocks, description="block"),
         },
@@ -105,16 +95,16 @@ def masks(picture: Image.Image, attention: torch.Tensor, truth: Any = None) -> E
     truth : picture or array (h, w), optional
         The true mask, of any size: outlined in white, and compared with.
     """
-    options = {name: _option(rule) for name, rule in RULES.items()}
-    true = None if truth is None else _resized(truth, attention.shape)
+    if truth is not None:
+        pixels = torch.as_tensor(as_array(truth)).float()[None, None]
+        true = (interpolate(pixels, tuple(attention.shape), mode="area")[0, 0] > 0.5).float()
 
     def draw(rule: str, amount: float) -> tuple[Image.Image, str]:
-        option = options[rule]
-        value = {} if option is None else {option[0]: option[1] * amount}
+        value = {name: whole * amount for name, whole in _options(RULES[rule]).items()}
         mask = make_mask(attention, rule, **value)
         said = "".join(f", {name} {number:.2f}" for name, number in value.items()) or ", no option"
         words = f"<b>{rule}</b>{said}: {mask.float().mean():.0%} of the picture"
-        if true is not None:
+        if truth is not None:
             words += f", IoU {float((mask * true).sum() / torch.maximum(mask, true).sum().clamp(min=1e-6)):.2f}"
         return outline_picture(enlarge(picture, SIDE), mask, truth), words
 
@@ -128,9 +118,7 @@ def masks(picture: Image.Image, attention: torch.Tensor, truth: Any = None) -> E
     )
 
 
-def compare(
-    pictures: Mapping[float, Mapping[str, Image.Image]], references: Sequence[Image.Image] | None = None
-) -> Explorer:
+def compare(pictures: Mapping[float, Mapping[str, Image.Image]], references: Sequence[Image.Image] = ()) -> Explorer:
     """Compare ways of sampling from one noise while the residual's scale grows.
 
     Parameters
@@ -138,15 +126,13 @@ def compare(
     pictures : dict of float to dict of str to picture
         By scale, then by name: ``{0.0: {"residual": …, "LAG": …}, 1.0: …}``; every scale has the same names.
     references : list of picture, optional
-        Pictures of the concept, shown beside.
+        Pictures of the concept; the first is shown beside.
     """
-    names = list(next(iter(pictures.values())))
 
     def draw(scale: float, reference: bool) -> tuple[Image.Image, str]:
-        shown = [*pictures[scale].values(), *(list(references or [])[:1] if reference else [])]
-        words = [*names, *(["reference"] if reference and references else [])]
-        row = [enlarge(picture.convert("RGB"), SIDE) for picture in shown]
-        return sheet([row], gap=6), f"left to right: {', '.join(words)}; scale {scale:g}"
+        shown = {**pictures[scale], **({"reference": references[0]} if reference else {})}
+        row = [enlarge(picture.convert("RGB"), SIDE) for picture in shown.values()]
+        return sheet([row], gap=6), f"left to right: {', '.join(shown)}; scale {scale:g}"
 
     return Explorer(
         draw,
@@ -157,9 +143,7 @@ def compare(
     )
 
 
-def studio(
-    pictures: Mapping[float, Mapping[str, Image.Image]], masks: Mapping[float, torch.Tensor], local: str = "LAG"
-) -> Explorer:
+def studio(pictures: Mapping[float, Mapping[str, Image.Image]], masks: Mapping[float, torch.Tensor]) -> Explorer:
     """One picture at a time: choose the scale, the way of sampling, and whether LAG's mask lies over it.
 
     Parameters
@@ -167,14 +151,12 @@ def studio(
     pictures : dict of float to dict of str to picture
         As for `compare`: by scale, then by way.
     masks : dict of float to tensor (h, w)
-        By scale: LAG's mean mask.
-    local : str
-        The way that the masks belong to.
+        By scale: the mean mask of "LAG".
     """
 
     def draw(scale: float, way: str, mask: bool) -> tuple[Image.Image, str]:
         shown, words = enlarge(pictures[scale][way].convert("RGB"), SIDE), f"<b>{way}</b>, scale {scale:g}"
-        if mask and way == local:
+        if mask and way == "LAG":
             return heat_picture(shown, masks[scale], 0, 1), f"{words}; bright: there the residual acted most often"
         return shown, words
 
@@ -182,7 +164,7 @@ def studio(
         draw,
         {
             "scale": _scales(pictures),
-            "way": widgets.Dropdown(options=list(next(iter(pictures.values()))), description="way", value=local),
+            "way": widgets.Dropdown(options=list(next(iter(pictures.values()))), description="way", value="LAG"),
             "mask": widgets.Checkbox(value=False, description="mask over picture"),
         },
     )
@@ -192,14 +174,7 @@ def _scales(pictures: Mapping[float, Any]) -> widgets.SelectionSlider:
     return widgets.SelectionSlider(options=[(f"{scale:g}", scale) for scale in sorted(pictures)], description="scale")
 
 
-def _option(rule: Callable) -> tuple[str, float] | None:
+def _options(rule: Callable) -> dict[str, float]:
     """A rule's numeric option, and its value where the slider stands at 1: 1 for shares, else twice the default."""
-    for name, parameter in inspect.signature(rule).parameters.items():
-        if isinstance(parameter.default, float):
-            return name, 1.0 if parameter.default <= 1 else 2 * parameter.default
-    return None
-
-
-def _resized(truth: Any, shape: Sequence[int]) -> torch.Tensor:
-    values = torch.as_tensor(as_array(truth)).float()[None, None]
-    return (torch.nn.functional.interpolate(values, tuple(shape), mode="area")[0, 0] > 0.5).float()
+    defaults = {name: each.default for name, each in inspect.signature(rule).parameters.items()}
+    return {name: 2 * value if value > 1 else 1.0 for name, value in defaults.items() if isinstance(value, float)}

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ipywidgets import FileUpload
 from PIL import Image, ImageFilter, ImageOps
 
 from persres_lite.bases import BASES, settings_of
@@ -67,7 +68,7 @@ def preflight(base: str) -> dict[str, str]:
     except ValueError:  # it is known only when it is loaded; what can be estimated is estimated as for SD 1.4
         pass
     size, gpu, known = picture_size(base), torch.cuda.is_available(), BASES.get(base, BASES["sd-1.4"])
-    judges = 0 if base in JUDGES else sum(4 * PARAMETERS.get(judge, 0) for judge in PAPER_JUDGES) / 1e9
+    judges = 0 if base in JUDGES else sum(4 * PARAMETERS.get(judge, 0) for judge in PAPER_JUDGES) / 1e9  # GB
     model = NEEDS[base].parameters * (2 if gpu else 4) / 1e9 if base in NEEDS else 0
     parts = {"the model": model, "CLIP and DINO, which give the scores": judges}
     named = " and ".join(f"{part:.1f} GB for {what}" for what, part in parts.items() if part)
@@ -104,9 +105,7 @@ def uploader(wanted: bool = True) -> Any:
     none are `wanted`, and returns what it took.
     """
     if not on_colab():
-        import ipywidgets as widgets
-
-        return widgets.FileUpload(accept="image/*", multiple=True, description="photographs")
+        return FileUpload(accept="image/*", multiple=True, description="photographs")
     return Uploaded(colab_files().upload() if wanted else {})
 
 
@@ -122,16 +121,12 @@ def save_uploads(button: Any, folder: str | Path) -> Path | None:
     """
     given = getattr(button, "value", button)
     files = given.items() if isinstance(given, Mapping) else [(each["name"], each["content"]) for each in given]
-    if not files:
-        return None
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files:
         content = bytes(content["content"] if isinstance(content, Mapping) else content)  # ipywidgets 7 has the first
         name = Path(str(name).replace("\\", "/")).name.lstrip(".") or "photograph.jpg"
-        with whole_file(_free(folder / name, content)) as unfinished:
+        with whole_file(_free(Path(folder) / name, content)) as unfinished:
             unfinished.write_bytes(content)
-    return folder
+    return Path(folder) if files else None
 
 
 def photographs(
@@ -170,13 +165,13 @@ def keep(*files: str | Path) -> None:
     download them; elsewhere they are safe, and nothing happens.
     """
     for path in map(Path, files if on_colab() else ()):
-        if DRIVE.is_dir():
+        if not DRIVE.is_dir():
+            colab_files().download(str(path))
+        elif DRIVE not in path.resolve().parents:
             kept = _free(DRIVE / path.name, path.read_bytes())
             with whole_file(kept) as unfinished:
                 shutil.copy(path, unfinished)
             print(f"Kept as {kept}.")
-        else:
-            colab_files().download(str(path))
 
 
 def seen(images: Sequence[Image.Image], size: int) -> list[Image.Image]:
@@ -205,7 +200,7 @@ def advice(images: Sequence[Image.Image], size: int) -> list[str]:
     said = []
     if not 4 <= len(images) <= 8:
         said.append(f"{len(images)} photographs: four to eight are best, from several sides.")
-    names = [str(image.info.get("source") or f"number {k}") for k, image in enumerate(images, start=1)]
+    names = [str(image.info.get("source", f"number {k}")) for k, image in enumerate(images, start=1)]
     cut = [ImageOps.fit(image.convert("RGB"), (min(image.size),) * 2) for image in images]
     if small := [name for name, image in zip(names, images, strict=True) if min(image.size) < size]:
         said.append(f"Smaller than the {size} pixels of this base, and will look soft: {', '.join(small)}.")
@@ -230,10 +225,7 @@ def class_scores(judges: Any, images: Sequence[Image.Image], words: Sequence[str
 def pieces(base: Any, word: str) -> dict[str, list[str]]:
     """The pieces that each of a base's tokenizers makes of a word; a good rare token is one piece."""
     readers = {name: reader for name in ENCODERS.values() if (reader := getattr(base, name, None)) is not None}
-    return {
-        name: each.convert_ids_to_tokens(each(word, add_special_tokens=False).input_ids)
-        for name, each in readers.items()
-    }
+    return {name: reader.tokenize(word) for name, reader in readers.items()}
 
 
 def colab_files() -> Any:

@@ -1,8 +1,8 @@
 """What the first cell of every notebook calls: it looks at what is installed, and says which base and device are used.
 
-Nothing beyond the standard library is imported until the requirements are known to be there, because in a session that
-somebody else has set up (Colab's, say) this module runs before they are. The package itself is never installed: the
-first cell has put its folder on ``sys.path``.
+Nothing beyond the standard library and packaging is imported until the requirements are known to be there, because in a
+session that somebody else has set up (Colab's, say) this module runs before they are. The package itself is never
+installed: the first cell has put its folder on ``sys.path``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 from persres_lite.support.paths import data_dir
 
@@ -65,22 +67,24 @@ def start(base: str | None = None) -> tuple[Path, str]:
         session must be restarted, because it has loaded a version that is too old.
     """
     data_dir()  # raises if the package was installed without its checkout
-    requirements = project_requirements(HOME)
+    requirements = project_requirements()
     if missing := missing_requirements(requirements):
         if HOME != (Path.cwd() / "persres-lite").resolve():  # where the first cell fetches it to
-            listed = ", ".join(missing)
-            raise NotReady(f"Missing here: {listed}. Run `make lab` in the project's folder, or: {_line(missing)}")
+            raise NotReady(f"Missing here; run `make lab` in the project's folder, or: {_line(missing)}")
         install(requirements, missing)
     refuse_stale(requirements, installed_now=bool(missing))
     base = base or os.environ.get("PERSRES_BASE") or "toybox"
     print(describe(base))
     without_bars()
-    if base != "toybox":  # the registry is only needed here
-        from persres_lite.cost import on_gpu, without_gpu
+    if base == "toybox":
+        if "OMP_NUM_THREADS" not in os.environ:  # a second thread gains nothing on so small a model
+            importlib.import_module("torch").set_num_threads(1)
+        return HOME, base
+    from persres_lite.cost import on_gpu, without_gpu  # the registry is only needed here
 
-        slow = without_gpu(base)
-        if said := slow or on_gpu(base):
-            print(said + (" Choose one under Runtime > Change runtime type." if slow and on_colab() else ""))
+    slow = without_gpu(base)
+    if said := slow or on_gpu(base):
+        print(said + (" Choose one under Runtime > Change runtime type." if slow and on_colab() else ""))
     return HOME, base
 
 
@@ -109,33 +113,28 @@ def on_colab() -> bool:
     return "google.colab" in sys.modules
 
 
-def project_requirements(home: Path) -> list[str]:
+def project_requirements() -> list[Requirement]:
     """The requirements for running the project that its ``pyproject.toml`` names."""
     # Python 3.10 has no tomllib, but its pip carries the same parser.
     tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "pip._vendor.tomli")
-    with open(home / "pyproject.toml", "rb") as file:
-        return list(tomllib.load(file)["project"]["dependencies"])
+    with open(HOME / "pyproject.toml", "rb") as file:
+        return [Requirement(text) for text in tomllib.load(file)["project"]["dependencies"]]
 
 
-def missing_requirements(requirements: list[str]) -> list[str]:
+def missing_requirements(requirements: list[Requirement]) -> list[Requirement]:
     """Those requirements that the environment does not meet.
 
     A package of `KEPT` counts as met in any version: it is installed when absent, and never replaced.
     """
-    from packaging.requirements import Requirement
+    there = _installed(each.name for each in requirements)
 
-    missing = []
-    for text in requirements:
-        requirement = Requirement(text)
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        there = _installed([requirement.name]).get(requirement.name)
-        serves = there and (requirement.name.lower() in KEPT or requirement.specifier.contains(there, prereleases=True))
-        missing += [] if serves else [text]
-    return missing
+    def met(wanted: Requirement) -> bool:
+        return wanted.name in there and (wanted.name in KEPT or _serves(wanted, there[wanted.name]))
+
+    return [each for each in requirements if not met(each)]
 
 
-def install(requirements: list[str], missing: list[str]) -> None:
+def install(requirements: list[Requirement], missing: list[Requirement]) -> None:
     """Install what is missing by one pip command, and leave the packages of `KEPT` as they are.
 
     If one of `TOGETHER` is missing, all of them are named (peft only where it is installed), so that those which are
@@ -146,28 +145,29 @@ def install(requirements: list[str], missing: list[str]) -> None:
     NotReady
         If pip fails.
     """
-    named, wanted = missing, {_name(text): text for text in requirements}
-    if any(_name(text) in TOGETHER for text in missing):
-        named = [text for name, text in wanted.items() if text in missing or name in TOGETHER]
-        named += [name for name in _installed(TOGETHER) if name not in wanted]
-    unfit = " and ".join(f"{name} {version}" for name, version in _installed(map(_name, missing)).items())
+    named = missing
+    if any(each.name in TOGETHER for each in missing):
+        named = [each for each in requirements if each in missing or each.name in TOGETHER]
+        named += [Requirement(name) for name in _installed(TOGETHER) if name not in {each.name for each in named}]
+    unfit = " and ".join(f"{name} {version}" for name, version in _installed(each.name for each in missing).items())
     why = f"{unfit} will not do" if unfit else "some packages are missing"
     print(f"In this session {why}, so what belongs together is installed once: {_line(named)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        constraints = Path(folder) / "kept.txt"
-        constraints.write_text("".join(f"{name}=={version}\n" for name, version in _installed(KEPT).items()))
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(constraints), *named]
+        kept = Path(folder) / "kept.txt"
+        kept.write_text("".join(f"{name}=={version}\n" for name, version in _installed(KEPT).items()))
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", str(kept), *map(str, named)]
         if subprocess.run(command).returncode:
-            raise NotReady(f"pip could not install {', '.join(missing)}: is there a network? Its message stands above.")
+            listed = ", ".join(map(str, missing))
+            raise NotReady(f"pip could not install {listed}: is there a network? Its message stands above.")
     importlib.invalidate_caches()
 
 
-def refuse_stale(requirements: list[str], installed_now: bool = False) -> None:
+def refuse_stale(requirements: list[Requirement], installed_now: bool = False) -> None:
     """Stop if the session has loaded a version that does not serve, or one of `KEPT` does not.
 
     Parameters
     ----------
-    requirements : list of str
+    requirements : list of Requirement
         As the project names them.
     installed_now : bool
         Whether pip has just run: then a loaded version must also be the one on disk, because these packages load their
@@ -178,30 +178,26 @@ def refuse_stale(requirements: list[str], installed_now: bool = False) -> None:
     NotReady
         If there is one.
     """
-    from packaging.requirements import Requirement
-
-    for requirement in map(Requirement, (*requirements, *_installed(SHARED))):
-        on_disk = _installed([requirement.name]).get(requirement.name)
-        used = _loaded(requirement.name) or on_disk
-        serves = used is None or requirement.specifier.contains(used, prereleases=True)  # None: not for this Python
-        if serves and (used == on_disk or not installed_now):
+    on_disk = _installed([*(each.name for each in requirements), *SHARED])
+    for wanted in (*requirements, *map(Requirement, SHARED)):
+        name, there = wanted.name, on_disk.get(wanted.name)
+        used = _loaded(name) or there
+        if used is None or (_serves(wanted, used) and (used == there or not installed_now)):
             continue
-        if used == on_disk:  # one of KEPT, which this cell does not replace: a restart would not help
-            raise NotReady(f"{requirement.name} {used} is installed here, and {requirement} is needed: update it.")
+        if used == there:  # one of KEPT, which this cell does not replace: a restart would not help
+            raise NotReady(f"{name} {used} is installed here, and {wanted} is needed: update it.")
         raise NotReady(
-            f"{requirement.name} {used} is still in memory, and {on_disk} is installed now: restart the session (on "
-            "Colab: Runtime > Restart session) and run this cell again."
+            f"{name} {used} is still in memory, and {there} is installed now: restart the session (on Colab: "
+            "Runtime > Restart session) and run this cell again."
         )
 
 
-def _line(requirements: list[str]) -> str:
-    return "pip install " + " ".join(f'"{text}"' for text in requirements)
+def _serves(wanted: Requirement, version: str) -> bool:
+    return wanted.specifier.contains(version, prereleases=True)
 
 
-def _name(requirement: str) -> str:
-    from packaging.requirements import Requirement
-
-    return Requirement(requirement).name
+def _line(requirements: list[Requirement]) -> str:
+    return "pip install " + " ".join(f'"{each}"' for each in requirements)
 
 
 def _version(package: str) -> str:

@@ -54,19 +54,17 @@ def restore(state: State, saved: Snapshot) -> None:
     state.losses[:] = rest["losses"]
     state.optimizer.zero_grad()
     state.optimizer.state.clear()
-    for name, parameter in state.parameters.items():
-        parameter.copy_(tensors[f"value/{name}"])
-        for moment in ("step", "exp_avg", "exp_avg_sq"):
-            if f"{moment}/{name}" in tensors:  # not before the first step; Adam keeps its number on the CPU
-                device = "cpu" if moment == "step" else parameter.device
-                value = tensors[f"{moment}/{name}"].to(device, copy=True)
-                state.optimizer.state[parameter][moment] = value
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        if kind == "value":
+            state.parameters[name].copy_(value)
+        elif name:  # a moment; Adam keeps the number of its step on the CPU
+            parameter = state.parameters[name]
+            state.optimizer.state[parameter][kind] = value.to("cpu" if kind == "step" else parameter.device, copy=True)
 
 
 class Keeper:
     """A training's last whole step, to which it can go back: in memory, and every 25 steps in a file, if one is named.
-
-    As a context it ends with that step, whether training went well, failed or was interrupted in the middle of one.
 
     Parameters
     ----------
@@ -88,50 +86,38 @@ class Keeper:
     def __init__(self, state: State, path: str | os.PathLike | None, settings: dict[str, Any]) -> None:
         self.state, self.path, self.settings = state, path, settings
         if path is not None and Path(path).exists():
-            restore(state, self._read())
+            tensors, metadata = read_tensors(path)
+            if KEY not in metadata:
+                raise ValueError(f"{path} is no checkpoint of a training: delete it, or name another file.")
+            rest = json.loads(metadata[KEY])
+            for name, value in settings.items():
+                if (other := rest["settings"].get(name)) != value:
+                    raise ValueError(
+                        f"The checkpoint {path} belongs to a training with {name} = {str(other)[:40]}, not "
+                        f"{str(value)[:40]}: give the same arguments, or name another file to begin anew."
+                    )
+            restore(state, (tensors, rest))
         self.good = snapshot(state)
-        self.write()  # a place that cannot be written to is better known now
+        self._write()  # a place that cannot be written to is better known now
 
     def keep(self) -> None:
         """A step is done."""
         self.good = snapshot(self.state)
         if len(self.state.losses) % EVERY == 0:
-            self.write_if_possible()
+            self.write()
 
     def back(self) -> None:
         """To the last whole step."""
         restore(self.state, self.good)
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        self.back()
-        self.write_if_possible()
-
-    def write_if_possible(self) -> None:
-        """A disk that has filled up meanwhile does not end a training, whose result is in memory."""
+    def write(self) -> None:
+        """The last whole step. A disk that has filled up meanwhile does not end a training: its result is in memory."""
         try:
-            self.write()
+            self._write()
         except OSError as error:
             tell(f"{error} The training goes on, and could not be taken up again from here.")
 
-    def write(self) -> None:
-        """The last whole step, into the file if there is one."""
+    def _write(self) -> None:
         if self.path is not None:
             tensors, rest = self.good
             write_tensors(self.path, tensors, {KEY: json.dumps(rest | {"settings": self.settings})})
-
-    def _read(self) -> Snapshot:
-        tensors, metadata = read_tensors(self.path)
-        if KEY not in metadata:
-            raise ValueError(f"{self.path} is no checkpoint of a training: delete it, or name another file.")
-        rest = json.loads(metadata[KEY])
-        theirs = rest.pop("settings")
-        for name, value in self.settings.items():
-            if theirs.get(name) != value:
-                raise ValueError(
-                    f"The checkpoint {self.path} belongs to a training with {name} = {theirs.get(name)!r}, not "
-                    f"{value!r}: give the same arguments to go on with it, or name another file to begin anew."
-                )
-        return tensors, rest

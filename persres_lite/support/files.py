@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 import shutil
@@ -15,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-TRIAL = 1 << 24  # bytes that are written to try a place: quotas do not show in the room that a disk says it has
+ROOM = 1 << 23  # bytes: more than a file of residuals or a sheet of pictures usually has
 
 
 @contextmanager
@@ -43,7 +42,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
                 temporary.unlink()
 
 
-def check_place(path: str | os.PathLike, room: int = 1) -> None:
+def check_place(path: str | os.PathLike) -> None:
     """Find out whether a file can be written, before the work that it is for: by writing one and taking it away again.
 
     No folder is made; where some are missing, the nearest one that is there is tried.
@@ -52,8 +51,6 @@ def check_place(path: str | os.PathLike, room: int = 1) -> None:
     ----------
     path : path
         The file to be written.
-    room : int
-        How many bytes it will have.
 
     Raises
     ------
@@ -63,12 +60,9 @@ def check_place(path: str | os.PathLike, room: int = 1) -> None:
     path = Path(path).expanduser()
     with _naming(path):
         folder = next(folder for folder in path.absolute().parents if folder.exists())
-        if shutil.disk_usage(folder).free < room:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(min(room, TRIAL)))
-            file.flush()
-            os.fsync(file.fileno())  # some systems tell only now that there is no room
+        if shutil.disk_usage(folder).free < ROOM:
+            raise OSError("no space left")
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 @contextmanager

@@ -31,10 +31,6 @@ Picture = Image.Image | str | Path
 BLACK_STAYS_BLACK = 0x2000  # lcms: black point compensation, for papers whose black is gray
 
 
-class Unreadable(ValueError):
-    """A picture that is refused; the message names it and says what to do."""
-
-
 def read_image(source: Picture) -> Image.Image:
     """Read one picture as upright 8-bit sRGB.
 
@@ -58,8 +54,7 @@ def read_image(source: Picture) -> Image.Image:
         If there is no such file, or it may not be read.
     ValueError
         If the file is of none of `FORMATS`, is broken, has so many pixels that Pillow warns of it (a few kilobytes of
-        a compressed file can claim gigabytes of picture), or holds numbers whose black and white are not known
-        (floating point, 32-bit integers beyond 16 bits).
+        a compressed file can claim gigabytes of picture), or holds floating point numbers.
     """
     name = _name(source)
     try:
@@ -68,18 +63,15 @@ def read_image(source: Picture) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = _decoded(source)
             _turn_upright(image)
-            rgb = _to_srgb(_flattened(image, name), image.info.get("icc_profile"))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise Unreadable(f"{name} has too many pixels and is not opened: make it smaller.") from None
-    except UnidentifiedImageError:
-        heif = " (or pip install pillow-heif)" if name.lower().endswith((".heic", ".heif")) else ""
-        why = "broken, or of a format that is not opened here"
-        raise Unreadable(f"{name} cannot be read as a picture ({why}): save it as JPEG or PNG{heif}.") from None
+            rgb = _to_srgb(_flattened(image), image.info.get("icc_profile"))
     except Exception as error:  # Pillow raises almost everything on odd files
-        if isinstance(error, Unreadable) or isinstance(error, OSError) and error.errno is not None:  # the system's
+        if isinstance(error, OSError) and error.errno is not None:  # the system's own words
             raise
+        heif = " (or pip install pillow-heif)" if name.lower().endswith((".heic", ".heif")) else ""
         why = str(error) or type(error).__name__
-        raise Unreadable(f"{name} is broken or cut short ({why}): replace it or take it away.") from None
+        raise ValueError(
+            f"{name} cannot be read as a picture ({why}): save it as a JPEG or PNG of usual size{heif}."
+        ) from None
     rgb.info = {"source": name}
     return rgb
 
@@ -204,9 +196,9 @@ def _decoded(source: Picture) -> Image.Image:
     """A new picture in its own mode; a large JPEG is made smaller while it is decoded."""
     if isinstance(source, Image.Image):
         if source.format not in (None, *FORMATS):  # and not decoded yet, perhaps
-            raise UnidentifiedImageError
+            raise UnidentifiedImageError(f"{source.format} is not opened here")
         return source.copy()
-    with Image.open(source, formats=formats()) as image:
+    with Image.open(Path(source).expanduser(), formats=formats()) as image:
         image.draft(image.mode, kept_size(image.size))
         return image.copy()
 
@@ -219,10 +211,12 @@ def _turn_upright(image: Image.Image) -> None:
         ImageOps.exif_transpose(image, in_place=True)
 
 
-def _flattened(image: Image.Image, name: str) -> Image.Image:
+def _flattened(image: Image.Image) -> Image.Image:
     """The picture without transparency, with 8 bits a channel and not too large."""
-    if image.mode.startswith(("I", "F")):
-        image = _to_8_bit(image, name)
+    if image.mode == "F":
+        raise ValueError("of its numbers black and white are not known")
+    if image.mode.startswith("I"):  # 16 bits
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     if "transparency" in image.info or image.mode.lower().endswith("a"):
         image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
         flat = Image.new(image.mode[:-1], image.size, "white")
@@ -248,13 +242,6 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             ours, intent = ImageCms.createProfile("sRGB"), ImageCms.Intent.RELATIVE_COLORIMETRIC
             return ImageCms.profileToProfile(image, theirs, ours, intent, "RGB", flags=BLACK_STAYS_BLACK)  # type: ignore
     return image.convert("RGB")
-
-
-def _to_8_bit(image: Image.Image, name: str) -> Image.Image:
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise Unreadable(f"{name} holds numbers whose black and white are not known: save it with 8 or 16 bits.")
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def _name(source: Picture) -> str:

@@ -50,22 +50,22 @@ def quiet(bars: bool = True) -> Iterator[None]:
         Whether they may show their bars: a folder is read in a second, and its bars would stay in a notebook.
     """
     from diffusers.utils import logging as diffusers_logging
-    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
-    speakers = (diffusers_logging, transformers_logging, hub_logging)
-    drawers = [each for each in speakers[:2] if not bars and each.is_progress_bar_enabled()]
-    before = [each.get_verbosity() for each in speakers]
+    speakers = [logging.getLogger(name) for name in ("diffusers", "transformers", "huggingface_hub")]
+    libraries = (diffusers_logging, transformers_logging)
+    drawers = [each for each in libraries if not bars and each.is_progress_bar_enabled()]
+    before = [each.level for each in speakers]
     try:
         for speaker in speakers:
-            speaker.set_verbosity_error()
+            speaker.setLevel(logging.ERROR)
         for drawer in drawers:
             drawer.disable_progress_bar()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="huggingface_hub")  # of how diffusers calls it
             yield
     finally:
-        for speaker, verbosity in zip(speakers, before, strict=True):
-            speaker.set_verbosity(verbosity)
+        for speaker, level in zip(speakers, before, strict=True):
+            speaker.setLevel(level)
         for drawer in drawers:
             drawer.enable_progress_bar()

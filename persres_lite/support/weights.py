@@ -7,7 +7,7 @@ half the download. Only safetensors files count: pickles are never read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from safetensors import safe_open
 
 from persres_lite.support.notices import tell
@@ -109,10 +109,8 @@ def _find_gaps(folder: Path, pipeline: Any) -> None:
                 with safe_open(path, "pt") as file:
                     stored |= {name.removeprefix("text_model.") for name in file.keys()}  # left out by newer versions
             empty += [name for name in module.state_dict() if name.removeprefix("text_model.") not in stored]
-            known, words = (
-                module.get_input_embeddings().num_embeddings,
-                len(parts[part.replace("text_encoder", "tokenizer")]),
-            )
+            tokenizer = parts[part.replace("text_encoder", "tokenizer")]
+            known, words = module.get_input_embeddings().num_embeddings, len(tokenizer)
             if not known / 2 < words <= known:
                 raise OSError(f"its {part} knows {known} words, and its tokenizer {words}")
         if empty:
@@ -129,8 +127,6 @@ def on_hub(repository: str, revision: str | None) -> tuple[dict[str, int], str]:
         found = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=10)
     except RepositoryNotFoundError:
         return {}, "no such repository, or one that asks for an access token"
-    except RevisionNotFoundError:
-        return {}, "its pinned revision is gone"
     except Exception as error:
         # HTTPError is of the library by which huggingface_hub speaks to the network: requests, httpx or httpx2.
         offline = isinstance(error, OSError | HTTPError) and not isinstance(error, HfHubHTTPError)
@@ -155,12 +151,7 @@ def in_folder(folder: Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
-def whole(files: Iterable[str], parts: Iterable[str], variant: str | None) -> bool:
-    """Whether every one of the parts has weights of this variant among the files."""
-    return set(parts) <= {name.partition("/")[0] for name in files if _is_of(name, variant)}
-
-
-def choose(here: Mapping[str, int], hub: Mapping[str, int], parts: Iterable[str], half: bool) -> tuple[str | None, int]:
+def choose(here: Mapping[str, int], hub: Mapping[str, int], parts: Sequence[str], half: bool) -> tuple[str | None, int]:
     """The variant to load, and how many bytes of weights are fetched for it.
 
     What is here goes first, in the precision that is wanted; full precision serves for half as well. Half serves for
@@ -180,16 +171,13 @@ def choose(here: Mapping[str, int], hub: Mapping[str, int], parts: Iterable[str]
     tuple[str | None, int]
         "fp16" or None, as diffusers takes it, and bytes.
     """
-    parts = list(parts)
     wanted: list[str | None] = ["fp16", None] if half else [None, "fp16"]
-    for variant in wanted if half else wanted[:1]:
-        if whole(here, parts, variant):
-            return variant, 0
-    for variant in wanted:
-        if whole(hub, parts, variant):
-            chosen = [name for name in hub if _is_of(name, variant) and name.partition("/")[0] in parts]
-            return variant, sum(hub[name] for name in chosen if name not in here)
-    return ("fp16" if whole(here, parts, "fp16") else None), 0
+    places = [(here, each) for each in wanted[: 1 + half]] + [(hub, each) for each in wanted] + [(here, "fp16")]
+    for files, variant in places:
+        chosen = [name for name in files if _is_of(name, variant) and name.partition("/")[0] in parts]
+        if set(parts) <= {name.partition("/")[0] for name in chosen}:
+            return variant, sum(files[name] for name in chosen if name not in here)
+    return None, 0
 
 
 def parts_with_weights(config: Mapping[str, Any], without: Iterable[str]) -> list[str]:

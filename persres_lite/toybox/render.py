@@ -62,15 +62,13 @@ def _turn(axis: int, angle: float) -> np.ndarray:
     return matrix
 
 
-def _ball(center, radii, paint=MAIN, turn=None):
-    radii = np.broadcast_to(np.asarray(radii, float), 3)
-    return Part("ball", (np.eye(3) if turn is None else turn) @ np.diag(radii), np.array(center, float), paint)
+def _ball(center, radii, paint=MAIN):
+    return Part("ball", np.diag(np.broadcast_to(np.asarray(radii, float), 3)), np.array(center, float), paint)
 
 
 def _box(center, half, paint=MAIN, turn=None):
-    return Part(
-        "box", (np.eye(3) if turn is None else turn) @ np.diag(np.array(half, float)), np.array(center, float), paint
-    )
+    turn = np.eye(3) if turn is None else turn
+    return Part("box", turn @ np.diag(np.array(half, float)), np.array(center, float), paint)
 
 
 def _cone(start, end, radius, top=1.0, paint=MAIN):
@@ -211,17 +209,10 @@ PARTS = {
 
 # Where an accessory sits: top of the head, and its front.
 _HEAD = {
-    "duck": (0, 1.30, 0.22),
-    "robot": (0.14, 1.36, 0),
-    "mug": (0, 1.18, 0.30),
-    "car": (-0.08, 1.06, 0),
-    "rocket": (0, 1.62, 0),
-    "house": (0, 1.34, 0),
-    "mushroom": (0, 1.26, 0),
-    "snowman": (0, 1.58, 0),
-    "cat": (0, 1.30, 0.05),
-    "teapot": (0, 1.18, 0),
-}
+    "duck": (0, 1.30, 0.22), "robot": (0.14, 1.36, 0), "mug": (0, 1.18, 0.30), "car": (-0.08, 1.06, 0),
+    "rocket": (0, 1.62, 0), "house": (0, 1.34, 0), "mushroom": (0, 1.26, 0), "snowman": (0, 1.58, 0),
+    "cat": (0, 1.30, 0.05), "teapot": (0, 1.18, 0),
+}  # fmt: skip
 
 
 def _accessory(toy: Toy) -> list[Part]:
@@ -457,13 +448,6 @@ def _marked(toy: Toy, points: np.ndarray) -> np.ndarray:
     return np.zeros(len(points), bool)
 
 
-def _painted(toy: Toy, paints: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Color of each surface point: the paint of its part, and the pattern on the main one. `points` are in the
-    toy's own coordinates.
-    """
-    return _palette(toy)[np.where((paints == MAIN) & _marked(toy, points), SECOND, paints)]
-
-
 def _light(normal: np.ndarray, direction: np.ndarray, sun: np.ndarray, lit) -> tuple[np.ndarray, np.ndarray]:
     """By Lambert's law and the sky's light from above: what share of its paint's color a surface shows, (R,), and how
     much of the sun it mirrors, (R,). `lit` (R,) is 0 in the shade.
@@ -560,7 +544,8 @@ def draw(scene: Scene, size: int = SIZE, supersample: int = 2, accessories: floa
         mine = owner[which] == index
         turned = (surface[mine] - np.array((x, 0, 0), np.float32)) @ _turn(1, -toy.yaw).astype(np.float32)
         local = turned / np.array(toy.proportions, np.float32)
-        paint[mine] = _painted(toy, kinds[which[mine]], local)
+        paints = kinds[which[mine]]
+        paint[mine] = _palette(toy)[np.where((paints == MAIN) & _marked(toy, local), SECOND, paints)]
     lit = 1 - _blocked(parts, surface + normal * 0.02, sun).astype(np.float32)
     shade, gloss = _light(normal, direction[hit], sun, lit)
     color[hit] = paint * (shade * brightness)[:, None] + GLOSS * brightness * gloss[:, None]

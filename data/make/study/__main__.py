@@ -1,6 +1,6 @@
 """Does it work? Every method, way and scene in one study, a row a picture: ``python -m data.make.study [NAME]``.
 
-A study is a table of lines (`rows.STUDIES`): "full", "quick" (the same as --quick) or "paper". Rows are
+A study is a table of lines (`rows.STUDIES`): "full", "headline", "quick" (the same as --quick) or "paper". Rows are
 written as soon as they are known, so that the same command goes on where it was stopped; then tables and figures are
 made of the rows that are there, in seconds: ``OUT.md``, ``OUT.json``, ``OUT-*.png``. ``--tables`` makes nothing else.
 

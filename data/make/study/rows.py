@@ -55,6 +55,7 @@ class Line:
 RIVALS = tuple(name for name, one in m.METHODS.items() if one.kind in ("token", "weights", "adapter"))
 LOSSES = ("residual, masked loss", "residual, outside held", m.ATTENDED, "residual, V* learns")
 CHOICES = tuple(name for name, one in m.METHODS.items() if one.kind == "residual" and name not in (m.RESIDUAL, *LOSSES))
+CONTROLS = (LAG, "disc, half", "disc, quarter", "complement")
 LAYOUTS = ("side", "small", "beside", "border")
 
 STUDIES: dict[str, tuple[Line, ...]] = {
@@ -70,6 +71,17 @@ STUDIES: dict[str, tuple[Line, ...]] = {
         Line(LOSSES, (*WHOLE, LAG), pictures=8, concepts=16, biased=True, ranked=2),
         Line(RIVALS, (*WHOLE, LAG), pictures=4, concepts=16, biased=True, ranked=2),
         Line(CHOICES, ("whole, x 1", LAG), pictures=4, concepts=6),
+    ),
+    # The one question that comes first, in some twenty minutes of a core: what is kept of the references' place?
+    "headline": (
+        Line((m.FROZEN,), ("frozen",), pictures=8, concepts=20, biased=True),
+        Line(
+            (m.RESIDUAL,),
+            (*WHOLE, LAG, "disc, half", "disc, quarter", "complement"),
+            pictures=8,
+            concepts=20,
+            biased=True,
+        ),
     ),
     # The tests run this one; what it must show stands in tests/test_study.py.
     "quick": (

@@ -123,7 +123,8 @@ def toybox_subjects() -> list[Subject]:
     fresh = sorted(RESERVED - known)
     for number, paint in enumerate(rng.sample(fresh, len(fresh))):
         width, height, depth = (round(rng.uniform(0.88, 1.14), 2) for _ in range(3))
-        toy = Toy(*paint, accessory=rng.choice(ACCESSORIES), proportions=(width, height, depth))
+        kind, main, second, pattern = paint
+        toy = Toy(kind, main, second, pattern, rng.choice(ACCESSORIES), (width, height, depth))
         items.append((f"{toy.main}-{toy.second}-{toy.kind}", toy, rng.choice(PLACES) if number % 2 else None))
     varied, biased = ([one for one in items if (one[2] is None) == free] for free in (True, False))
     ordered = [one for pair in zip(varied, biased, strict=True) for one in pair]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import wraps
 from typing import Any
 
@@ -233,15 +234,11 @@ def _said(function: Callable, case: tuple) -> str:
 
 def _array(value: Any, what: str, number: bool = False) -> np.ndarray:
     value = value.detach().cpu() if isinstance(value, torch.Tensor) else value
-    try:
+    with suppress(TypeError, ValueError):
         found = np.asarray(value, dtype=float)
-    except (TypeError, ValueError):
-        found = np.asarray(np.nan if number else [])
-        require(False, f"{what} should be a {'number' if number else 'tensor'}, but is {_kind(value)}.")
-    if not number:
-        return found
-    require(found.size == 1, f"{what} should be one number, but has the shape {found.shape}.")
-    return found.reshape(())
+        require(not number or found.size == 1, f"{what} should be one number, but has the shape {found.shape}.")
+        return found.reshape(()) if number else found
+    raise Refused(f"{what} should be a {'number' if number else 'tensor'}, but is {_kind(value)}.")
 
 
 def _kind(value: Any) -> str:

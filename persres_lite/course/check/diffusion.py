@@ -51,7 +51,6 @@ def v_target(clean, noise, alpha_bar):
     """The target of v prediction, sqrt(a) noise - sqrt(1 - a) z."""
     signal, rest = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
     return signal * noise - rest * clean, {
-        "the sign is the other way round": rest * clean - signal * noise,
         "this is the noised latent": signal * clean + rest * noise,
         "the two factors are exchanged": rest * noise - signal * clean,
         "the roots of the two factors are missing": signal**2 * noise - rest**2 * clean,

@@ -23,7 +23,6 @@ def passes(steps, batch_size, photographs):
         "every step sees batch_size photographs, not one": steps / photographs,
         "this leaves out how many photographs there are and how many steps": batch_size / photographs,
         "whole passes only: give the mean, which may be a fraction": seen // photographs,
-        "this is upside down": photographs / seen,
     }
 
 

@@ -10,6 +10,7 @@ from persres_lite.course.check.answers import exercise, random, require
 
 LEAKS, RISING = torch.tensor([0.0, 0.04, 0.10, 0.16]), torch.tensor([0.50, 0.66, 0.78, 0.80])
 UNSORTED = torch.tensor([0.80, 0.50, 0.66, 0.78])
+NORMAL = torch.tensor([-1.959964, 1.959964])
 SKEWED = random(2001) + 0.3 * random(2001, seed=1) ** 2
 
 
@@ -90,20 +91,14 @@ def _ends(found, means, level):
 
 
 @exercise(
-    [(SKEWED, 0.95), (SKEWED, 0.5)],
-    "if zero lies within it, the difference may be chance.",
-    read=_ends,
-    tolerance=5e-3,
+    [(SKEWED, 0.95), (SKEWED, 0.5)], "if zero lies within it, the difference may be chance.", read=_ends, tolerance=5e-3
 )
 def interval(means, level):
     """The two ends between which that share of the means (n,) of the draws lies."""
-    low, high, reach = means.quantile((1 - level) / 2), means.quantile((1 + level) / 2), 1.959964 * means.std()
+    low, high = means.quantile((1 - level) / 2), means.quantile((1 + level) / 2)
     return (low, high), {
         "half of what is left out belongs to each side": (means.quantile(1 - level), means.quantile(level)),
         "these are the least and the greatest draw": (means.min(), means.max()),
         "the lower end comes first": (high, low),
-        "this assumes a normal distribution: read the ends from the draws": (
-            means.mean() - reach,
-            means.mean() + reach,
-        ),
+        "this assumes a normal distribution: read the ends from the draws": means.mean() + NORMAL * means.std(),
     }

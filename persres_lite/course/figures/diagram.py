@@ -8,7 +8,7 @@ from collections import Counter
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
-from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 
 from persres_lite.course.figures.style import COLORS, WIDTH, Drawing, bare, new_plot
 from persres_lite.residuals import find_proj_outs
@@ -33,8 +33,8 @@ def unet_parts(unet: Any) -> dict[str, list[list[Part]]]:
     Transformers are found as `persres_lite.residuals.find_proj_outs` finds them: their number and widths are those of
     the residuals.
     """
-    found: dict[str, Any] = dict(find_proj_outs(unet))
-    widths = {name.removesuffix(".proj_out"): layer.weight.shape[0] for name, layer in found.items()}
+    layers: dict[str, Any] = dict(find_proj_outs(unet))
+    widths = {name.removesuffix(".proj_out"): layer.weight.shape[0] for name, layer in layers.items()}
 
     def parts(name: str) -> list[Part]:
         block = unet.get_submodule(name)
@@ -43,8 +43,8 @@ def unet_parts(unet: Any) -> dict[str, list[list[Part]]]:
         resnets = [Part("resnet", resnet.out_channels) for resnet in block.resnets]
         # Residual blocks and transformers take turns; the middle block has one residual block more.
         found = [part for pair in zip_longest(resnets, attentions) for part in pair if part is not None]
-        found += [Part("smaller")] if getattr(block, "downsamplers", None) else []
-        return found + ([Part("larger")] if getattr(block, "upsamplers", None) else [])
+        ends = {"downsamplers": "smaller", "upsamplers": "larger"}
+        return found + [Part(kind) for name, kind in ends.items() if getattr(block, name, None)]
 
     sides = {side: len(getattr(unet, f"{side}_blocks")) for side in ("down", "up")}
     made = {side: [parts(f"{side}_blocks.{i}") for i in range(number)] for side, number in sides.items()}
@@ -76,11 +76,10 @@ def unet_diagram(unet: Any) -> Drawing:
         side = f"{unet.config.sample_size >> level} × {unet.config.sample_size >> level}"
         axes.text(left + gap / 2, -level + 0.24, side, ha="center", va="bottom", fontsize=9, color="0.35")
     _cells(axes, middle, left + gap / 2 - len(middle) * CELL / 2, -levels)
-    words = [("R", RESIDUAL, "residual block"), ("T", TRANSFORMER, "transformer (T×n: n stacked)")]
-    for number, (letter, color, text) in enumerate([*words, ("", PROJECTION, "proj_out, its width below")]):
-        x = end * (0, 0.27, 0.69)[number]
-        _box(axes, (x, -levels - 0.85, 0.22 if letter else 0.08, 0.28), color, "legend", letter, fontsize=9)
-        axes.text(x + (0.3 if letter else 0.16), -levels - 0.71, text, va="center", fontsize=9)
+    meaning = {"R: residual block": RESIDUAL, "T: transformer (T×n: n stacked)": TRANSFORMER}
+    meaning |= {"proj_out, its width below": PROJECTION}
+    shown = [Patch(facecolor=color, edgecolor="0.5", label=words) for words, color in meaning.items()]
+    axes.legend(handles=shown, loc="lower center", ncols=3, frameon=False, fontsize=9, handlelength=1, borderpad=0)
     axes.text(0, 0.6, "down", fontsize=10, color="0.35")
     axes.text(end, 0.6, "up", fontsize=10, color="0.35", ha="right")
     return figure
@@ -95,8 +94,7 @@ def low_rank_diagram(width: int, rank: int, caption: str | None = None) -> Drawi
         m and r: W is (m, m), A (m, r), B (r, m).
     """
     side, thin = 2.0, 2.0 * rank / width
-    said = caption or f"To scale: a weight of width {width}, and a residual of rank {rank}."
-    figure, axes = _canvas((5.5, 2.6), (-0.1, 2 * side + thin + 1.5), (-0.75, side + 0.1), said)
+    figure, axes = _canvas((5.5, 2.6), (-0.1, 2 * side + thin + 1.5), (-0.75, side + 0.1), caption)
     axes.set_aspect("equal")
     second = side + 0.6
     for name, color, place, size in (
@@ -165,13 +163,12 @@ def _box(axes: Any, place: tuple[float, ...], fill: str, name: str, words: str =
 def _cells(axes: Any, parts: list[Part], x: float, y: float) -> None:
     """The parts of a block, from `x` to the right."""
     for part in parts:
-        transformer = part.kind == "transformer"
         stacked = f"T×{part.depth}" if part.depth > 1 else "T"
         letters = {"resnet": "R", "transformer": stacked, "smaller": "↓", "larger": "↑"}[part.kind]
         color = {"resnet": RESIDUAL, "transformer": TRANSFORMER}.get(part.kind, CHANGE)
         size = 10 if len(letters) == 1 else 7.5
         _box(axes, (x + 0.02, y, CELL - 0.06, 0.42), color, part.kind, letters, fontsize=size)
-        if transformer:
+        if part.kind == "transformer":
             _box(axes, (x + CELL - 0.11, y + 0.03, 0.07, 0.36), PROJECTION, "proj_out")
             axes.text(x + CELL / 2, y - 0.03, str(part.width), fontsize=8, color=PROJECTION, **BELOW)
         x += CELL

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
-from persres_lite.course.figures.style import DPI, WIDTH, Drawing, as_array, bare, new_axes, new_figure
+from persres_lite.course.figures.style import PICTURES, WIDTH, Drawing, as_array, bare, new_axes
 
 HEAT = "inferno"
 SHOWN = 192
@@ -35,9 +36,7 @@ def grid(
         Words beside the rows and above the columns, one for each; long ones are broken into lines.
     """
     table: Any = [pictures] if isinstance(pictures[0], Image.Image) else pictures
-    figure, axes = _placed(table, caption, margin=0.6 if rows else 0)
-    for each, words in zip(axes[0], columns or [""] * axes.shape[1], strict=True):
-        _title(each, words)
+    figure, axes = _placed(table, columns or [], caption, margin=0.6 if rows else 0)
     for each, words in zip(axes[:, 0], rows or [""] * len(axes), strict=True):
         each.set_ylabel(textwrap.fill(words, 14), rotation=0, ha="right", va="center", labelpad=6)
     return figure
@@ -52,10 +51,9 @@ def heats(
 ) -> Drawing:
     """Maps (h, w) over pictures, one for each or one for all, four in a row, all on one scale, with its color bar."""
     arrays = [as_array(values) for values in maps]
-    low, high = min(a.min() for a in arrays), max(a.max() for a in arrays)
-    shown = [heat_picture(*each, low, high) for each in zip(_for_each(pictures, maps), arrays, strict=True)]
-    figure, axes = _tiles(shown, titles, 4, caption)
-    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(low, high), HEAT)
+    ends = {"low": min(values.min() for values in arrays), "high": max(values.max() for values in arrays)}
+    figure, axes = _tiles(pictures, partial(heat_picture, **ends), arrays, titles, 4, caption)
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(*ends.values()), HEAT)
     figure.colorbar(scale, ax=list(axes.flat), label=label, shrink=0.85, aspect=25)
     return figure
 
@@ -77,8 +75,7 @@ def outlines(
     columns : int
         How many stand in a row.
     """
-    shown = [outline_picture(*each, truth) for each in zip(_for_each(pictures, masks), masks, strict=True)]
-    return _tiles(shown, titles, columns, caption)[0]
+    return _tiles(pictures, partial(outline_picture, truth=truth), masks, titles, columns, caption)[0]
 
 
 def enlarge(picture: Image.Image, size: int = SHOWN) -> Image.Image:
@@ -99,13 +96,11 @@ def heat_picture(
     low, high : float, optional
         Values that get the darkest and the brightest color; the map's own extremes by default.
     """
-    values = as_array(attention)
-    low = float(values.min()) if low is None else low
-    high = float(values.max()) if high is None else high
+    values = as_array(attention).astype(np.float32)
     shown = enlarge(picture).convert("L")
-    scaled = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
-    smooth = Image.fromarray((scaled * 255).round().astype(np.uint8)).resize(shown.size, Image.Resampling.BILINEAR)
-    colors = matplotlib.colormaps[HEAT](np.asarray(smooth) / 255)[..., :3]
+    scale = matplotlib.colors.Normalize(values.min() if low is None else low, values.max() if high is None else high)
+    smooth = Image.fromarray(values).resize(shown.size, Image.Resampling.BILINEAR)
+    colors = matplotlib.colormaps[HEAT](scale(np.asarray(smooth)))[..., :3]
     return _as_picture(0.35 * np.asarray(shown)[..., None] / 255 + 0.65 * colors)
 
 
@@ -140,31 +135,26 @@ def _as_picture(values: np.ndarray) -> Image.Image:
     return Image.fromarray((np.clip(values, 0, 1) * 255).round().astype(np.uint8))
 
 
-def _for_each(pictures: Image.Image | Sequence[Image.Image], others: Sequence) -> list[Image.Image]:
-    return [pictures] * len(others) if isinstance(pictures, Image.Image) else list(pictures)
-
-
-def _title(axes: Any, words: str) -> None:
-    side = axes.figure.get_figwidth() / axes.get_gridspec().ncols
-    axes.set_title(textwrap.fill(words, max(8, int(side * 11))))
-
-
 def _tiles(
-    shown: list[Image.Image], titles: Sequence[str] | None, columns: int, caption: str | None
+    pictures: Image.Image | Sequence[Image.Image],
+    over: Callable[..., Image.Image],
+    what: Sequence[Any],
+    titles: Sequence[str] | None,
+    columns: int,
+    caption: str | None,
 ) -> tuple[Drawing, np.ndarray]:
-    """Pictures in rows of at most `columns`, each with its title."""
+    """Pictures, or one again and again, with something laid over each; in rows of at most `columns`, with titles."""
+    each = [pictures] * len(what) if isinstance(pictures, Image.Image) else pictures
+    shown = [over(picture, values) for picture, values in zip(each, what, strict=True)]
     columns = min(columns, len(shown))
     table = [shown[at : at + columns] for at in range(0, len(shown), columns)]
-    figure, axes = _placed(table, caption, margin=0.5, room=0.25 if titles else 0)
-    for each, words in zip(axes.flat, titles or [], strict=False):
-        _title(each, words)
-    return figure, axes
+    return _placed(table, titles or [], caption, margin=0.5, room=0.25 if titles else 0)
 
 
 def _placed(
-    table: Sequence[Pictures], caption: str | None, margin: float, room: float = 0.0
+    table: Sequence[Pictures], titles: Sequence[str], caption: str | None, margin: float, room: float = 0.0
 ) -> tuple[Drawing, np.ndarray]:
-    """A table of pictures, short rows filled up with empty places.
+    """A table of pictures, short rows filled up with empty places; titles above the first ones.
 
     Parameters
     ----------
@@ -174,23 +164,21 @@ def _placed(
         Inches between the rows, for titles in each of them.
     """
     width = max(len(row) for row in table)
-    side = max((SHOWN + 10) / DPI, min(WIDTH / (width + margin), 1.9))
+    side = max((SHOWN + 10) / PICTURES, min(WIDTH / (width + margin), 1.9))
     first = next(picture for row in table for picture in row if picture is not None)
-    figure = new_figure(side * width, (side * first.height / first.width + room) * len(table), caption)
+    height = (side * first.height / first.width + room) * len(table)
+    figure, axes = new_axes(side * width, height, caption, len(table), width)
     figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    axes = new_axes(figure, len(table), width)
     bare(*axes.flat)
     for row, places in zip(table, axes, strict=True):
         for picture, each in zip(row, places, strict=False):
             if picture is not None:
                 each.imshow(enlarge(picture), interpolation="bicubic")
+    for words, each in zip(titles, axes.flat, strict=False):
+        each.set_title(textwrap.fill(words, max(8, int(side * 11))))
     return figure, axes
 
 
 def _edge(inside: np.ndarray) -> np.ndarray:
     """The pixels of a mask that have a neighbor outside it, two pixels wide; the picture's border is no edge."""
-    padded = np.pad(inside, 2, mode="edge")
-    height, width = inside.shape
-    moved = [padded[2 + step : 2 + step + height, 2:-2] for step in (-2, -1, 1, 2)]
-    moved += [padded[2:-2, 2 + step : 2 + step + width] for step in (-2, -1, 1, 2)]
-    return inside & ~np.logical_and.reduce(moved)
+    return inside & ~np.asarray(Image.fromarray(inside).convert("L").filter(ImageFilter.MinFilter(5)), dtype=bool)

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from persres_lite.course.figures.style import (
-    COLORS,
-    NEUTRAL,
-    Drawing,
-    as_array,
-    bare,
-    looks,
-    new_axes,
-    new_figure,
-    new_plot,
-)
+from persres_lite.course.figures.style import COLORS, NEUTRAL, Drawing, as_array, bare, looks, new_axes, new_plot
 
 
 def curves(
@@ -119,8 +110,8 @@ def bars(
     return figure
 
 
-def forest(
-    values: Mapping[str, Any],
+def gains(
+    groups: Mapping[str, Mapping[str, Mapping[str, float]]],
     xlabel: str = "",
     caption: str | None = None,
     reference: tuple[str, float] = ("", 0.0),
@@ -129,52 +120,41 @@ def forest(
 
     Parameters
     ----------
-    values : dict of str to Interval, or dict of str to dict of str to Interval
-        By name, or by group and then by name, a column of axes for each group: anything with `mean`, `low` and `high`,
-        as attributes or as keys. A name may be missing in a group.
+    groups : dict of str to dict of str to dict
+        By group, which has a column of axes, and by name: "mean", "low" and "high". A name may be missing in a group.
     reference : (str, float)
         A name and a value to compare with instead of zero, drawn as a dashed line; means below it are pale.
     """
-    first = next(iter(values.values()))
-    grouped = values if isinstance(first, Mapping) and "mean" not in first else {"": values}
     rows: dict[str, list[float]] = {}
-    for group in grouped.values():
-        for name, interval in group.items():
-            rows.setdefault(name, []).append(_ends(interval)[0])
+    for name, interval in chain.from_iterable(group.items() for group in groups.values()):
+        rows.setdefault(name, []).append(interval["mean"])
     names = sorted(rows, key=lambda name: -float(np.mean(rows[name])))
-    styles = dict(zip(names, looks(names) if len(grouped) > 1 else [(COLORS[0], "-", "o")] * len(names), strict=True))
-    figure = new_figure(2.4 + max(2.2, 1.75 * len(grouped)), 0.95 + 0.27 * len(names), caption)
-    panels = new_axes(figure, 1, len(grouped), sharey=True, sharex=True)[0]
-    for axes, (title, group) in zip(panels, grouped.items(), strict=True):
+    styles = looks(names) if len(groups) > 1 else [(COLORS[0], "-", "o")] * len(names)
+    width = 2.4 + max(2.2, 1.75 * len(groups))
+    figure, grid = new_axes(width, 0.95 + 0.27 * len(names), caption, 1, len(groups), sharey=True, sharex=True)
+    for axes, (title, group) in zip(grid[0], groups.items(), strict=True):
         axes.axvline(reference[1], color="0.35", linestyle="--", linewidth=1.0, label=reference[0])
-        for name, interval in group.items():
-            (mean, low, high), (color, _, marker) = _ends(interval), styles[name]
-            look = {"color": color, "alpha": 0.4 if reference[0] and mean < reference[1] else 1.0}
-            axes.hlines(names.index(name), low, high, linewidth=1.6, **look)
-            axes.plot([mean], [names.index(name)], marker=marker, markersize=7, linestyle="", **look)
+        for place, (name, (color, _, marker)) in enumerate(zip(names, styles, strict=True)):
+            if row := group.get(name):
+                look = {"color": color, "alpha": 0.4 if reference[0] and row["mean"] < reference[1] else 1.0}
+                axes.hlines(place, row["low"], row["high"], linewidth=1.6, **look)
+                axes.plot([row["mean"]], [place], marker=marker, markersize=7, linestyle="", **look)
         axes.set_title(title)
         axes.tick_params(axis="y", length=0)
-    _legend(panels[0], bool(reference[0]))
-    panels[0].set_yticks(range(len(names)), names)
-    panels[0].set_ylim(len(names) - 0.5, -0.5)
-    panels[len(panels) // 2].set_xlabel(xlabel)
+    _legend(grid[0, 0], bool(reference[0]))
+    grid[0, 0].set_yticks(range(len(names)), names)
+    grid[0, 0].set_ylim(len(names) - 0.5, -0.5)
+    grid[0, len(groups) // 2].set_xlabel(xlabel)
     return figure
 
 
-gains = forest
-"""The name that lesson 05 knows it by."""
-
-
 def ranked(
-    values: Mapping[str, Any],
-    xlabel: str = "",
-    reference: tuple[str, float] = ("", 0.0),
-    caption: str | None = None,
+    values: Mapping[str, Any], xlabel: str = "", reference: tuple[str, float] = ("", 0.0), caption: str | None = None
 ) -> Drawing:
-    """A `forest` of means with one standard error, from the values (n,) of each name."""
+    """Rows of means with one standard error, as in `gains`, from the values (n,) of each name."""
     spreads = {name: _mean_and_error(np.atleast_1d(as_array(numbers))) for name, numbers in values.items()}
     rows = {name: {"mean": mean, "low": mean - e, "high": mean + e} for name, (mean, e) in spreads.items()}
-    return forest(rows, xlabel, caption, reference)
+    return gains({"": rows}, xlabel, caption, reference)
 
 
 def tradeoff(
@@ -200,7 +180,7 @@ def tradeoff(
         By the name of a point: its intervals, drawn as thin lines through it.
     """
     many = len(curves) + len(points) > 6  # then the names stand beside the axes and not above
-    figure, axes = new_plot(*((7.0, 3.8) if many else (5.5, 3.4)), caption=caption)
+    figure, axes = new_plot(7.0 if many else 5.5, 3.8 if many else 3.4, caption)
     styles = dict(zip([*curves, *points], looks([*curves, *points]), strict=True))
     for name, line in curves.items():
         color, dash, marker = styles[name]
@@ -294,8 +274,3 @@ def _legend(axes: Any, wanted: bool = True) -> None:
 def _mean_and_error(values: np.ndarray) -> tuple[float, float]:
     """The mean and its standard error; not a number if there is no value."""
     return (values.mean(), values.std() / len(values) ** 0.5) if len(values) else (np.nan, np.nan)
-
-
-def _ends(interval: Any) -> list[float]:
-    found = interval if isinstance(interval, Mapping) else vars(interval)
-    return [float(found[part]) for part in ("mean", "low", "high")]

@@ -15,11 +15,7 @@ from persres_lite.masks import RULES, make_mask
 
 
 def map_table(
-    record: Any,
-    picture: Image.Image,
-    word: str,
-    steps: Sequence[int] | None = None,
-    caption: str | None = None,
+    record: Any, picture: Image.Image, word: str, steps: Sequence[int] | None = None, caption: str | None = None
 ) -> Drawing:
     """Where a word looked: a row for each step, a column for each block, the mean of all blocks last.
 
@@ -40,12 +36,7 @@ def map_table(
     return grid(table, rows=[f"step {step}" for step in steps], columns=columns, caption=caption)
 
 
-def mask_table(
-    picture: Image.Image,
-    attention: torch.Tensor,
-    truth: Any = None,
-    caption: str | None = None,
-) -> Drawing:
+def mask_table(picture: Image.Image, attention: torch.Tensor, truth: Any = None, caption: str | None = None) -> Drawing:
     """One map, and the mask that each rule makes of it, with the share of the picture that it takes.
 
     Parameters

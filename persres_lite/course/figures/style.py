@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
@@ -11,7 +12,6 @@ import matplotlib
 import numpy as np
 import torch
 from IPython.display import Markdown, display
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -28,10 +28,15 @@ STYLE = {
 }
 WIDTH = 7.0
 """Inches that a figure may be wide: a notebook's column."""
-DPI = 220
-"""Twice what a screen is counted as, for sharp letters; a figure is shown at half of its pixels."""
+SCREEN = 110
+"""Pixels an inch at which a figure is shown."""
+DPI = 2 * SCREEN
+"""Of lines and letters: twice the screen's, for sharp ones."""
+PICTURES, QUALITY = 160, 75
+"""Pixels an inch and quality of a JPEG: a table of 4 x 4 pictures takes some 110 KB of a notebook, which must stay
+below a megabyte with all of its figures."""
 LARGE = 100_000
-"""Bytes beyond which a figure is stored as a JPEG, a fifth of the size: a notebook must stay below a megabyte."""
+"""Bytes of a PNG beyond which a figure of pictures is stored as a JPEG, a fifth of the size."""
 
 WAYS: dict[str, tuple[str, Any, str]] = {  # color, dash and marker
     "original": ("#555555", ":", "o"),
@@ -60,25 +65,21 @@ def looks(names: Sequence[str]) -> list[tuple[str, Any, str]]:
     its color with dashes and markers that are not taken.
     """
     found: dict[str, tuple[str, Any, str]] = {}
-    ways = {
-        name: way
-        for way in sorted(WAYS, key=len)
-        for name in names
-        if name == way or name.startswith((way + ",", way + " "))
-    }
+    ways = {name: way for way in sorted(WAYS, key=len) for name in names if re.match(rf"{way}(?![^ ,])", name)}
     colors = cycle([color for color in COLORS if color not in {WAYS[way][0] for way in ways.values()}] or COLORS)
+    kept = {look[2] for look in WAYS.values()} if ways else set()
     for name in sorted(names, key=lambda name: name not in ways):
-        if name in ways and WAYS[ways[name]] not in found.values():
-            found[name] = WAYS[ways[name]]
-            continue
-        dashes, markers = ({look[part] for look in found.values()} for part in (1, 2))
-        markers |= {look[2] for look in WAYS.values()} if ways else set()
-        found[name] = (
-            WAYS[ways[name]][0] if name in ways else next(colors),
-            next((dash for dash in DASHES if dash not in dashes), DASHES[-1]),
-            next((marker for marker in MARKERS if marker not in markers), MARKERS[-1]),
-        )
+        own = WAYS.get(ways.get(name, ""))
+        if own is None or own in found.values():
+            color = own[0] if own else next(colors)
+            dashes, markers = ({look[part] for look in found.values()} for part in (1, 2))
+            own = color, _free(DASHES, dashes), _free(MARKERS, markers | kept)
+        found[name] = own
     return [found[name] for name in names]
+
+
+def _free(choices: Sequence, taken: set) -> Any:
+    return next((choice for choice in choices if choice not in taken), choices[-1])
 
 
 class Drawing(Figure):
@@ -90,17 +91,20 @@ class Drawing(Figure):
 
     def picture(self) -> tuple[str, bytes, dict[str, Any]]:
         """Its type, its bytes, and the metadata of a notebook's output: the size to show it at, and its words."""
-        buffer = io.BytesIO()
-        self.savefig(buffer, dpi=DPI, bbox_inches="tight", pad_inches=0.05)
-        drawn, kind, options = Image.open(buffer).convert("RGB"), "png", {}
+        kind, dpi, drawn = "png", DPI, self._drawn(DPI)
         if not any(np.asarray(image.get_array()).ndim == 3 for axes in self.axes for image in axes.images):
             drawn = drawn.quantize(256, dither=Image.Dither.NONE)  # lines and letters need no more colors
-        elif buffer.tell() > LARGE:
-            kind, options = "jpeg", {"quality": 80}
+        data = _stored(drawn, kind)
+        if drawn.mode == "RGB" and len(data) > LARGE:
+            kind, dpi, drawn = "jpeg", PICTURES, self._drawn(PICTURES)
+            data = _stored(drawn, kind)
+        width, height = (side * SCREEN // dpi for side in drawn.size)
+        return f"image/{kind}", data, {"width": width, "height": height, "alt": self.caption or ""}
+
+    def _drawn(self, dpi: int) -> Image.Image:
         buffer = io.BytesIO()
-        drawn.save(buffer, kind, optimize=True, **options)
-        about = {"width": drawn.width // 2, "height": drawn.height // 2, "alt": self.caption or ""}
-        return f"image/{kind}", buffer.getvalue(), about
+        self.savefig(buffer, dpi=dpi, bbox_inches="tight", pad_inches=0.05)
+        return Image.open(buffer).convert("RGB")
 
     def _ipython_display_(self) -> None:
         kind, data, about = self.picture()
@@ -112,25 +116,26 @@ class Drawing(Figure):
         return f"Figure: {self.caption or 'without a caption'}"
 
 
-def new_figure(width: float, height: float, caption: str | None = None) -> Drawing:
-    """An empty figure in the common style, `width` x `height` inches, outside of pyplot."""
+def _stored(drawn: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    drawn.save(buffer, kind, optimize=True, quality=QUALITY)
+    return buffer.getvalue()
+
+
+def new_axes(
+    width: float, height: float, caption: str | None, rows: int = 1, columns: int = 1, **options: Any
+) -> tuple[Drawing, np.ndarray]:
+    """A figure in the common style, `width` x `height` inches, outside of pyplot, and its axes (rows, columns)."""
     with matplotlib.rc_context(STYLE):
         figure = Drawing(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    figure.caption = caption
-    return figure
-
-
-def new_axes(figure: Drawing, rows: int = 1, columns: int = 1, **options: Any) -> np.ndarray:
-    """Axes (rows, columns) in the common style."""
-    with matplotlib.rc_context(STYLE):
-        return figure.subplots(rows, columns, squeeze=False, **options)
+        figure.caption = caption
+        return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def new_plot(width: float = 5.5, height: float = 3.0, caption: str | None = None) -> tuple[Drawing, Any]:
     """A figure with one pair of axes."""
-    figure = new_figure(width, height, caption)
-    return figure, new_axes(figure)[0, 0]
+    figure, axes = new_axes(width, height, caption)
+    return figure, axes[0, 0]
 
 
 def bare(*axes: Any) -> None:
