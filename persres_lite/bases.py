@@ -296,7 +296,8 @@ def encode_images(base: Any, images: list[Image.Image]) -> tuple[Tensor, Tensor 
         else:
             means.append(encoded.latent_dist.mean)
             stds.append(encoded.latent_dist.std)
-    vae.to(dtype)
+    if vae.dtype != dtype:
+        vae.to(dtype)
     mean, *std = (torch.cat(each).float().cpu().unflatten(0, (2, -1)) for each in (means, stds) if each)
     shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
     return (mean - shift) * scale, std[0] * scale if std else None
