@@ -33,9 +33,8 @@ TRAINED = [name for name, method in METHODS.items() if method.kind != "frozen"]
 def bench(sd1, monkeypatch):
     """A tiny base whose pictures are 64 wide and drawn in two steps, and trainings of one or two."""
     entry = bases.BASES["sd-1.4"]
-    sampling = {"num_inference_steps": 2, "guidance_scale": 4.0, "height": 64, "width": 64}
     recipe = {**entry.recipe, "steps": 3, "rank": 0.25, "lr": 1e-2}
-    monkeypatch.setitem(bases.BASES, "sd-1.4", bases.replace(entry, size=64, sampling=sampling, recipe=recipe))
+    monkeypatch.setitem(bases.BASES, "sd-1.4", bases.replace(entry, size=64, steps=2, guidance=4.0, recipe=recipe))
     return Bench(sd1)
 
 
