@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +36,20 @@ def test_the_page_is_one_page_and_needs_torch_alone():
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
     assert imported == {"math", "contextlib", "torch"}
+
+
+def test_lessons_02_03_and_05_write_the_page_word_for_word():
+    notebooks = Path(method.__file__).parents[1] / "notebooks"
+    cells = [
+        "".join(cell["source"])
+        for name in ("02_residual_injection", "03_training_loop", "05_localized_sampling")
+        for cell in json.loads((notebooks / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == "code"
+    ]
+    functions = [one for one in vars(method).values() if inspect.isfunction(one) and one.__module__ == method.__name__]
+    assert len(functions) == 7
+    for one in functions:
+        assert sum(inspect.getsource(one).strip() in cell for cell in cells) == 1, one.__name__
 
 
 @pytest.mark.parametrize(("kind", "rank"), [("sd1", 0.05), ("sd2", 0.25)])
