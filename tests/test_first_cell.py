@@ -29,7 +29,7 @@ def run_cell(source: str, folder: Path, python: str = sys.executable, **env: str
     kept = {
         name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PERSRES_BASE", "VIRTUAL_ENV")
     }
-    quiet = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "advice.detachedHead", "GIT_CONFIG_VALUE_0": "false"}
+    kept |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "advice.detachedHead", "GIT_CONFIG_VALUE_0": "false"}
     return subprocess.run(
         [python, "-c", source],
         cwd=folder,
