@@ -33,7 +33,7 @@ def run_cell(source: str, folder: Path, python: str = sys.executable, **env: str
     return subprocess.run(
         [python, "-c", source],
         cwd=folder,
-        env=kept | quiet | env,
+        env=kept | env,
         capture_output=True,
         text=True,
         timeout=300,

@@ -143,7 +143,8 @@ def test_the_two_commands(clone, env):
 @needs_make
 def test_ones_own_photographs(clone, env):
     learn, show = (
-        line(f".venv/bin/persres-lite {what} ") for what in ("personalize photos/ --class cat", "compare mine")
+        line(f".venv/bin/persres-lite {what} ")
+        for what in ("personalize photos/ --class cat", "compare mine.safetensors")
     )
     assert "mine.safetensors" in run(f"{learn} --steps 2", clone, env).stdout
     assert "1 rows" in run(show, clone, env).stdout and Image.open(clone / "mine.png").width > 400
