@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import sys
 import types
-from copy import deepcopy
+from functools import wraps
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from nbformat import v4
+from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageFilter
 
 from notebooks.tools import notebooks, runs
-from persres_lite import load_base, load_concept
+from persres_lite import evaluation, load_base, load_concept
+from persres_lite.bases import BASES
 from persres_lite.course import own
 from persres_lite.course.start import NotReady
 from persres_lite.evaluation import PARAMETERS, load_judges
+from persres_lite.support.paths import data_dir
 from tests.tiny import tiny_pipeline
-
-COUNT = """
-from functools import wraps
-from diffusers import StableDiffusionPipeline
-calls, call = [], StableDiffusionPipeline.__call__
-StableDiffusionPipeline.__call__ = wraps(call)(lambda *given, **options: calls.append(1) or call(*given, **options))
-"""
 
 LESSON = next(path for path in notebooks.notebook_paths() if path.name.startswith("07"))
 
@@ -184,7 +180,7 @@ def test_the_judges_have_as_many_numbers_as_is_said():
     assert [sum(p.numel() for p in model.parameters()) for model in (clip, dino)] == list(PARAMETERS.values())
 
 
-def test_the_lesson_with_photographs_of_another_package(tmp_path):
+def test_the_lesson_with_photographs_of_another_package(tmp_path, monkeypatch, capsys):
     """From start to end on a random base of Stable Diffusion's shape, with a folder of real photographs."""
     from skimage import data  # brings photographs
 
@@ -192,17 +188,22 @@ def test_the_lesson_with_photographs_of_another_package(tmp_path):
     for name in ("cat", "coffee", "rocket"):
         Image.fromarray(getattr(data, name)()).save(tmp_path / "photographs" / f"{name}.jpg")
     tiny_pipeline("sd1").save_pretrained(tmp_path / "base")
-    book = deepcopy(notebooks.read(LESSON))
-    few = "from persres_lite import evaluation\nfrom persres_lite.bases import BASES\n"
-    few += "BASES['sd-1.4'].sampling['num_inference_steps'], BASES['sd-1.4'].recipe['steps'] = 2, 8\n"
-    few += "evaluation.PAPER_JUDGES = tuple(str(HOME / 'data' / name) for name in evaluation.JUDGES['toybox'])"
-    book.cells.insert(3, v4.new_code_cell(few))
-    book.cells.insert(4, v4.new_code_cell(COUNT))
-    book.cells.append(v4.new_code_cell("print('trained', len(late.losses) / steps, 'drawn', len(calls))"))
-    for cell in book.cells:
-        cell.source = cell.source.replace("PHOTOS = None", f"PHOTOS = {str(tmp_path / 'photographs')!r}")
-    done = runs.execute(book, LESSON.parent, env={"PERSRES_BASE": str(tmp_path / "base"), "HF_HUB_OFFLINE": "1"})
-    said = "".join(output.get("text", "") for cell in done.cells for output in cell.get("outputs", []))
+    monkeypatch.setenv("PERSRES_BASE", str(tmp_path / "base"))
+    monkeypatch.chdir(LESSON.parent)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setitem(BASES["sd-1.4"].sampling, "num_inference_steps", 2)
+    monkeypatch.setitem(BASES["sd-1.4"].recipe, "steps", 8)
+    small = tuple(str(data_dir() / Path(name).name) for name in evaluation.JUDGES["toybox"])
+    monkeypatch.setattr(evaluation, "PAPER_JUDGES", small)
+    drawn, call = [], StableDiffusionPipeline.__call__
+    counted = wraps(call)(lambda *given, **options: drawn.append(1) or call(*given, **options))
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", counted)
+    lesson: dict = {}
+    for cell in runs.code_cells(notebooks.read(LESSON)):
+        source = cell.source.replace("PHOTOS = None", f"PHOTOS = {str(tmp_path / 'photographs')!r}")
+        exec(source.replace("WORK = None", f"WORK = {str(tmp_path)!r}"), lesson)
+    said = capsys.readouterr().out
     assert "3 photographs: four to eight are best" in said
     assert said.count("the file holds what was learned") == 2
-    assert f"trained {own.TRAININGS:.1f} drawn {own.PICTURES}" in said, "of what preflight tells the time"
+    trained = len(lesson["late"].losses) / lesson["steps"]
+    assert (trained, len(drawn)) == (own.TRAININGS, own.PICTURES), "of what preflight tells the time"

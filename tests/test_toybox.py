@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPTokenizer
 
@@ -85,7 +86,7 @@ def test_toys_have_many_sizes_and_do_not_all_stand_in_the_middle():
     disc = across[:, None] ** 2 + across**2 <= 2 / np.pi  # half of the picture's area
     heights, missed, said = [], [], []
     for scene in (scene for scene in map(world.scene_by_index, range(150)) if len(scene.toys) == 1):
-        mask = draw(scene, 64).masks[0] / 255
+        mask = draw(scene, 64, supersample=1).masks[0] / 255
         rows = np.flatnonzero(mask.max(1) > 0.5)
         heights.append((rows[-1] - rows[0] + 1) / 64)
         missed.append((mask * ~disc).sum() / mask.sum())
@@ -154,19 +155,13 @@ def test_shipped_tokenizers_number_words_as_this_process_does(folder):
 
 
 def test_bare_diffusers_opens_the_shipped_model():
-    code = """
-import sys, torch
-from diffusers import StableDiffusionPipeline
-pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1])
-pipe.set_progress_bar_config(disable=True)
-generator = torch.Generator().manual_seed(0)
-image = pipe("a photo of a red duck on the beach", num_inference_steps=2, generator=generator).images[0]
-assert image.size == (128, 128) and image.getextrema()[0][0] != image.getextrema()[0][1]
-assert not [name for name in sys.modules if name.startswith("persres")]
-"""
     folder = data_dir() / "toybox-sd"
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    parts = [part for part in json.loads((folder / "model_index.json").read_text()).values() if isinstance(part, list)]
+    assert {library for library, _ in parts} == {"diffusers", "transformers", None}, "no code of this project"
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a red duck", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (128, 128) and image.getextrema()[0][0] != image.getextrema()[0][1]
 
 
 @pytest.mark.parametrize("kind", world.CLASSES)
@@ -185,9 +180,9 @@ def test_every_kind_shows_every_pattern(kind, pattern):
 
 def test_the_loss_says_whether_a_unet_knows_its_pictures_and_its_words(monkeypatch):
     base = load_base("toybox")
-    known = toybox_scores.score_loss(base, 24, 12)
+    known = toybox_scores.score_loss(base, 8, 8)
     assert set(known) == {"training pictures", "fresh renders"}
     assert all(0 < value < 0.3 for value in known.values())
     monkeypatch.setattr(toybox_scores, "caption", lambda scene, rng: "a photo of a red car at night")
-    misled = toybox_scores.score_loss(base, 24, 12)
+    misled = toybox_scores.score_loss(base, 8, 8)
     assert all(misled[name] > known[name] for name in known)

@@ -44,22 +44,16 @@ def labels_of(scenes: list[Scene]) -> dict[str, torch.Tensor]:
     """
     rows = []
     for scene in scenes:
-        toy, single = scene.toys[0], len(scene.toys) == 1
-        colored = single and scene.style not in ("in black and white", "in sepia")
-        rows.append(
-            {
-                "class": CLASSES.index(toy.kind) if single else -1,
-                "main": PROBES["main"].index(toy.main) if colored else -1,
-                "second": PROBES["second"].index(toy.second) if colored else -1,
-                "pattern": PATTERNS.index(toy.pattern) if single else -1,
-                "accessory": ACCESSORIES.index(toy.accessory) if single else -1,
-                "place": PLACES.index(scene.place),
-                "style": STYLES.index(scene.style),
-                "left": -1 if single else CLASSES.index(scene.toys[0].kind),
-                "right": -1 if single else CLASSES.index(scene.toys[1].kind),
-            }
-        )
-    return {name: torch.tensor([row[name] for row in rows]) for name in PROBES}
+        first, last = scene.toys[0], scene.toys[-1]
+        settled = {"place": scene.place, "style": scene.style}
+        if len(scene.toys) == 2:
+            settled |= {"left": first.kind, "right": last.kind}
+        else:
+            settled |= {"class": first.kind, "pattern": first.pattern, "accessory": first.accessory}
+            if scene.style not in ("in black and white", "in sepia"):
+                settled |= {"main": first.main, "second": first.second}
+        rows.append({name: PROBES[name].index(value) for name, value in settled.items()})
+    return {name: torch.tensor([row.get(name, -1) for row in rows]) for name in PROBES}
 
 
 def summary_of(hidden: list[torch.Tensor]) -> torch.Tensor:

@@ -94,19 +94,17 @@ def _ring(center, radius, thickness, paint, start, stop, pieces=6):
     return [_cone(p, q, thickness, paint=paint) for p, q in zip(points, points[1:], strict=False)]
 
 
-def _duck():
-    return [
+FINS = [_turn(1, a) for a in (math.pi / 2, math.pi / 2 + 2.094, math.pi / 2 - 2.094)]  # of the rocket
+PARTS = {
+    "duck": [
         _ball((0, 0.42, -0.05), (0.42, 0.40, 0.52)),
         _ball((0, 1.0, 0.22), 0.34),
         _ball((0, 0.93, 0.60), (0.19, 0.08, 0.20), SECOND),
         *_pair(lambda x: _ball((x, 0.50, -0.08), (0.12, 0.22, 0.34), SECOND), 0.40),
         *_pair(lambda x: _ball((x, 1.10, 0.50), 0.065, DARK), 0.16),
         _cone((0, 0.55, -0.42), (0, 0.80, -0.72), 0.18, 0.2),
-    ]
-
-
-def _robot():
-    return [
+    ],
+    "robot": [
         _box((0, 0.60, 0), (0.34, 0.32, 0.24)),
         _box((0, 1.16, 0), (0.27, 0.22, 0.22), SECOND),
         *_pair(lambda x: _box((x, 0.14, 0.03), (0.12, 0.14, 0.18), DARK), 0.19),
@@ -114,60 +112,41 @@ def _robot():
         *_pair(lambda x: _ball((x, 1.19, 0.22), 0.075, WHITE), 0.12),
         _cone((0, 1.36, 0), (0, 1.52, 0), 0.035, 1.0, DARK),
         _ball((0, 1.56, 0), 0.085),
-    ]
-
-
-def _mug():
-    return [
+    ],
+    "mug": [
         _cone((0, 0, 0), (0, 1.15, 0), 0.48, 1.06),
         _cone((0, 1.10, 0), (0, 1.20, 0), 0.53, 1.0, SECOND),
         _cone((0, 1.15, 0), (0, 1.215, 0), 0.44, 1.0, DARK),
         *_ring((0.46, 0.58, 0), 0.32, 0.10, SECOND, -1.6, 1.6),
-    ]
-
-
-def _car():
-    return [
+    ],
+    "car": [
         _box((0, 0.44, 0), (0.78, 0.24, 0.40)),
         _box((-0.08, 0.86, 0), (0.46, 0.22, 0.34), SECOND),
         _box((-0.08, 0.87, 0.33), (0.36, 0.13, 0.03), WHITE),
         *[_cone((x, 0.22, z), (x, 0.22, z * 1.3), 0.22, 1.0, DARK) for x in (-0.45, 0.45) for z in (0.33, -0.33)],
         *_pair(lambda x: _cone((x, 0.22, 0.42), (x, 0.22, 0.45), 0.10, 1.0, WHITE), 0.45),
         _ball((0.77, 0.48, 0.24), 0.08, WHITE),
-    ]
-
-
-def _rocket():
-    fins = [_turn(1, a) for a in (math.pi / 2, math.pi / 2 + 2.094, math.pi / 2 - 2.094)]
-    return [
+    ],
+    "rocket": [
         _ball((0, 0.82, 0), (0.34, 0.80, 0.34)),
         _cone((0, 1.24, 0), (0, 1.70, 0), 0.285, 0.05, SECOND),
-        *[_box(turn @ np.array([0.40, 0.26, 0.0]), (0.20, 0.26, 0.05), SECOND, turn) for turn in fins],
+        *[_box(turn @ np.array([0.40, 0.26, 0.0]), (0.20, 0.26, 0.05), SECOND, turn) for turn in FINS],
         _ball((0, 0.98, 0.26), (0.15, 0.15, 0.12), WHITE),
         _ball((0, 0.98, 0.32), (0.10, 0.10, 0.08), DARK),
-    ]
-
-
-def _house():
-    return [
+    ],
+    "house": [
         _box((0, 0.45, 0), (0.52, 0.45, 0.42)),
         _box((0, 0.90, 0), (0.44, 0.44, 0.50), SECOND, np.diag([1.0, 0.78, 1.0]) @ _turn(2, math.pi / 4)),
         _box((0, 0.28, 0.41), (0.13, 0.28, 0.04), DARK),
         *_pair(lambda x: _box((x, 0.58, 0.41), (0.11, 0.12, 0.03), WHITE), 0.33),
         _box((0.32, 1.25, -0.1), (0.09, 0.22, 0.09), DARK),
-    ]
-
-
-def _mushroom():
-    return [
+    ],
+    "mushroom": [
         _ball((0, 0.88, 0), (0.66, 0.42, 0.66)),
         _cone((0, 0, 0), (0, 0.80, 0), 0.28, 0.75, SECOND),
         _cone((0, 0.60, 0), (0, 0.66, 0), 0.40, 1.0, WHITE),
-    ]
-
-
-def _snowman():
-    return [
+    ],
+    "snowman": [
         _ball((0, 0.40, 0), 0.44),
         _ball((0, 0.95, 0), 0.33),
         _ball((0, 1.38, 0), 0.25),
@@ -176,11 +155,8 @@ def _snowman():
         _cone((0, 1.38, 0.20), (0, 1.35, 0.48), 0.075, 0.1, SECOND),
         *_pair(lambda x: _ball((x, 1.46, 0.20), 0.05, DARK), 0.10),
         *_pair(lambda x: _cone((x, 1.0, 0), (x * 2.1, 1.25, 0.05), 0.045, 0.6, DARK), 0.28),
-    ]
-
-
-def _cat():
-    return [
+    ],
+    "cat": [
         _ball((0, 0.42, -0.02), (0.36, 0.44, 0.34)),
         _ball((0, 1.02, 0.06), (0.38, 0.32, 0.32)),
         *_pair(lambda x: _cone((x, 1.20, 0.04), (x * 1.25, 1.52, 0.04), 0.15, 0.05, SECOND), 0.22),
@@ -189,23 +165,15 @@ def _cat():
         _ball((0, 0.92, 0.36), (0.13, 0.09, 0.07), SECOND),
         *_pair(lambda x: _ball((x, 0.10, 0.28), (0.13, 0.11, 0.17), SECOND), 0.17),
         *_ring((0.30, 0.38, -0.15), 0.30, 0.075, SECOND, -1.2, 1.3, 5),
-    ]
-
-
-def _teapot():
-    return [
+    ],
+    "teapot": [
         _ball((0, 0.54, 0), (0.56, 0.52, 0.54)),
         _cone((0, 0.94, 0), (0, 1.06, 0), 0.30, 0.7, SECOND),
         _ball((0, 1.14, 0), 0.11, SECOND),
         _cone((0.46, 0.40, 0), (0.92, 0.98, 0), 0.17, 0.5, SECOND),
         *_ring((-0.50, 0.58, 0), 0.34, 0.085, SECOND, 1.4, 4.9),
-    ]
-
-
-PARTS = {
-    "duck": _duck, "robot": _robot, "mug": _mug, "car": _car, "rocket": _rocket,
-    "house": _house, "mushroom": _mushroom, "snowman": _snowman, "cat": _cat, "teapot": _teapot,
-}  # fmt: skip
+    ],
+}
 
 # Where an accessory sits: top of the head, and its front.
 _HEAD = {
@@ -243,7 +211,7 @@ def build(toy: Toy, accessories: float = 1.0) -> list[Part]:
         Part(p.solid, accessories * p.matrix, p.center + (accessories - 1) * (p.center - head), p.paint, p.top)
         for p in _accessory(toy)
     ]
-    parts = PARTS[toy.kind]() + worn
+    parts = PARTS[toy.kind] + worn
     return [Part(p.solid, stretch @ p.matrix, stretch @ p.center, p.paint, p.top) for p in parts]
 
 

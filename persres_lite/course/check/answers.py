@@ -18,8 +18,6 @@ EXERCISES: dict[str, Callable] = {}
 LIKELY: dict[str, Callable] = {
     "the sign is the other way round": np.negative,
     "it is 1 minus what it should be": lambda right: 1 - right,
-    "it is one too many": lambda right: right + 1,
-    "it is one too few": lambda right: right - 1,
     "it is upside down": lambda right: 1 / right,
     "it is the square of what it should be": np.square,
     "it is the root of what it should be": lambda right: np.sqrt(np.abs(right)),
@@ -66,9 +64,7 @@ def exercise(
     cases: list[tuple],
     praise: str,
     *,
-    parts: tuple[str, ...] = (),
-    read: Callable | None = None,
-    steady: str = "",
+    read: Callable = lambda found, *case: found,
     forbidden: Mapping[str, str] | None = None,
     tolerance: float = 1e-4,
 ) -> Callable[[Callable], Callable[[Any], None]]:
@@ -81,12 +77,8 @@ def exercise(
         The arguments that the reader's function is tried on, each time.
     praise : str
         What is said of a right answer.
-    parts : tuple of str
-        The names of the two parts of an answer that is a pair.
-    read : callable, optional
+    read : callable
         Takes what was returned, then the case's arguments: gives what is compared, or raises `Refused`.
-    steady : str
-        What is said where two equal calls give different results.
     forbidden : dict of str to str, optional
         What the exercise does without, see `Watched`.
     tolerance : float
@@ -96,17 +88,11 @@ def exercise(
     def made(known: Callable) -> Callable[[Any], None]:
         def check(answer: Callable) -> str:
             for case in cases:
-                found = call(answer, *case, forbidden=forbidden)
-                require(not steady or np.array_equal(found, call(answer, *case)), steady)
+                found = read(call(answer, *case, forbidden=forbidden), *case)
                 right, mistakes = known(*case)
-                for part, name in enumerate(parts):
-                    pair(found, " and ".join(parts))
-                    same(found[part], [right[part]], name, {s: each[part] for s, each in mistakes.items()})
-                if not parts:
-                    shown = [read(each, *case) if read else each for each in (found, *mistakes.values())]
-                    rights = right if isinstance(right, list) else [read(right, *case) if read else right]
-                    wrong = dict(zip(mistakes, shown[1:], strict=True))
-                    same(shown[0], rights, f"your result{_said(known, case)}", wrong, tolerance)
+                rights = right if isinstance(right, list) else [read(right, *case)]
+                wrong = {sentence: read(each, *case) for sentence, each in mistakes.items()}
+                same(found, rights, f"your result{_said(known, case)}", wrong, tolerance)
             return praise
 
         check.__name__, check.__doc__ = known.__name__, known.__doc__

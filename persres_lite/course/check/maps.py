@@ -22,15 +22,12 @@ F, CHANGED, HERE = random(2, 3, 4, 4), random(2, 3, 4, 4, seed=1), (random(2, 4,
 )
 def attention_map(q, k, tokens):
     """The map of the tokens, (HW,), mean of heads, from q (heads, HW, d) and k (heads, T, d)."""
-    logits = q @ k.transpose(-1, -2)  # (heads, HW, T)
-    scaled = logits / q.shape[-1] ** 0.5
-    summed, first = scaled.softmax(-1)[..., tokens].sum(-1), scaled.softmax(-1)[..., tokens[0]]  # (heads, HW)
+    weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)  # (heads, HW, T)
+    summed = weights[..., tokens].sum(-1)  # (heads, HW)
     return summed.mean(0), {
-        "divide by the square root of d_k before the softmax": logits.softmax(-1)[..., tokens].sum(-1).mean(0),
-        "the softmax runs over the tokens, not over the positions": scaled.softmax(1)[..., tokens].sum(-1).mean(0),
         "the tokens are summed, not averaged": summed.mean(0) / len(tokens),
         "the heads are averaged, not summed": summed.sum(0),
-        "only the first token is counted": first.mean(0),
+        "only the first token is counted": weights[..., tokens[0]].mean(0),
     }
 
 
@@ -81,7 +78,6 @@ def median_mask(maps):
     return maps > median, {
         "every map of the batch has its own median": maps > maps.median(),
         "this is the mean, not the median": maps > maps.mean((1, 2), keepdim=True),
-        "the mask is 1 where the map is high, not where it is low": maps <= median,
         "1 belongs above the median: the comparison is the other way round": maps < median,
         "a position at the median itself stays outside": maps >= median,
     }
@@ -136,13 +132,12 @@ def quantile_mask(heat, share):
 )
 def blend(f, f_residual, mask):
     """(1 - M) f + M f' for f (B, C, h, w) and a mask (B, h, w)."""
-    m, soft = mask[:, None], "a mask may lie between 0 and 1: multiply by it instead of cutting it"
+    m = mask[:, None]
     return (1 - m) * f + m * f_residual, {
         "mask and 1 - mask are exchanged": m * f + (1 - m) * f_residual,
         "where the mask is 1 only f' remains: f is counted too": f + m * f_residual,
         "outside the mask f remains, not zero": m * f_residual,
-        soft: torch.where(m > 0.5, f_residual, f),
-        f"{soft} at one half": torch.where(m >= 0.5, f_residual, f),
+        "a mask may lie between 0 and 1: multiply by it instead of cutting it": torch.where(m > 0.5, f_residual, f),
     }
 
 
@@ -157,7 +152,6 @@ def weights(masks):
         "only where masks overlap is something shared out: a weight of 0.4 alone stays 0.4": alone,
         "a single mask keeps its whole weight": masks / 2,
         "where both masks are 1 the weights still sum to 2": masks,
-        "add up the concepts at each position, not the positions of a mask": masks / masks.sum((1, 2), keepdim=True),
     }
 
 
@@ -170,7 +164,6 @@ def background_distance(a, b, mask):
     apart = (a - b).abs()
     return apart[:, ~mask].mean(), {
         "this looks inside the mask": apart[:, mask].mean(),
-        "the object is not left out": apart.mean(),
         "the mean is over the background's positions only": (apart * ~mask).mean(),
         "this is the squared difference": (apart[:, ~mask] ** 2).mean(),
     }

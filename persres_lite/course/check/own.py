@@ -41,7 +41,6 @@ def detail(gray):
     laplacian = _laplacian(gray)
     return [laplacian.var(), laplacian.var(correction=0)], {
         "this is the standard deviation": laplacian.std(),
-        "this is the mean": laplacian.mean(),
         "the middle counts minus four times": _laplacian(gray, middle=-1.0).var(),
         "the sign of the middle is wrong": _laplacian(gray, middle=4.0).var(),
         "this is the variance of the picture, not of its Laplacian": gray.var(),
@@ -62,15 +61,12 @@ def _index(found, identity, fit, slack):
 def best_stage(identity, fit, slack):
     """Of those stages whose fit lost at most `slack` since stage 0, the one with most identity; both are (n,)."""
 
-    def within(least, scores=identity):
-        return scores.where(fit >= least, torch.tensor(-1.0)).argmax()
+    def within(least):
+        return identity.where(fit >= least, torch.tensor(-1.0)).argmax()
 
     return within(fit[0] - slack), {
         "this stage has forgotten the prompt": identity.argmax(),
         "this stage fits the prompt best, but others that fit well enough have more identity": fit.argmax(),
         "count the slack from the fit of stage 0, not from the best one": within(fit.max() - slack),
         "a stage may lose up to slack of the fit": within(fit[0]),
-        "this is the last stage that fits well enough, not the one with most identity": within(
-            fit[0] - slack, torch.arange(len(fit)).float()
-        ),
     }

@@ -22,7 +22,6 @@ def residual_linear(x, weight, bias, a, b):
     """(W + A B) x + bias for each of the N positions of x (batch, N, m)."""
     return linear(x, weight + a @ b, bias), {
         "the residual is missing": linear(x, weight, bias),
-        "the bias is missing": linear(x, weight + a @ b),
         "A and B are exchanged": linear(x, weight, bias) + x @ a @ b,
         "the bias belongs to W alone: it is counted twice": linear(x, weight + a @ b, 2 * bias),
         "x is a row here, so the weights are transposed: x @ W.T": x @ (weight + a @ b) + bias,
@@ -44,8 +43,6 @@ def parameter_count(widths, fraction):
         "this counts the full matrices": widths @ widths,
         "a rank is a whole number: round it": 2 * widths @ ranks,
         "the ranks are rounded down; take the nearest": 2 * widths @ np.floor(ranks),
-        "the ranks are rounded up; take the nearest": 2 * widths @ np.ceil(ranks),
-        "this counts every width once": 2 * np.unique(widths) @ (fraction * np.unique(widths)).round(),
     }
 
 
@@ -100,16 +97,22 @@ def needed_rank(matrix, share):
     }
 
 
+def _gradients(found, *case):
+    first, second = pair(found, "the gradients of A and of B")
+    return np.concatenate([np.ravel(first), np.ravel(second)])
+
+
 @exercise(
     [(SQUARE, A, B), (SQUARE, torch.zeros(6, 2), B)],
     "each gradient holds the other factor: while A is zero, only A learns, and with both zero nothing would.",
-    parts=("the gradient of A", "the gradient of B"),
+    read=_gradients,
     forbidden=dict.fromkeys(("backward", "grad", "requires_grad_", "__set__"), BY_HAND),
 )
 def factor_gradients(gradient, a, b):
     """The gradients of A and of B from G (m, m), the gradient with respect to dW = A B."""
     return (gradient @ b.T, a.T @ gradient), {
-        "G is transposed": (gradient.T @ b.T, a.T @ gradient.T),
+        "in the gradient of A, G is transposed": (gradient.T @ b.T, a.T @ gradient),
+        "in the gradient of B, G is transposed": (gradient @ b.T, a.T @ gradient.T),
         "the gradient of A has A's shape, that of B has B's": (a.T @ gradient, gradient @ b.T),
     }
 
@@ -165,15 +168,13 @@ SOFT = HARD * random(3, 1, 5, 5, seed=3).sigmoid()  # at an edge, a part of a po
 )
 def masked_loss(prediction, target, inside):
     """The mean squared error, weighted by inside (b, 1, h, w), one number."""
-    square, area, outside = (prediction - target) ** 2, inside.mean(), 1 - inside
+    square, area = (prediction - target) ** 2, inside.mean()
     marked = inside * square
     each = marked.mean((1, 2, 3)) / inside.mean((1, 2, 3))
     return marked.mean() / area, {
         "the sum is divided by the number of all positions: a small object would count for little": marked.mean(),
         "each position has several channels, and the mask counts it once": marked.sum() / inside.sum(),
-        "this is the background's loss": (outside * square).mean() / outside.mean(),
         "this is a mean of the pictures' means: take one mean over the whole batch": each.mean(),
-        "the mask is not used": square.mean(),
         "a position counts as far as it is object, not wholly or not at all": (
             square[(inside > 0.5).expand_as(square)].mean()
         ),

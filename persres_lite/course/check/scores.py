@@ -64,9 +64,6 @@ def at_equal_leakage(leakage, leaks, scores):
         "the weights of the two neighbors are exchanged": neighbors - right,
         "this is the middle between the two neighbors, wherever the leakage lies": neighbors / 2,
         "this is a leakage, not a score: the two axes are exchanged": np.interp(leakage, scores, leaks),
-        "a leakage and its score belong together: do not sort the scores by themselves": np.interp(
-            leakage, leaks, scores.sort().values
-        ),
     }
 
 
