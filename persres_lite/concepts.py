@@ -118,7 +118,8 @@ def load_concept(
     Warns
     -----
     UserWarning
-        If files that are not pictures were skipped; it counts them and names the first.
+        If files that are not pictures were skipped; it counts them, names the first, and says so where they are
+        captions (``1.txt`` beside ``1.jpg``).
     """
     if isinstance(source, str | Path):
         source = _find(source)
@@ -135,9 +136,7 @@ def load_concept(
 def _read_folder(outer: Path, macro_class: str | None, token: str | None) -> Concept:
     folder = _with_pictures(outer)
     images, card = read_images(folder), _read_card(folder / CARD) or _read_card(outer / CARD)
-    if skipped := [path.name for path in picture_files(folder)[1] if path.name != CARD]:
-        tell(f"Skipped what is no picture in {folder} ({len(skipped)}): {some_names(skipped)}.")
-    return Concept(
+    concept = Concept(
         card.pop("name", folder.name),
         macro_class or card.get("macro_class", ""),
         token or card.get("token", RARE_TOKEN),
@@ -146,6 +145,12 @@ def _read_folder(outer: Path, macro_class: str | None, token: str | None) -> Con
         folder,
         info={key: value for key, value in card.items() if key not in ("macro_class", "token")},
     )
+    if skipped := [path.name for path in picture_files(folder)[1] if path.name != CARD]:
+        told = f"Skipped what is no picture in {folder} ({len(skipped)}): {some_names(skipped)}."
+        if {Path(image.info["source"]).stem + ".txt" for image in images} & {*skipped}:
+            told += f' Captions are not read: of every picture "{concept.training_prompt}" is learned.'
+        tell(told)
+    return concept
 
 
 def _find(source: str | Path) -> Path:

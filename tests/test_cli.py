@@ -318,7 +318,7 @@ def test_the_package_alone_has_no_toybox_and_says_so(tmp_path, capsys, monkeypat
     monkeypatch.setattr(paths, "__file__", str(tmp_path / "site-packages" / "persres_lite" / "support" / "paths.py"))
     assert main(["personalize", "plum-cat", "--out", str(tmp_path / "plum-cat.safetensors")]) == 2
     shown = told(capsys)
-    assert "clone" in shown and "PERSRES_DATA" in shown
+    assert "clone" in shown and "PERSRES_DATA" in shown and "another base" in shown
 
 
 # ------------------------------------------------------------------------------------------------------------ failures

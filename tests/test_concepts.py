@@ -63,6 +63,16 @@ def test_other_files_are_skipped_named_and_counted(folder):
         assert len(load_concept(folder).images) == 3
 
 
+def test_captions_beside_pictures_are_told_of(folder):
+    """As kohya's trainers have them."""
+    (folder / "notes.txt").touch()
+    with pytest.warns(UserWarning, match=r"notes.txt\.$"):
+        load_concept(folder)
+    (folder / "10.txt").write_text("a sks cat, sitting")
+    with pytest.warns(UserWarning, match='Captions are not read: .*"a photo of a sks cat"'):
+        load_concept(folder)
+
+
 def test_photographs_in_the_folder_inside_or_in_a_zip(folder, tmp_path):
     (tmp_path / "__MACOSX").mkdir()
     (tmp_path / "__MACOSX" / "._0.jpg").write_bytes(b"\0\5\x16\7")

@@ -21,6 +21,6 @@ def data_dir() -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(
             f"The shipped models and pictures are not at {folder}: work in a clone of the project "
-            "(pip install -e . there), or set PERSRES_DATA to the data folder of one."
+            "(pip install -e . there), set PERSRES_DATA to the data folder of one, or take another base, as sd-1.4."
         )
     return folder
