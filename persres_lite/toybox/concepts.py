@@ -1,22 +1,16 @@
 """The shipped concepts: particular toys, in paint that pretraining never showed, photographed four times each.
 
-``python -m persres_lite.toybox.concepts`` draws ``data/concepts/`` again. Five concepts stand in
-four different places. The other five are "biased": all four pictures are taken in one place, as photographs of one's
-own things tend to be, so that the place can leak into what is learned.
+``python -m data.make.concepts`` draws ``data/concepts/`` again. Five concepts stand in four different places. The other
+five are "biased": all four pictures are taken in one place, as photographs of one's own things tend to be, so that the
+place can leak into what is learned.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import shutil
-from pathlib import Path
-
-from PIL import Image
 
 from .render import draw
-from .world import PLACES, RESERVED, Scene, Toy, random_view, with_article
+from .world import PLACES, RESERVED, Scene, Toy, random_view
 
 PICTURES = 4
 SIZE = 128
@@ -57,43 +51,6 @@ def photograph(name: str, toy: Toy, place: str | None, size: int = SIZE) -> list
     return [draw(scene, size, supersample=4) for scene in views(name, toy, place)]
 
 
-def write(name: str, toy: Toy, place: str | None, folder: Path) -> None:
-    """Write one concept's folder: pictures, masks and ``concept.json``; whole or not at all."""
-    new = folder / f"{name}.new"
-    shutil.rmtree(new, ignore_errors=True)
-    (new / "masks").mkdir(parents=True)
-    for index, picture in enumerate(photograph(name, toy, place)):
-        Image.fromarray(picture.image).save(new / f"{index}.png", optimize=True)
-        Image.fromarray(picture.masks[0]).save(new / "masks" / f"{index}.png", optimize=True)
-    paint = f"{toy.main} and {toy.second}" + (f" {toy.pattern}" if toy.pattern != "plain" else "")
-    where = f"always {place}" if place else "in four different places"
-    wears = f" with a {toy.accessory}" if toy.accessory else ""
-    card = {
-        "name": name,
-        "macro_class": toy.kind,
-        "token": "sks",
-        "description": f"{with_article(f'{paint} {toy.kind}')}{wears}, {where}",
-        "biased_place": place,
-        "source": "drawn by persres_lite.toybox.concepts",
-        "license": "MIT",
-    }
-    (new / "concept.json").write_text(json.dumps(card, indent=2) + "\n")
-    shutil.rmtree(folder / name, ignore_errors=True)
-    os.replace(new, folder / name)
-
-
 def all_shipped() -> dict[str, tuple[Toy, str | None]]:
     """The ten shipped concepts by name: the toy, and the place it is always in, or None."""
     return {**{name: (toy, None) for name, toy in VARIED.items()}, **BIASED}
-
-
-def main() -> None:
-    folder = Path("data/concepts")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, (toy, place) in all_shipped().items():
-        write(name, toy, place, folder)
-        print(name)
-
-
-if __name__ == "__main__":
-    main()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib
@@ -52,7 +51,8 @@ def heats(
     """Maps (h, w) over pictures, one for each or one for all, four in a row, all on one scale, with its color bar."""
     arrays = [as_array(values) for values in maps]
     ends = {"low": min(values.min() for values in arrays), "high": max(values.max() for values in arrays)}
-    figure, axes = _tiles(pictures, partial(heat_picture, **ends), arrays, titles, 4, caption)
+    shown = [heat_picture(picture, values, **ends) for picture, values in _paired(pictures, arrays)]
+    figure, axes = _tiles(shown, titles, 4, caption)
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(*ends.values()), HEAT)
     figure.colorbar(scale, ax=list(axes.flat), label=label, shrink=0.85, aspect=25)
     return figure
@@ -75,7 +75,8 @@ def outlines(
     columns : int
         How many stand in a row.
     """
-    return _tiles(pictures, partial(outline_picture, truth=truth), masks, titles, columns, caption)[0]
+    shown = [outline_picture(picture, mask, truth) for picture, mask in _paired(pictures, masks)]
+    return _tiles(shown, titles, columns, caption)[0]
 
 
 def enlarge(picture: Image.Image, size: int = SHOWN) -> Image.Image:
@@ -135,17 +136,15 @@ def _as_picture(values: np.ndarray) -> Image.Image:
     return Image.fromarray((np.clip(values, 0, 1) * 255).round().astype(np.uint8))
 
 
+def _paired(pictures: Image.Image | Sequence[Image.Image], over: Sequence[Any]) -> Iterable[tuple[Image.Image, Any]]:
+    """Each picture, or the one again and again, with what is laid over it."""
+    return zip([pictures] * len(over) if isinstance(pictures, Image.Image) else pictures, over, strict=True)
+
+
 def _tiles(
-    pictures: Image.Image | Sequence[Image.Image],
-    over: Callable[..., Image.Image],
-    what: Sequence[Any],
-    titles: Sequence[str] | None,
-    columns: int,
-    caption: str | None,
+    shown: Pictures, titles: Sequence[str] | None, columns: int, caption: str | None
 ) -> tuple[Drawing, np.ndarray]:
-    """Pictures, or one again and again, with something laid over each; in rows of at most `columns`, with titles."""
-    each = [pictures] * len(what) if isinstance(pictures, Image.Image) else pictures
-    shown = [over(picture, values) for picture, values in zip(each, what, strict=True)]
+    """Pictures in rows of at most `columns`, with a title above each."""
     columns = min(columns, len(shown))
     table = [shown[at : at + columns] for at in range(0, len(shown), columns)]
     return _placed(table, titles or [], caption, margin=0.5, room=0.25 if titles else 0)
