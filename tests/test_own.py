@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 
@@ -191,8 +192,8 @@ def test_the_lesson_with_photographs_of_another_package(tmp_path, monkeypatch, c
     monkeypatch.setenv("PERSRES_BASE", str(tmp_path / "base"))
     monkeypatch.chdir(LESSON.parent)
     monkeypatch.setattr(sys, "path", sys.path[:])
-    monkeypatch.setitem(BASES["sd-1.4"].sampling, "num_inference_steps", 2)
-    monkeypatch.setitem(BASES["sd-1.4"].recipe, "steps", 8)
+    usual = BASES["sd-1.4"]
+    monkeypatch.setitem(BASES, "sd-1.4", replace(usual, steps=1, recipe=usual.recipe | {"steps": 4}))
     small = tuple(str(data_dir() / Path(name).name) for name in evaluation.JUDGES["toybox"])
     monkeypatch.setattr(evaluation, "PAPER_JUDGES", small)
     drawn, call = [], StableDiffusionPipeline.__call__
