@@ -193,7 +193,7 @@ def test_the_lesson_with_photographs_of_another_package(tmp_path, monkeypatch, c
     monkeypatch.chdir(LESSON.parent)
     monkeypatch.setattr(sys, "path", sys.path[:])
     usual = BASES["sd-1.4"]
-    monkeypatch.setitem(BASES, "sd-1.4", replace(usual, steps=1, recipe=usual.recipe | {"steps": 4}))
+    monkeypatch.setitem(BASES, "sd-1.4", replace(usual, steps=1, recipe=usual.recipe | {"steps": 8}))
     small = tuple(str(data_dir() / Path(name).name) for name in evaluation.JUDGES["toybox"])
     monkeypatch.setattr(evaluation, "PAPER_JUDGES", small)
     drawn, call = [], StableDiffusionPipeline.__call__
