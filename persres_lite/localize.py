@@ -121,8 +121,8 @@ def localized(
     localizer = _Localizer(base, find_rule(mask, **options), scale, window, AGGREGATE[aggregate])
     localizer.concepts = [which if isinstance(which, (list, tuple)) else str(which) for _, which in pairs]
     if fixed_mask is not None:
-        each = fixed_mask if isinstance(fixed_mask, (list, tuple)) and len(pairs) > 1 else [fixed_mask] * len(pairs)
-        localizer.drawn = [mask if isinstance(mask, Mapping) else read_mask(mask) for mask in each]
+        masks = fixed_mask if isinstance(fixed_mask, (list, tuple)) and len(pairs) > 1 else [fixed_mask] * len(pairs)
+        localizer.drawn = [mask if isinstance(mask, Mapping) else read_mask(mask) for mask in masks]
     with ExitStack() as stack:
         for index, (each, _) in enumerate(pairs):
             for name, module in each.layers_in(base).items():

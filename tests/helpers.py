@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 
 import numpy as np
@@ -20,6 +21,15 @@ PICTURE = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
 
 
 FAST = {"steps": 3, "batch_size": 1, "lr": 1e-2, "progress": False}
+
+
+def digest(base) -> str:
+    """One hash of every parameter and buffer of a pipeline."""
+    total = hashlib.sha256()
+    for name, part in sorted(base.components.items()):
+        for key, tensor in part.state_dict().items() if isinstance(part, torch.nn.Module) else ():
+            total.update(f"{name} {key}".encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def hooks_of(module: torch.nn.Module) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from persres_lite.bases import BASES, load_base, settings_of, source_of
 from persres_lite.support import weights as weights_of_bases
-from tests.helpers import with_unet
+from tests.helpers import digest, with_unet
 from tests.tiny import sample, tiny_pipeline
 
 
@@ -32,16 +31,6 @@ def modules(pipeline):
     return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
 
 
-def fingerprint(pipeline) -> str:
-    """A hash of every number of every model in the pipeline."""
-    digest = hashlib.sha256()
-    for name, part in sorted(modules(pipeline).items()):
-        for key, tensor in sorted(part.state_dict().items()):
-            digest.update(f"{name}.{key}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 # ------------------------------------------------------------------------------------------------- what is loaded
 
 
@@ -54,7 +43,7 @@ def test_a_folder_is_loaded_frozen_and_in_eval_mode(folders, kind):
         assert not part.training
         assert not any(parameter.requires_grad for parameter in part.parameters())
         assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
-    assert fingerprint(base) == fingerprint(tiny_pipeline(kind)), "the very numbers that were saved"
+    assert digest(base) == digest(tiny_pipeline(kind)), "the very numbers that were saved"
 
 
 def test_half_precision(folders):
@@ -137,7 +126,7 @@ def test_a_repository_is_asked_for_by_commit_and_without_a_network_said_to_be_mi
 
 def test_a_folder_that_holds_half_precision_alone(folders, tmp_path):
     tiny_pipeline("sd1").save_pretrained(tmp_path / "model", variant="fp16")
-    assert fingerprint(load_base(tmp_path / "model", device="cpu")) == fingerprint(tiny_pipeline("sd1"))
+    assert digest(load_base(tmp_path / "model", device="cpu")) == digest(tiny_pipeline("sd1"))
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])

@@ -329,7 +329,8 @@ def test_interrupted_it_says_how_to_go_on_and_does(world, loaded, capsys, monkey
 
 
 def test_a_training_that_diverges_leaves_no_file_that_sample_would_refuse(world, loaded, capsys, monkeypatch):
-    monkeypatch.setattr(training, "diffusion_loss", lambda *_: torch.tensor(math.nan, requires_grad=True))
+    loss = training.diffusion_loss
+    monkeypatch.setattr(training, "diffusion_loss", lambda *arguments: loss(*arguments) * math.nan)
     assert main(learn(world, "--checkpoint", world / "bad.safetensors", out="diverged.safetensors")) == 1
     shown = told(capsys)
     assert "try a rate below" in shown and ".residuals" not in shown and "bad.safetensors first" in shown

@@ -40,14 +40,13 @@ TRAPS = {
 @pytest.mark.parametrize("command", ["export", "personalize"])
 def test_a_trap_is_one_sentence(tmp_path, capsys, monkeypatch, trap, command):
     monkeypatch.setattr(commands, "load_base", lambda *_: tiny_pipeline("sd1"))
-    monkeypatch.setattr(commands, "source_of", lambda *_: None)
     path, out = tmp_path / "trap.safetensors", str(tmp_path / "o.safetensors")
     path.write_bytes(TRAPS[trap](tmp_path / "sprung"))
     arguments = {
         "export": [str(path)],
         "personalize": ["plum-cat", "--checkpoint", str(path)],
     }[command]
-    assert main([command, *arguments, "--out", out, "--base", "tiny"]) == 2
+    assert main([command, *arguments, "--out", out, "--base", "toybox"]) == 2
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.startswith("persres-lite: ") and shown.err.count("\n") == 1
     assert shown.err[:-1].isprintable() and "trap.safetensors" in shown.err

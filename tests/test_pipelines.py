@@ -80,7 +80,7 @@ PIPELINES = [
 def latents(pipeline, **arguments):
     """The final latents of a short run from seeded noise."""
     pipeline.set_progress_bar_config(disable=True)
-    usual = {"num_inference_steps": 2, "guidance_scale": 5.0, "output_type": "latent"}
+    usual = {"num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "latent"}
     return pipeline(PROMPT, generator=torch.Generator().manual_seed(0), **usual | arguments).images
 
 
@@ -98,7 +98,7 @@ def test_sampling_under_the_contexts(make, last_layer):
     if make is not lcm_distilled:  # which has no second half; page one expects it
         with torch.no_grad(), method.lag(pipeline.unet, *helpers.page_one(residuals), AT):
             torch.testing.assert_close(ours, latents(pipeline, **arguments), atol=1e-3, rtol=1e-3)
-    assert all((ours - other).abs().max() > 0.05 for other in (original, everywhere))
+    assert all((ours - other).abs().max() > 0.02 for other in (original, everywhere))
     with localized(pipeline, residuals, fixed_mask=torch.zeros(8, 8)):
         assert torch.equal(latents(pipeline, **arguments), original)
     with localized(pipeline, residuals, fixed_mask=torch.ones(8, 8)):

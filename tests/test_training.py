@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 from dataclasses import replace
@@ -38,18 +37,8 @@ from persres_lite.training import (
     training_scheduler,
     training_set,
 )
-from tests.helpers import FAST, hooks_of, make_concept, random_residuals, refiner, with_unet
+from tests.helpers import FAST, digest, hooks_of, make_concept, random_residuals, refiner, with_unet
 from tests.tiny import sample, tiny_pipeline
-
-
-def digest(base):
-    """One hash of every parameter and buffer of a pipeline."""
-    total = hashlib.sha256()
-    for name, part in sorted(base.components.items()):
-        if isinstance(part, torch.nn.Module):
-            for key, tensor in part.state_dict().items():
-                total.update(f"{name} {key}".encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
 
 
 def same(a, b):
