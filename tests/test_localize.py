@@ -172,12 +172,6 @@ def test_window_of_steps(sd1, window, inside):
         assert torch.equal(*latents[step]) == (step < inside[0])
 
 
-def test_options_of_a_rule(sd1):
-    with localized(sd1, random_residuals(sd1), "sks cat", mask="quantile", q=0.875) as lag:
-        sample(sd1, steps=1)
-    assert lag.masks[0, "down_blocks.0.attentions.0.proj_out"].mean() == 0.125
-
-
 def test_the_map_is_the_mean_of_heads_and_layers(sdxl):
     """By the explicit softmax of every layer: XL has several before one projection, here 2."""
     seen: dict[str, list[torch.Tensor]] = {}

@@ -34,7 +34,6 @@ from persres_lite.residuals import FORMAT
 from persres_lite.support.files import check_place, read_tensors, whole_file
 from persres_lite.support.images import square_crops
 from persres_lite.support.notices import tell
-from persres_lite.support.paths import data_dir
 from persres_lite.support.sheet import sheet
 from persres_lite.training import Diverged
 
@@ -223,15 +222,12 @@ def _base_name(chosen: Namespace, path: Path | None = None) -> str:
                 f"{path} names a base of its own, {named!r}: if you know and want it, give it with --base."
             )
         name = chosen.base or (named if named in BASES else name)
-    name = name or "toybox"
-    if name in BASES and BASES[name].folder:
-        data_dir()  # a wheel alone has no Toybox, and says so
-    return name
+    source_of(name or "toybox")  # a name that is wrong is told first; and a wheel alone has no Toybox, and says so
+    return name or "toybox"
 
 
 def _base(chosen: Namespace, name: str) -> Any:
-    """The frozen model; what a large one costs is said before anything is fetched, and not of a name that is wrong."""
-    source_of(name)
+    """The frozen model; what a large one costs is said before anything is fetched."""
     usual = chosen.device is None or chosen.device.startswith("cuda")
     if chosen.command != "export" and (cost := without_gpu(name) or (on_gpu(name) if usual else None)):
         say(cost)
