@@ -44,14 +44,14 @@ def test_bare_diffusers_draws_the_same_picture(pipeline, format, tmp_path):
     residuals = make_residuals(pipeline)
     assert len(set(residuals.ranks.values())) > 1
     with residuals.attached(pipeline):
-        ours = sample(pipeline, PROMPT, steps=1)
-    original = sample(pipeline, PROMPT, steps=1)
+        ours = sample(pipeline, PROMPT)
+    original = sample(pipeline, PROMPT)
     path = tmp_path / "cat.safetensors"
     export_lora(residuals, path, format)
     pipeline.load_lora_weights(str(path))  # nothing of this package is in the way
-    theirs = sample(pipeline, PROMPT, steps=1)
+    theirs = sample(pipeline, PROMPT)
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
-    assert (theirs - original).abs().max() > 0.1
+    assert (theirs - original).abs().max() > 0.02
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -107,7 +107,7 @@ def test_a_lora_that_diffusers_wrote_is_imported_with_its_alphas(tmp_path, kind,
     pipeline = tiny_pipeline(kind)
     ranks, alpha = {"mid_block.attentions.0.proj_out": 2}, {"mid_block.attentions.0.proj_out": 5, "up_blocks.1.*": 3}
     config, state = lora_by_peft(pipeline, ["proj_out"], ranks, alpha, **options)
-    theirs = sample(pipeline, PROMPT, steps=1)
+    theirs = sample(pipeline, PROMPT)
     metadata = {key: value for key, value in config.to_dict().items() if not isinstance(value, set)}
     type(pipeline).save_lora_weights(
         tmp_path, unet_lora_layers=state, unet_lora_adapter_metadata=metadata | {"target_modules": ["proj_out"]}
@@ -115,10 +115,10 @@ def test_a_lora_that_diffusers_wrote_is_imported_with_its_alphas(tmp_path, kind,
     fresh = tiny_pipeline(kind)
     residuals = import_lora(tmp_path / "pytorch_lora_weights.safetensors", fresh)
     assert residuals.ranks["mid_block.attentions.0.proj_out"] == 2
-    original = sample(fresh, PROMPT, steps=1)
+    original = sample(fresh, PROMPT)
     with residuals.attached(fresh):
-        torch.testing.assert_close(sample(fresh, PROMPT, steps=1), theirs, rtol=1e-4, atol=1e-4)
-    assert (theirs - original).abs().max() > 0.1
+        torch.testing.assert_close(sample(fresh, PROMPT), theirs, rtol=1e-4, atol=1e-4)
+    assert (theirs - original).abs().max() > 0.02
 
 
 def test_pefts_own_file_needs_its_config_beside_it(sd1, tmp_path):
