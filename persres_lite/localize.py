@@ -126,8 +126,8 @@ def localized(
     with ExitStack() as stack:
         for index, (each, _) in enumerate(pairs):
             for name, module in each.layers_in(base).items():
-                hook = partial(localizer.add, index=index, A=each.A[name], B=each.B[name], name=name)
-                stack.callback(module.register_forward_hook(hook).remove)
+                add = partial(localizer.add, index=index, A=each.A[name], B=each.B[name], name=name)
+                stack.callback(module.register_forward_hook(add).remove)
             if scale != 0:
                 stack.enter_context(each.token_attached(base))
         stack.enter_context(watch_prompts(base, localizer.begin, prompts, needed=not localizer.drawn))
@@ -135,8 +135,8 @@ def localized(
             stack.callback(refuse_compiling(base).remove)
             for name in find_proj_outs(unet_of(base)):
                 block = unet_of(base).get_submodule(name.removesuffix(".proj_out"))
-                hook = partial(localizer.draw, name=name)
-                stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                draw = partial(localizer.draw, name=name)
+                stack.callback(block.register_forward_pre_hook(draw, with_kwargs=True).remove)
         else:
             stack.enter_context(watch_attention(base, localizer.ask, localizer.tell))
         stack.enter_context(advising_smaller())
