@@ -1,6 +1,4 @@
-"""`make gpu`, on a base of Stable Diffusion's shape: what it compares, keeps, measures and reports, also after a
-failure.
-"""
+"""`make gpu`: what it compares, keeps, measures and reports, also after a failure."""
 
 from __future__ import annotations
 
@@ -11,17 +9,6 @@ import pytest
 from nbformat import v4
 
 from notebooks.tools import gpu, notebooks
-from tests.tiny import tiny_pipeline
-
-BF16 = """
-import torch
-
-from persres_lite import bases
-
-bases._usual_dtype = lambda *_: torch.bfloat16  # as on a GPU
-bases.BASES["sd-1.4"].recipe["steps"] = 2  # a folder takes its settings from this entry
-bases.BASES["sd-1.4"].sampling["num_inference_steps"] = 2
-"""
 
 
 def book(path, *sources, saved=()):
@@ -63,16 +50,6 @@ def test_what_holds_on_every_base_is_checked_on_toybox_too():
     for number, compared in gpu.EVERY_BASE.items():
         cells = {each.id: each for each in notebooks.read(paths[number]).cells}
         assert all("nbval-check-output" in cells[name].metadata.tags for name in compared), f"{number}: renamed?"
-
-
-def test_a_lesson_in_half_precision_prints_what_holds_on_every_base(tmp_path):
-    tiny_pipeline("sd1").save_pretrained(tmp_path / "sd-1.4-shaped")
-    (path,) = notebooks.notebook_paths(names=["02"])
-    lesson = notebooks.read(path)
-    lesson.cells.insert(3, v4.new_code_cell(BF16))
-    nbformat.write(lesson, tmp_path / path.name)
-    results = gpu.run([tmp_path / path.name], str(tmp_path / "sd-1.4-shaped"), tmp_path / "build")
-    assert (results["base"], results["notebooks"][path.stem]["failed"]) == ("sd-1.4-shaped", [])
 
 
 def test_without_a_gpu_it_is_one_sentence(capsys, monkeypatch):

@@ -73,11 +73,11 @@ def run(paths: list[Path], base: str, folder: Path) -> dict[str, Any]:
 
 def failures(saved: NotebookNode, done: NotebookNode, compared: tuple[str, ...]) -> list[tuple[str, str]]:
     """The cells that ended in an error, and those of `compared` that print something else than was saved."""
-    failed = []
-    for before, cell in zip(runs.code_cells(saved), runs.code_cells(done), strict=True):
+    failed, before = [], {cell.id: runs.printed(cell) for cell in runs.code_cells(saved)}
+    for cell in runs.code_cells(done):
         errors = [output for output in cell.outputs if output.output_type == "error"]
         failed += [(cell.id, f"{error.ename}: {error.evalue}") for error in errors]
-        if cell.id in compared and runs.printed(cell) != runs.printed(before):
+        if cell.id in compared and runs.printed(cell) != before[cell.id]:
             failed.append((cell.id, "its output is another one than was saved"))
     return failed
 
