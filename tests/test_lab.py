@@ -159,6 +159,7 @@ display(button, arrived)
 explorers.compare({{k / 2: {{"LAG": Image.new("RGB", (64, 64), (100 * k, 0, 200))}} for k in range(3)}})"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed (apt-get install chromium)")
 @pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed")
 def test_in_a_browser_a_slider_moves_the_picture_and_photographs_arrive(lab, tmp_path):

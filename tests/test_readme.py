@@ -1,14 +1,16 @@
-"""Every command and code block of the README, run in a fresh clone.
+"""Every command and code block of the README.
 
-What would take long is made small by the environment (`ARGS` of make); conda, which is rarely at hand, is replaced by a
-function of the same arguments; JupyterLab, which does not end by itself and has tests of its own, and mypy, which takes
-a minute, by scripts that say with what they were called. Everything else is run as it stands.
+The programs that it names are called here with the README's own arguments. What `make` and conda start is run only by
+`make rehearse`, in a fresh clone and small: conda, which is rarely at hand, is replaced by a function of the same
+arguments; JupyterLab, which does not end by itself and has tests of its own, and mypy, which takes a minute, by scripts
+that say with what they were called.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +21,7 @@ import pytest
 from PIL import Image
 
 from notebooks.tools import notebooks
-from persres_lite import load_concept
+from persres_lite import cli, load_concept
 from persres_lite.bases import BASES
 
 ROOT = notebooks.ROOT
@@ -48,6 +50,10 @@ needs_make = pytest.mark.skipif(
 )
 
 
+def in_a_clone(test):
+    return pytest.mark.slow(needs_make(test))
+
+
 def line(beginning: str) -> str:
     (found,) = [each for each in LINES if each.startswith(beginning)]
     return found
@@ -73,7 +79,7 @@ def run(command: str, folder: Path, env: dict[str, str], **more: str) -> subproc
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory, env):
-    """What the README's first line leaves, with this Python's packages as its `.venv`, and some photographs."""
+    """What the README's first line leaves, with this Python's packages as its `.venv`."""
     folder = tmp_path_factory.mktemp("home")
     place = run(f"{line('git clone ')} && pwd", folder, env).stdout.split()[-1]
     clone = Path(place)
@@ -92,12 +98,6 @@ def clone(tmp_path_factory, env):
         (venv / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
         (venv / "bin" / name).chmod(0o755)
     (venv / ".ready").touch()
-    (clone / "photos").mkdir()
-    for number, image in enumerate(load_concept("plum-cat").images):
-        photograph = image.resize((800, 600), Image.Resampling.BICUBIC).rotate(90, expand=True)
-        exif = Image.Exif()
-        exif[0x0112] = 6  # as a telephone held upright writes it
-        photograph.save(clone / "photos" / f"IMG_{number:04d}.JPG", exif=exif)
     cell = nbformat.v4.new_code_cell("print(1 + 1)", metadata={"tags": ["nbval-check-output"]}, execution_count=1)
     cell.outputs = [nbformat.v4.new_output("stream", text="2\n")]
     spec = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
@@ -131,23 +131,25 @@ def test_every_line_and_block_is_run_below():
     assert sorted(line(beginning) for beginning in RUN_BELOW) == sorted(LINES)
 
 
-@needs_make
-def test_the_two_commands(clone, env):
-    assert "LAG" in run(line("make demo"), clone, env).stdout
-    assert Image.open(clone / "build" / "demo.png").width > 400
-    said = run(line("make test"), clone, env).stdout
-    assert "ruff check ." in said and "\ntypes\n" in said
-    assert len(re.findall(r"\d+ passed", said)) == 2, "the tests and the notebooks"
+@pytest.fixture
+def two_steps(monkeypatch):
+    """Sampling on Toybox in two steps, so that a command ends soon."""
+    monkeypatch.setitem(BASES["toybox"].sampling, "num_inference_steps", 2)
 
 
-@needs_make
-def test_ones_own_photographs(clone, env):
-    learn, show = (
-        line(f".venv/bin/persres-lite {what} ")
-        for what in ("personalize photos/ --class cat", "compare mine.safetensors")
-    )
-    assert "mine.safetensors" in run(f"{learn} --steps 2", clone, env).stdout
-    assert "1 rows" in run(show, clone, env).stdout and Image.open(clone / "mine.png").width > 400
+def test_ones_own_photographs(tmp_path, monkeypatch, capsys, two_steps):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for number, image in enumerate(load_concept("plum-cat").images):
+        exif = Image.Exif()
+        exif[0x0112] = 6  # as a telephone held upright writes it
+        photograph = image.resize((800, 600), Image.Resampling.BICUBIC).rotate(90, expand=True)
+        photograph.save(f"photos/IMG_{number:04d}.JPG", exif=exif)
+    for what, more in (("personalize photos/ --class cat", ["--steps", "2"]), ("compare mine.safetensors", [])):
+        _, *arguments = shlex.split(line(f".venv/bin/persres-lite {what} "))
+        assert cli.main([*arguments, *more]) == 0
+    said = capsys.readouterr().out
+    assert "mine.safetensors" in said and "1 rows" in said and Image.open("mine.png").width > 400
 
 
 def test_on_stable_diffusion_it_is_the_same_command():
@@ -159,19 +161,38 @@ def test_on_stable_diffusion_it_is_the_same_command():
         assert other in LINES
 
 
-@needs_make
-def test_what_a_lecturer_makes(clone, env):
+def test_what_a_lecturer_makes(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
+    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
     for word, made in {"student": "student", "answers": "answers.md", "slides": "slides.html"}.items():
-        run(line(f".venv/bin/python -m notebooks.tools.notebooks {word}"), clone, env)
-        assert (clone / "build" / made).exists()
+        _, _, module, *arguments = shlex.split(
+            line(f".venv/bin/python -m notebooks.tools.notebooks {word}"), comments=True
+        )
+        assert module == notebooks.__name__ and notebooks.main(arguments) == 0
+        assert (tmp_path / "build" / made).exists()
 
 
 @needs_make
+def test_the_list_of_commands():
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert all(f"make {command.split()[1]} " in listed for command in INLINE)
+
+
+@in_a_clone
+def test_the_two_commands(clone, env):
+    assert "LAG" in run(line("make demo"), clone, env).stdout
+    assert Image.open(clone / "build" / "demo.png").width > 400
+    said = run(line("make test"), clone, env).stdout
+    assert "ruff check ." in said and "\ntypes\n" in said
+    assert len(re.findall(r"\d+ passed", said)) == 2, "the tests and the notebooks"
+
+
+@in_a_clone
 def test_the_notebooks_on_another_base(clone, env):
     assert "on sd-1.4: lab " in run(line("PERSRES_BASE=sd-1.4 make lab"), clone, env).stdout
 
 
-@needs_make
+@in_a_clone
 def test_conda_to_the_end(clone, env):
     """The environment is not made, since that is gigabytes: test_packaging compares its versions with those tested."""
     (block,) = [text for language, text in BLOCKS if language == "bash" and text.startswith("conda")]
@@ -181,7 +202,7 @@ def test_conda_to_the_end(clone, env):
         assert run(f"{CONDA}{made}\n{command} --version", clone, env).stdout.startswith("persres-lite ")
 
 
-@needs_make
+@in_a_clone
 @pytest.mark.parametrize(
     "command", [each for each in dict.fromkeys(INLINE) if each.split()[1] in ("bench", "pretrain", "results")]
 )
@@ -191,16 +212,10 @@ def test_long_commands_are_understood(clone, env, command):
     assert "usage: " in run(f"{planned[0]} --help", clone, env).stdout
 
 
-@needs_make
-def test_the_list_of_commands(clone, env):
-    listed = run("make help", clone, env).stdout
-    assert all(f"make {command.split()[1]} " in listed for command in INLINE)
-
-
 # ------------------------------------------------------------------------------------------------ code
 
 
-def test_the_python_block(monkeypatch):
+def test_the_python_block(monkeypatch, two_steps):
     (code,) = [text for language, text in BLOCKS if language == "python"]
     monkeypatch.chdir(ROOT)
     monkeypatch.setitem(BASES["toybox"].recipe, "steps", 2)
