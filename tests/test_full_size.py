@@ -11,7 +11,10 @@ from data.make import full_size
 from persres_lite import Residuals
 
 
-@pytest.mark.parametrize(("kind", "masks", "sides"), [("sd-1.4", 32, "32, 16, 8, 4"), ("sdxl", 22, "16, 8")])
+@pytest.mark.parametrize(
+    ("kind", "masks", "sides"),
+    [("sd-1.4", 32, "32, 16, 8, 4"), pytest.param("sdxl", 22, "16, 8", marks=pytest.mark.slow)],
+)
 def test_a_trial_at_reduced_width(kind, masks, sides, tmp_path, capsys):
     full_size.main([kind, "--device=cpu", "--width=32", f"--out={tmp_path}"])
     file = tmp_path / full_size.KINDS[kind][1]

@@ -182,9 +182,9 @@ def test_every_kind_shows_every_pattern(kind, pattern):
 
 def test_the_loss_says_whether_a_unet_knows_its_pictures_and_its_words(monkeypatch):
     base = load_base("toybox")
-    known = toybox_scores.score_loss(base, 24, 12)
+    known = toybox_scores.score_loss(base, 8, 8)
     assert set(known) == {"training pictures", "fresh renders"}
     assert all(0 < value < 0.3 for value in known.values())
     monkeypatch.setattr(toybox_scores, "caption", lambda scene, rng: "a photo of a red car at night")
-    misled = toybox_scores.score_loss(base, 24, 12)
+    misled = toybox_scores.score_loss(base, 8, 8)
     assert all(misled[name] > known[name] for name in known)

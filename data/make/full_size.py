@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from data.make.bench_runs import FULL, PROMPT, peak, random_pipeline
-from data.make.shared import ROOT, keep, machine, markdown
+from data.make.bench_runs import FULL, PROMPT, random_pipeline
+from data.make.shared import ROOT, keep, machine, markdown, peak
 from persres_lite import localized, personalize
 from persres_lite.concepts import Concept
 from persres_lite.cost import GIB
