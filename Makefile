@@ -58,7 +58,7 @@ notebooks: $(READY)  ## run every notebook in place and save its outputs
 	$(BIN)/python -m notebooks.tools.notebooks run $(ARGS)
 
 gpu: $(READY)  ## every notebook on Stable Diffusion 1.4 (or PERSRES_BASE=sd-2.1) on this machine's GPU, into build
-	$(BIN)/python -m notebooks.tools.gpu run $(ARGS)
+	$(BIN)/python -m notebooks.tools.gpu $(ARGS)
 
 bench: $(READY)  ## time and memory of sampling and training, against the alternatives
 	$(BIN)/python -m data.make.bench $(ARGS)

@@ -54,24 +54,5 @@ def test_what_holds_on_every_base_is_checked_on_toybox_too():
 
 def test_without_a_gpu_it_is_one_sentence(capsys, monkeypatch):
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
-    assert gpu.main(["run"]) == 1
+    assert gpu.main() == 1
     assert capsys.readouterr().out.strip().startswith("make gpu needs a GPU that torch can use")
-
-
-def test_the_readmes_column(ran, tmp_path):
-    folder, results = ran
-    (tmp_path / "notebooks").mkdir()
-    (tmp_path / "README.md").write_text("<!-- notebooks: begin -->\n<!-- notebooks: end -->\n")
-    opening = v4.new_markdown_cell("# 06 · Two\n\n**Aim:** see.")
-    measured = {"persres": {"seconds": 30, "peak_gb": 0.5, "machine": "a box"}}
-    nbformat.write(v4.new_notebook(cells=[opening], metadata=measured), tmp_path / "notebooks" / "06_two.ipynb")
-    with pytest.raises(ValueError, match="05_one, 06_two"):
-        gpu.take_over(folder / "build" / "results.json", tmp_path)
-    results = {**results, "notebooks": {"06_two": results["notebooks"]["06_two"] | {"gpu_gb": 3.5, "minutes": 4.2}}}
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    gpu.take_over(tmp_path / "results.json", tmp_path)
-    table = (tmp_path / "README.md").read_text().splitlines()
-    assert table[1].endswith("| memory | toybox on a GPU |") and table[2].count("---") == 5
-    assert table[3].endswith("| 0.5 | 0.5 GB | 4.2 minutes, 3.5 GB |")
-    assert f"the last column on {results['machine']}" in table[5]
-    assert (tmp_path / notebooks.GPU_RESULTS).exists()
