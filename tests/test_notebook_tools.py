@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import nbformat
 import pytest
 
@@ -118,8 +120,13 @@ def test_restamping_a_text_replaces_the_address_everywhere():
 def test_a_signal_ends_a_run_and_is_not_said_to_be_a_dead_kernel(tmp_path):
     ending = "import os, signal, time\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(600)"
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(ending)])
-    with pytest.raises(KeyboardInterrupt, match="ended by a signal"):
-        runs.execute(book, tmp_path)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(KeyboardInterrupt, match="ended by a signal"):
+            runs.execute(book, tmp_path)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_the_table_is_made_from_the_notebooks(ran, tmp_path):
