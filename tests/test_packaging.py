@@ -127,14 +127,6 @@ def test_ci_runs_the_readmes_commands():
     assert last == {"test": {"run": ".ci/run"}, "colab": {"run": "make colab"}, "rehearse": {"run": "make rehearse"}}
 
 
-def test_gpu_runners_use_stable_diffusion_and_keep_what_a_run_left():
-    job = WORKFLOWS["gpu"]["jobs"]["notebooks"]
-    assert job["env"] == {"PERSRES_BASE": "sd-1.4"} and "gpu" in job["runs-on"]
-    _, gpu, tests, kept = job["steps"]
-    assert gpu == {"run": "make gpu"} and tests["if"] == "success() || failure()" and "pytest" in tests["run"]
-    assert kept["if"] == "always()" and kept["with"]["path"] == f"build/{job['env']['PERSRES_BASE']}"
-
-
 def make(*arguments: str, folder: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     command = ["make", f"PYTHON={sys.executable}", *arguments]
@@ -174,7 +166,8 @@ COMMANDS = ("demo", "test", "rehearse", "lab", "notebooks", "gpu", "bench", "pre
 
 def test_every_command_is_listed_and_runs_what_is_there():
     listed = make("help").stdout
-    assert all(re.search(rf"^make {command} +\S", listed, re.MULTILINE) for command in COMMANDS)
+    named = re.findall(r"`make ([a-z]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert all(re.search(rf"^make {command} +\S", listed, re.MULTILINE) for command in (*COMMANDS, *named))
     planned = make("-n", *COMMANDS, "READY=").stdout
     for module in re.findall(r"-m ((?:data|notebooks)\.[\w.]+)", planned):
         path = ROOT / module.replace(".", "/")
