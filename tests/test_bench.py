@@ -34,6 +34,7 @@ def test_the_pipeline_around_the_shape_is_finite_and_samples_and_trains(monkeypa
     narrow = bench_runs.random_pipeline(32, CPU, torch.float32)
     monkeypatch.setattr(bench_runs, "random_pipeline", lambda *_: narrow)
     subject = bench_runs.sd14_shape(CPU)
+    subject.size = 64
     assert (subject.base.vae_scale_factor, subject.base.tokenizer.model_max_length) == (8, 77)
     out = subject.base.unet(torch.randn(1, 4, 16, 16), 10, torch.randn(1, 7, 768)).sample
     assert out.isfinite().all() and out.std() > 0
