@@ -118,9 +118,3 @@ def test_the_glossary_is_sorted_and_names_each_term_once():
     text = (notebooks.ROOT / "notebooks" / "glossary.md").read_text(encoding="utf-8")
     terms = re.findall(r"^### (.+)$", text, re.MULTILINE)
     assert len(terms) > 40 and terms == sorted(set(terms), key=str.lower)
-
-
-@each
-def test_noise_by_hand_is_that_of_training(path):
-    """A sampler may have other noise levels (Euler), and none at all after it has drawn."""
-    assert all(".scheduler.add_noise" not in cell.source or path.stem[:2] == "01" for cell in code(path))
