@@ -86,7 +86,13 @@ STUDIES: dict[str, tuple[Line, ...]] = {
     # The tests run this one; what it must show stands in tests/test_study.py.
     "quick": (
         Line((m.FROZEN,), ("frozen",), pictures=8, concepts=8, biased=True),
-        Line((m.RESIDUAL,), (*WHOLE[-3:], LAG, "swap", "complement"), pictures=8, concepts=8, biased=True),
+        Line(
+            (m.RESIDUAL,),
+            ("whole, x 0.5", "whole, x 1", LAG, "swap", "complement"),
+            pictures=8,
+            concepts=8,
+            biased=True,
+        ),
     ),
     "paper": (
         Line((m.FROZEN,), ("frozen",), ("any",), pictures=1, concepts=10**6),
