@@ -1,6 +1,6 @@
 """The lessons run on the layouts of Stable Diffusion 1, 2 and XL with random weights, and their exercises are proved.
 
-One runs with every other test. The rest, half an hour of work, is for `make rehearse`.
+Two run with every other test. The rest, half an hour of work, is for `make rehearse`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ FEWER_PICTURES = {"[:24]": "[:8]", "[:12]": "[:4]"}
 RUNS = [(path.name[:2], "sd1", "") for path in notebooks.notebook_paths()]
 RUNS += [(number, "sdxl", "") for number in ("01", "02", "03", "04", "05")]
 RUNS += [("02", "sd1", BF16), ("02", "sd2", BF16), ("04", "sd2", BF16)]
-QUICK = ("01", "sd1", "")
+QUICK = [("01", "sd1", ""), ("01", "sdxl", "")]
 
 
 def named(number, kind, first):
-    mark = [] if (number, kind, first) == QUICK else [pytest.mark.slow]
+    mark = [] if (number, kind, first) in QUICK else [pytest.mark.slow]
     return pytest.param(number, kind, first, marks=mark, id=f"{number}-{kind}{'-bf16' * bool(first)}")
 
 
