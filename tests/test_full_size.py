@@ -14,7 +14,7 @@ from tests.tiny import tiny_pipeline
 
 
 @pytest.mark.parametrize(
-    ("kind", "tiny", "masks", "sides"), [("sd-1.4", "sd1", 32, "16, 8, 4, 2"), ("sdxl", "sdxl", 22, "8, 4")]
+    ("kind", "tiny", "masks", "sides"), [("sd-1.4", "sd1", 14, "8, 4, 2"), ("sdxl", "sdxl", 14, "4, 2")]
 )
 def test_a_tiny_run_writes_what_it_found(kind, tiny, masks, sides, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(full_size, "random_pipeline", lambda width, device, dtype, kind: tiny_pipeline(tiny).to(dtype))
