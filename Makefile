@@ -13,8 +13,8 @@ NOTEBOOKS ?= notebooks
 # Tests run side by side, a file at a time, in as many processes as there are cores, each with one thread: the small
 # models gain nothing from more, and lose much where anything else runs.
 WORKERS ?= -n logical --maxprocesses 8
-test: export OMP_NUM_THREADS ?= 1
-test: export MKL_NUM_THREADS ?= 1
+test rehearse: export OMP_NUM_THREADS ?= 1
+test rehearse: export MKL_NUM_THREADS ?= 1
 
 # Notebook 00, with the whole checkout below it so that links to data/ lead somewhere; no news and no looking for updates.
 # What a cell uploads is one message of Lab's websocket, which by itself drops more than 10 MB: two photographs.
@@ -30,7 +30,7 @@ VERSIONS := tests/colab-versions.txt
 TORCH ?= $(shell sed -n 's/^torch==//p' $(VERSIONS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab notebooks gpu bench pretrain results colab size setup clean
+.PHONY: help demo test rehearse lab notebooks gpu bench pretrain results colab size setup clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -45,8 +45,11 @@ test: $(READY)  ## style, types, every test, and every notebook against its save
 	run $(BIN)/mypy; \
 	run $(BIN)/python -m pytest $(WORKERS) --dist loadfile $(ARGS); \
 	run env HF_HUB_OFFLINE=1 PERSRES_BASE=toybox $(BIN)/python -m pytest $(WORKERS) --dist loadscope \
-		--nbval-lax --nbval-current-env $(NOTEBOOKS); \
+		--nbval-lax --nbval-current-env --nbval-kernel-startup-timeout 600 $(NOTEBOOKS); \
 	[ -z "$$failed" ] || { echo "Failed:$$failed" >&2; exit 1; }
+
+rehearse: $(READY)  ## what a release needs once: lessons on every layout, the README in a clone, a browser (an hour)
+	$(BIN)/python -m pytest $(WORKERS) -m slow $(ARGS)
 
 lab: $(READY)  ## the notebooks in JupyterLab, 00 first
 	$(BIN)/jupyter lab $(LAB) $(ROOT) $(ARGS)
@@ -55,7 +58,7 @@ notebooks: $(READY)  ## run every notebook in place and save its outputs
 	$(BIN)/python -m notebooks.tools.notebooks run $(ARGS)
 
 gpu: $(READY)  ## every notebook on Stable Diffusion 1.4 (or PERSRES_BASE=sd-2.1) on this machine's GPU, into build
-	$(BIN)/python -m notebooks.tools.gpu run $(ARGS)
+	$(BIN)/python -m notebooks.tools.gpu $(ARGS)
 
 bench: $(READY)  ## time and memory of sampling and training, against the alternatives
 	$(BIN)/python -m data.make.bench $(ARGS)

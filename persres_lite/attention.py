@@ -28,13 +28,15 @@ from persres_lite.masks import average
 from persres_lite.prompts import Call, watch_prompts, words_of
 from persres_lite.residuals import advising_smaller, find_proj_outs, refuse_compiling, unet_of
 
-Reduce = Callable[[torch.Tensor], torch.Tensor]
 Ask = Callable[[], "tuple[slice, torch.Tensor] | None"]
 Tell = Callable[[str, torch.Tensor], None]
 
 
 def mean(maps: torch.Tensor) -> torch.Tensor:
-    """One map of those of all layers and heads, (B, layers, heads, HW, W) to (B, HW, W): their mean."""
+    """One map of those of all heads of all `attn2` layers under one `proj_out`: their mean.
+
+    There is one layer, but 2 or 10 in SDXL; the paper speaks of neither. (B, layers, heads, HW, W) to (B, HW, W).
+    """
     return maps.mean(2).mean(1)
 
 
@@ -67,8 +69,8 @@ def attend(attn: Any, q: torch.Tensor, k: torch.Tensor, columns: torch.Tensor) -
 class _Watcher:
     """The hooks of one transformer: gathers the maps of its `attn2` layers until its `proj_out` is about to run."""
 
-    def __init__(self, name: str, ask: Ask, tell: Tell, reduce: Reduce) -> None:
-        self.name, self.ask, self.tell, self.reduce = name, ask, tell, reduce
+    def __init__(self, name: str, ask: Ask, tell: Tell) -> None:
+        self.name, self.ask, self.tell = name, ask, tell
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """The transformer begins: whose maps are asked for, and of what size?"""
@@ -94,13 +96,13 @@ class _Watcher:
     def finish(self, module: nn.Module, args: tuple) -> None:
         """`proj_out` is about to run: one map of those of the transformer's layers is told."""
         if self.asked:
-            one = self.reduce(torch.stack(self.maps, 1))  # (rows, HW, W)
+            one = mean(torch.stack(self.maps, 1))  # (rows, HW, W)
             self.tell(self.name, one.transpose(1, 2).unflatten(-1, self.size))
             self.maps = []
 
 
 @contextmanager
-def watch_attention(base: Any, ask: Ask, tell: Tell, reduce: Reduce = mean) -> Iterator[None]:
+def watch_attention(base: Any, ask: Ask, tell: Tell) -> Iterator[None]:
     """Compute maps of chosen tokens in every forward pass inside the context, each one before its `proj_out` runs.
 
     Nothing is kept here but the queries and keys of the layer at work. No gradient flows through a map.
@@ -114,9 +116,6 @@ def watch_attention(base: Any, ask: Ask, tell: Tell, reduce: Reduce = mean) -> I
         columns (rows, T, W); or None.
     tell : callable (name, maps)
         Gets the name of the `proj_out` and its maps (rows, W, h, w).
-    reduce : callable
-        Makes one map of those of all heads of all `attn2` layers under one `proj_out` (one layer, but 2 or 10 in SDXL;
-        the paper speaks of neither): (B, layers, heads, HW, W) to (B, HW, W).
 
     Raises
     ------
@@ -128,7 +127,7 @@ def watch_attention(base: Any, ask: Ask, tell: Tell, reduce: Reduce = mean) -> I
         hooks.callback(refuse_compiling(base).remove)
         for name, proj_out in find_proj_outs(unet).items():
             transformer: Any = unet.get_submodule(name.removesuffix(".proj_out"))
-            watcher = _Watcher(name, ask, tell, reduce)
+            watcher = _Watcher(name, ask, tell)
             handles = [transformer.register_forward_pre_hook(watcher.begin, with_kwargs=True)]
             for attn in (layer.attn2 for layer in transformer.transformer_blocks):
                 keys = attn.to_kv if attn.fused_projections else attn.to_k

@@ -299,8 +299,8 @@ def encode_images(base: Any, images: list[Image.Image]) -> tuple[Tensor, Tensor 
     if vae.dtype != dtype:
         vae.to(dtype)
     mean, *std = (torch.cat(each).float().cpu().unflatten(0, (2, -1)) for each in (means, stds) if each)
-    shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
-    return (mean - shift) * scale, std[0] * scale if std else None
+    scale = vae.config.scaling_factor
+    return mean * scale, std[0] * scale if std else None
 
 
 def encode_prompt(base: Any, prompt: str, size: int) -> dict[str, Any]:

@@ -24,15 +24,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from persres_lite.attention import Reduce, mean, watch_attention
+from persres_lite.attention import watch_attention
 from persres_lite.masks import Rule, average, find_rule, read_mask, resize
 from persres_lite.prompts import Call, watch_prompts
 from persres_lite.residuals import Residuals, add_low_rank, advising_smaller, find_proj_outs, refuse_compiling, unet_of
 
 Masks = dict[tuple[int, str], torch.Tensor]
 
-#: What the negative half's masks are, made of the positive half's.
-NEGATIVE = {"same": torch.clone, "residual": torch.ones_like, "original": torch.zeros_like, "own": None}
 #: Over what maps are averaged.
 AGGREGATE = {None: (), "blocks": ("blocks",), "steps": ("steps",), "both": ("blocks", "steps")}
 
@@ -61,42 +59,36 @@ class Lag:
 @contextmanager
 def localized(
     base: Any,
-    residuals: Residuals | str | Sequence[tuple[Residuals | str, Any]],
+    residuals: Residuals | Sequence[tuple[Residuals, Any]],
     concept: Any = None,
     *,
     mask: str | Rule = "median",
     scale: float = 1.0,
-    unconditional: Literal["same", "own", "residual", "original"] = "same",
     window: tuple[float, float] = (0.0, 1.0),
     fixed_mask: Any = None,
     aggregate: Literal["blocks", "steps", "both"] | None = None,
-    reduce: Reduce = mean,
     prompts: str | Sequence[str] | None = None,
     **options: Any,
 ) -> Iterator[Lag]:
     """f^ = (1 - M) W x + M W' x for every pipeline call inside the context.
 
     Prompts are read from the pipeline call (`prompts.watch_prompts` says how); each row of a batch has its own
-    positions of the concept's words.
+    positions of the concept's words. Under guidance the negative half, whose prompt lacks the concept and of which the
+    paper does not speak, takes the positive half's mask, so that a mask of ones is the plain residual.
 
     Parameters
     ----------
     base : pipeline
         Any scheduler, batch, `num_images_per_prompt`, callback or attention processor; called as usual.
-    residuals : Residuals, str or list of pairs
-        The name of an adapter stands for a LoRA on `proj_out` that the pipeline has loaded. A list of (residuals,
-        concept) pairs localizes several at once; where masks overlap they are divided by their sum, so that weights
-        sum to at most one.
+    residuals : Residuals or list of pairs
+        A list of (residuals, concept) pairs localizes several at once; where masks overlap they are divided by their
+        sum, so that weights sum to at most one. A LoRA of another tool comes by `lora.import_lora`.
     concept : Concept, str or list of str
         Whose attention makes the mask: str(concept) is looked for as a phrase ("sks cat"), else word by word.
     mask : str or callable
         A rule of `masks.RULES`, with its `options`, or a function of maps (B, h, w).
     scale : float
         Strength of the residual inside the mask.
-    unconditional : 'same', 'own', 'residual' or 'original'
-        What the negative half does under guidance, whose prompt lacks the concept; the paper does not say. 'same'
-        (default) uses the positive half's mask, so that a mask of ones is the plain residual; 'own' makes a mask of the
-        attention to the same token positions in the negative prompt; 'residual' is M = 1, 'original' is M = 0.
     window : (float, float)
         The share of steps at which masks are made: (0, 0.5) is the first half. At the others M = 0. A step is one
         U-Net evaluation.
@@ -106,10 +98,6 @@ def localized(
     aggregate : 'blocks', 'steps' or 'both', optional
         Make each mask of an average of maps instead of one block's at one step (the paper's way): over all blocks (for
         those that have not yet run in this pass, their last map), over all steps so far, or over both.
-    reduce : callable
-        How one map is made of those of all heads of all layers under one projection (one layer in SD 1.x, 2.x and
-        Toybox, 2 or 10 in SDXL), of which the paper does not speak: (B, layers, heads, HW, concepts) to
-        (B, HW, concepts). By default the mean.
     prompts : str or list of str, optional
         Needed only if the pipeline is called with `prompt_embeds`, or its U-Net directly.
     **options
@@ -127,29 +115,30 @@ def localized(
         concept's words; from a U-Net call if its text is not that of the prompts (see `prompts.Call.next`), or if the
         U-Net was compiled meanwhile; at the end, if it was passed by.
     """
-    pairs = [(residuals, concept)] if isinstance(residuals, (Residuals, str)) else list(residuals)
+    pairs = [(residuals, concept)] if isinstance(residuals, Residuals) else list(residuals)
     if not 0 <= window[0] < window[1] <= 1:
         raise ValueError(f"The window {window} is not a range of shares: give (start, end) within (0, 1).")
-    localizer = _Localizer(base, find_rule(mask, **options), unconditional, window, AGGREGATE[aggregate])
+    localizer = _Localizer(base, find_rule(mask, **options), scale, window, AGGREGATE[aggregate])
     localizer.concepts = [which if isinstance(which, (list, tuple)) else str(which) for _, which in pairs]
     if fixed_mask is not None:
-        each = fixed_mask if isinstance(fixed_mask, (list, tuple)) and len(pairs) > 1 else [fixed_mask] * len(pairs)
-        localizer.drawn = [mask if isinstance(mask, Mapping) else read_mask(mask) for mask in each]
+        masks = fixed_mask if isinstance(fixed_mask, (list, tuple)) and len(pairs) > 1 else [fixed_mask] * len(pairs)
+        localizer.drawn = [mask if isinstance(mask, Mapping) else read_mask(mask) for mask in masks]
     with ExitStack() as stack:
-        for index, (which, _) in enumerate(pairs):
-            for handle in _project(base, which, partial(localizer.weight, index), scale):
-                stack.callback(handle.remove)
-            if isinstance(which, Residuals) and scale != 0:
-                stack.enter_context(which.token_attached(base))
+        for index, (each, _) in enumerate(pairs):
+            for name, module in each.layers_in(base).items():
+                add = partial(localizer.add, index=index, A=each.A[name], B=each.B[name], name=name)
+                stack.callback(module.register_forward_hook(add).remove)
+            if scale != 0:
+                stack.enter_context(each.token_attached(base))
         stack.enter_context(watch_prompts(base, localizer.begin, prompts, needed=not localizer.drawn))
         if localizer.drawn:
             stack.callback(refuse_compiling(base).remove)
             for name in find_proj_outs(unet_of(base)):
                 block = unet_of(base).get_submodule(name.removesuffix(".proj_out"))
-                hook = partial(localizer.draw, name=name)
-                stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                draw = partial(localizer.draw, name=name)
+                stack.callback(block.register_forward_pre_hook(draw, with_kwargs=True).remove)
         else:
-            stack.enter_context(watch_attention(base, localizer.ask, localizer.tell, reduce))
+            stack.enter_context(watch_attention(base, localizer.ask, localizer.tell))
         stack.enter_context(advising_smaller())
         yield localizer.lag
 
@@ -157,9 +146,8 @@ def localized(
 class _Localizer:
     """One open context. The methods stand in the order in which they are called."""
 
-    def __init__(self, base: Any, rule: Rule, unconditional: str, window: tuple, aggregate: tuple) -> None:
-        self.base, self.rule, self.window, self.aggregate = base, rule, window, aggregate
-        self.negative: Any = NEGATIVE[unconditional]
+    def __init__(self, base: Any, rule: Rule, scale: float, window: tuple, aggregate: tuple) -> None:
+        self.base, self.rule, self.scale, self.window, self.aggregate = base, rule, scale, window, aggregate
         self.concepts: list[Any] = []  # words of each
         self.drawn: list[Any] = []  # masks by hand, one for each concept
         self.lag = Lag()
@@ -170,7 +158,7 @@ class _Localizer:
             self.columns = call.columns(self.concepts)
         self.call = call
         self.lag.prompts, self.lag.parts = call.prompts, [{} for _ in self.concepts]
-        self.sums: dict[tuple[int, str], tuple[torch.Tensor, int]] = {}  # of maps so far, and their number
+        self.sums: dict[str, tuple[torch.Tensor, int]] = {}  # by block: of maps so far, and their number
         self.weights: dict[str, torch.Tensor] = {}  # by block: (concepts, batch, h, w)
 
     def inside(self) -> bool:
@@ -181,31 +169,17 @@ class _Localizer:
         return self.window[0] <= self.call.step / steps < self.window[1]
 
     def ask(self) -> tuple[slice, torch.Tensor] | None:
-        """2. A block attends: in these rows its map is asked for, of these tokens."""
-        if not self.inside():
-            return None
-        if self.negative or self.call.others is None:
-            return self.call.rows, self.columns
-        return slice(None), torch.cat([self.columns, self.columns])
+        """2. A block attends: in the prompts' rows its map is asked for, of these tokens."""
+        return (self.call.rows, self.columns) if self.inside() else None
 
     def tell(self, name: str, maps: torch.Tensor) -> None:
-        """3. The block's maps (rows, concepts, h, w) become masks."""
-        own = not self.negative and self.call.others is not None
-        masks = [
-            torch.stack([self.rule(each) for each in self._mean(half, name, maps[rows]).unbind(1)])
-            for half, rows in enumerate([self.call.rows, self.call.others] if own else [slice(None)])
-        ]
-        self._use(name, masks[0], masks[-1])
-
-    def _mean(self, half: int, name: str, maps: torch.Tensor) -> torch.Tensor:
-        """Maps (images, concepts, h, w) averaged with those of other blocks or of earlier steps, as asked."""
-        if not self.aggregate:
-            return maps
-        before, count = self.sums.get((half, name), (0, 0)) if "steps" in self.aggregate else (0, 0)
-        self.sums[half, name] = before + maps, count + 1
-        names = [block for which, block in self.sums if which == half] if "blocks" in self.aggregate else [name]
-        sums = [self.sums[half, block] for block in names]
-        return average([total / count for total, count in sums], maps.shape[-2:])
+        """3. The block's maps (images, concepts, h, w), or their average with others', become masks."""
+        if self.aggregate:
+            before, count = self.sums.get(name, (0, 0)) if "steps" in self.aggregate else (0, 0)
+            self.sums[name] = before + maps, count + 1
+            sums = list(self.sums.values()) if "blocks" in self.aggregate else [self.sums[name]]
+            maps = average([total / count for total, count in sums], maps.shape[-2:])
+        self._use(name, torch.stack([self.rule(each) for each in maps.unbind(1)]))
 
     def draw(self, module: nn.Module, args: tuple, kwargs: dict, *, name: str) -> None:
         """2 and 3 for masks drawn by hand: a block begins, and they take its size."""
@@ -213,45 +187,19 @@ class _Localizer:
             hidden = args[0] if args else kwargs["hidden_states"]
             each = [mask[self.call.step, name] if isinstance(mask, Mapping) else mask for mask in self.drawn]
             shape = (len(self.call.prompts) or len(hidden), *hidden.shape[-2:])
-            masks = torch.stack([resize(mask, shape[1:]).expand(shape) for mask in each]).to(hidden.device)
-            self._use(name, masks, masks)
+            self._use(name, torch.stack([resize(mask, shape[1:]).expand(shape) for mask in each]).to(hidden.device))
 
-    def _use(self, name: str, positive: torch.Tensor, negative: torch.Tensor) -> None:
-        """Masks (concepts, images, h, w) of both halves become the weights of a block, which sum to at most one."""
-        positive, negative = (masks / masks.sum(0).clamp(min=1) for masks in (positive, negative))
-        for part, mask in zip(self.lag.parts, positive, strict=True):
+    def _use(self, name: str, masks: torch.Tensor) -> None:
+        """Masks (concepts, images, h, w) become the weights of a block in both halves, which sum to at most one."""
+        masks = masks / masks.sum(0).clamp(min=1)
+        for part, mask in zip(self.lag.parts, masks, strict=True):
             part[self.call.step, name] = mask
-        self.weights[name] = positive
-        if self.call.others is not None:
-            negative = self.negative(positive) if self.negative else negative
-            halves = [negative, positive] if self.call.others.start == 0 else [positive, negative]
-            self.weights[name] = torch.cat(halves, 1)
+        self.weights[name] = masks if self.call.others is None else torch.cat([masks, masks], 1)
 
-    def weight(self, index: int, name: str) -> torch.Tensor | None:
-        """4. The block projects: M (batch, h, w) of a concept, or None outside of the window."""
-        return self.weights[name][index] if self.inside() else None
-
-
-def _project(base: Any, which: Residuals | str, weight: Any, scale: float) -> list[Any]:
-    """Hooks that add, or for a loaded LoRA weaken, one concept's residual in every block; returns their handles."""
-
-    def add(module: nn.Module, inputs: tuple, output: torch.Tensor, *, name: str, A, B) -> torch.Tensor:
-        M = weight(name)
-        return output if M is None or scale == 0 else add_low_rank(output, inputs[0], A, B, M, scale)
-
-    def weaken(module: nn.Module, inputs: tuple, output: torch.Tensor, *, name: str) -> torch.Tensor:
-        M = weight(name)
-        if M is None:
-            return output * 0
-        M = M.unsqueeze(1) if output.ndim == 4 else M.flatten(1).unsqueeze(2)
-        return output * (scale * M).to(output.dtype)
-
-    if isinstance(which, str):
-        from persres_lite.lora import adapter_layers  # only who brings a LoRA of others needs to read on there
-
-        layers = adapter_layers(base, which).items()
-        return [layer.register_forward_hook(partial(weaken, name=name)) for name, layer in layers]
-    return [
-        module.register_forward_hook(partial(add, name=name, A=which.A[name], B=which.B[name]))
-        for name, module in which.layers_in(base).items()
-    ]
+    def add(
+        self, module: nn.Module, inputs: tuple, output: torch.Tensor, *, index: int, name: str, A: Any, B: Any
+    ) -> torch.Tensor:
+        """4. The block projects, and a concept's residual is added where its weight says."""
+        if self.scale == 0 or not self.inside():
+            return output
+        return add_low_rank(output, inputs[0], A, B, self.weights[name][index], self.scale)

@@ -236,7 +236,7 @@ class Residuals:
         self.losses: list[float] = []
         self.samples: dict[int, Any] = {}
         self._muted = False
-        self._merged: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # weight, before, after
+        self._merged: list[tuple[nn.Parameter, Tensor]] = []  # weights, and what they were
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -272,7 +272,7 @@ class Residuals:
         refuse_other_base("These residuals", self.metadata, unet)
         modules = find_proj_outs(unet)
         weights = [plain_layer(module).weight for module in modules.values()]
-        if any(weight is merged for weight in weights for merged, _, _ in self._merged):
+        if any(weight is merged for weight in weights for merged, _ in self._merged):
             raise ValueError("These residuals are merged into this model already: call `unmerge()` first.")
         for parameter in self.parameters():  # in place, so that an optimizer keeps its hold on them
             parameter.data = parameter.data.to("cpu" if weights[0].is_meta else weights[0].device)
@@ -334,8 +334,6 @@ class Residuals:
         ValueError
             If these residuals are merged already, or do not fit the model, or its weights are offloaded or quantized.
         """
-        if self._merged:
-            raise ValueError("These residuals are merged into a model already: call `unmerge()` first.")
         refuse_offloaded(base)
         weights = {name: plain_layer(module).weight for name, module in self.layers_in(base).items()}
         for weight in weights.values():  # of a quantized layer it is codes, or a class of its own
@@ -345,24 +343,13 @@ class Residuals:
                     "`attached`, or load the base in half precision."
                 )
         for name, weight in weights.items():
-            before = weight.detach().clone()
+            self._merged.append((weight, weight.detach().clone()))
             weight.copy_((weight.float() + scale * self.delta(name).view_as(weight)).to(weight.dtype))
-            self._merged.append((weight, before, weight.detach().clone()))
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put back the weights from before `merge`, bit for bit.
-
-        Raises
-        ------
-        ValueError
-            If nothing is merged, or if the weights were changed since (several merges are undone in reverse order).
-        """
-        if not self._merged:
-            raise ValueError("These residuals are not merged into a model: call `merge(base)` first.")
-        if not all(torch.equal(weight, after) for weight, _, after in self._merged):
-            raise ValueError("The model's weights were changed after `merge`: undo the later changes first.")
-        for weight, before, _ in self._merged:
+        """Put back the weights from before `merge`, bit for bit; several merges are undone in reverse order."""
+        for weight, before in self._merged:
             weight.copy_(before)
         self._merged = []
 

@@ -241,7 +241,7 @@ def step(
 
 
 class Diverged(RuntimeError):
-    """The training is of no use. `residuals` holds the last good state, or what came out in the end."""
+    """The loss is no longer finite. `residuals` holds the last good state."""
 
     def __init__(self, message: str, residuals: Residuals):
         super().__init__(message)
@@ -312,8 +312,7 @@ def personalize(
         compiled or offloaded, or it is none that learns from pictures and words alone by DDPM's noise (models for
         inpainting and editing, XL's refiner, distilled ones, EDM).
     Diverged
-        If the loss or a gradient is no longer finite (the last good state is in the error, and in `checkpoint`), or if
-        what was learned at the end would drown the model.
+        If the loss or a gradient is no longer finite; the last good state is in the error, and in `checkpoint`.
     OSError
         If `checkpoint` cannot be written before the first step; later on that is a warning.
     MemoryError or RuntimeError
@@ -324,7 +323,7 @@ def personalize(
     Warns
     -----
     UserWarning
-        If pictures have to be enlarged, or memory runs out.
+        If pictures have to be enlarged, memory runs out, or what was learned at the end would drown the model.
     """
     _refuse_untrainable(base)
     scheduler, known, unet = training_scheduler(base), settings_of(base), base.unet.eval().requires_grad_(False)
@@ -342,7 +341,6 @@ def personalize(
     shown = {"desc": f"personalize {concept}", "unit": "step", "disable": not progress}
     bar, at_once = tqdm(total=recipe["steps"], initial=len(state.losses), **shown), recipe["batch_size"]
     frozen = residuals.muted if loss == "outside" else None
-    advice = f"try a rate below {recipe['lr']:g}; the last good state is in this error's .residuals."
     with bar, residuals.attached(base):
         try:
             while len(state.losses) < recipe["steps"]:
@@ -355,11 +353,12 @@ def personalize(
                 if on_step is not None:
                     on_step(len(state.losses), state.losses[-1], residuals)
         except FloatingPointError as error:
-            raise Diverged(f"{error} at step {len(state.losses) + 1}: {advice}", residuals) from None
+            said = f"{error} at step {len(state.losses) + 1}: try a rate below {recipe['lr']:g}"
+            raise Diverged(f"{said}; the last good state is in this error's .residuals.", residuals) from None
         finally:
             keeper.back()
             keeper.write()
-    _refuse_useless(residuals, advice)
+    _doubt(residuals)
     return residuals
 
 
@@ -388,15 +387,15 @@ def _state(unet: Any, residuals: Residuals, lr: float, seed: int) -> State:
     )
 
 
-def _refuse_useless(residuals: Residuals, advice: str) -> None:
-    """A rate can be too high without ever leaving the finite numbers."""
+def _doubt(residuals: Residuals) -> None:
+    """Say so where a rate was too high without ever leaving the finite numbers."""
     first, end = residuals.losses[0], float(np.median(residuals.losses[-max(1, len(residuals.losses) // 5) :]))
     change = max(residuals.delta(name).abs().max().item() for name in residuals.A)
     # Five times the first loss is beyond the noise of a batch; twice 1 is worse than to predict nothing at all. But
     # where layers normalize, the loss says little, and the weights themselves stay below 10.
     if end > min(5 * first, 2 * max(1, first)) or change > 1e3:
         said = f"The loss began at {first:.3g} and ended at {end:.3g}, weights have changed by up to {change:.0e}"
-        raise Diverged(f"{said}: {advice}", residuals)
+        tell(f"{said}: these residuals will hardly draw anything, so try a lower rate.")
 
 
 def samples_every(every: int, base: Any, concept: Concept, seed: int = 0) -> Callable[[int, float, Residuals], None]:

@@ -12,8 +12,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest  # noqa: E402
 
+from persres_lite import attention  # noqa: E402
 from persres_lite.support import notices  # noqa: E402
-from tests.tiny import KINDS, tiny_pipeline  # noqa: E402
+from tests.tiny import tiny_pipeline  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -22,9 +23,9 @@ def unsaid():
     notices._said.clear()
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=["sd1", "sdxl"])
 def pipeline(request):
-    """A fresh tiny pipeline, once for each of 'sd1', 'sd2' and 'sdxl'."""
+    """A fresh tiny pipeline, with convolutions and with linear projections; 'sd2' is between them, and predicts v."""
     return tiny_pipeline(request.param)
 
 
@@ -38,3 +39,9 @@ def sd1():
 def sdxl():
     """A fresh tiny pipeline of the shape of Stable Diffusion XL."""
     return tiny_pipeline("sdxl")
+
+
+@pytest.fixture
+def last_layer(monkeypatch):
+    """Of several layers under one projection the last makes the map, as on page one."""
+    monkeypatch.setattr(attention, "mean", lambda maps: maps[:, -1].mean(1))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 
 from persres_lite.concepts import Concept
@@ -21,6 +21,15 @@ PICTURE = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
 
 
 FAST = {"steps": 3, "batch_size": 1, "lr": 1e-2, "progress": False}
+
+
+def digest(base) -> str:
+    """One hash of every parameter and buffer of a pipeline."""
+    total = hashlib.sha256()
+    for name, part in sorted(base.components.items()):
+        for key, tensor in part.state_dict().items() if isinstance(part, torch.nn.Module) else ():
+            total.update(f"{name} {key}".encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def hooks_of(module: torch.nn.Module) -> int:
@@ -41,7 +50,7 @@ def call_arguments(kind: str, batch: int = 2) -> dict:
     generator = torch.Generator().manual_seed(0)
     text = 64 if kind == "sdxl" else 32
     arguments = {
-        "sample": torch.randn(batch, 4, 16, 16, generator=generator),
+        "sample": torch.randn(batch, 4, 8, 8, generator=generator),
         "timestep": torch.tensor(500),
         "encoder_hidden_states": torch.randn(batch, 77, text, generator=generator),
     }
@@ -60,25 +69,6 @@ def make_concept(pictures=3, size=64, masks=False, **words):
     square.paste(255, (size // 4, size // 4, 3 * size // 4, 3 * size // 4))
     words = {"macro_class": "cat", "token": "sks"} | words
     return Concept("test", images=images, masks=[square] * pictures if masks else None, **words)
-
-
-class Foreign(AttnProcessor2_0, torch.nn.Module):
-    """Like IP-Adapter's: a module that takes (text, picture) tokens and adds a second attention of its own."""
-
-    def __init__(self, width, text):
-        torch.nn.Module.__init__(self)
-        self.to_k_ip = torch.nn.Linear(text, width, bias=False)
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
-        text, picture = encoder_hidden_states[:, :-4], encoder_hidden_states[:, -4:]
-        return AttnProcessor2_0.__call__(self, attn, hidden_states, text) + self.to_k_ip(picture).mean(1, keepdim=True)
-
-
-def install_foreign(unet):
-    for key in unet.attn_processors:
-        if ".attn2." in key:
-            attn = unet.get_submodule(key.removesuffix(".processor"))
-            attn.set_processor(Foreign(attn.inner_dim, 32))
 
 
 def parts_of(base):
@@ -103,11 +93,6 @@ def refiner():
     """XL's second model: the second text encoder alone, and a score for looks among what the U-Net is told."""
     parts = with_unet(
         tiny_pipeline("sdxl"),
-        block_out_channels=(32, 32, 64, 64),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=2,
-        attention_head_dim=(2, 2, 4, 4),
         cross_attention_dim=TEXT_WIDTH,
         projection_class_embeddings_input_dim=5 * 8 + TEXT_WIDTH,
     ) | {"text_encoder": None, "tokenizer": None}

@@ -12,10 +12,10 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from persres_lite import method
-from persres_lite.attention import attend, record_attention, watch_attention
+from persres_lite.attention import attend, record_attention
 from persres_lite.prompts import token_positions
 from persres_lite.residuals import find_proj_outs
-from tests.helpers import hooks_of, install_foreign
+from tests.helpers import hooks_of
 from tests.tiny import sample, tiny_pipeline, tiny_tokenizer
 
 PROMPT = "a photo of a sks cat on the beach"
@@ -76,15 +76,6 @@ def test_more_words_than_a_head_is_wide(sd1):
         torch.testing.assert_close(record.maps[key].flatten(2).mT, explicit[1:], atol=1e-5, rtol=0)
 
 
-def test_maps_of_all_tokens_sum_to_one(sd1):
-    sums = []
-    with watch_attention(sd1.unet, lambda: (slice(None), torch.ones(2, 77, 1)), lambda name, maps: sums.append(maps)):
-        sample(sd1, steps=1)
-    assert len(sums) == 16
-    for each in sums:
-        torch.testing.assert_close(each, torch.ones_like(each))
-
-
 def test_the_picture_is_the_same_bit_for_bit(pipeline):
     original = sample(pipeline)
     with record_attention(pipeline) as record:
@@ -125,14 +116,14 @@ def test_only_what_was_asked_for_is_kept_and_nothing_else_stays_alive(sd1):
         gc.collect()
         assert len(queries) == 3 and all(query() is None for query in queries)
     handle.remove()
-    assert record.steps == [1] and len(record.blocks) == 16
+    assert record.steps == [1] and len(record.blocks) == 7
     assert record.maps[1, "mid_block.attentions.0.proj_out"].shape == (1, 1, 2, 2)
 
 
 def test_batches_of_different_prompts(sd1):
     """Each prompt's word has its own position, and each row its own map; a word that a prompt lacks has none."""
     prompts = ["a sks cat on the beach", "a photo of the beach at night and a sks cat"]
-    latents = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     with record_attention(sd1) as both:
         sample(sd1, prompts, num_images_per_prompt=2, steps=1, latents=latents)
     assert both.prompts == [prompts[0]] * 2 + [prompts[1]] * 2
@@ -143,39 +134,25 @@ def test_batches_of_different_prompts(sd1):
     assert both.map("night", image=2).min() > 0 and not both.map("night", image=0).any()
 
 
-def test_unets_called_directly(sd1):
-    embeds, _ = sd1.encode_prompt(PROMPT, "cpu", 1, False)
-    with record_attention(sd1, PROMPT, ["cat"]) as record:
-        sd1.unet(torch.zeros(1, 4, 16, 16), 10, embeds)
-        sd1.unet(torch.zeros(1, 4, 16, 16), 10, embeds)
-    assert record.steps == [0, 1]
-    assert torch.equal(record.map("cat", 0), record.map("cat", 1))
-
-
 # Whatever else was done to the attention layers
 
 
-@pytest.mark.parametrize("change", ["sliced", "fused projections", "foreign"])
+@pytest.mark.parametrize("change", ["sliced", "fused projections"])
 def test_other_processors_go_on_working_and_are_left_in_place(sd1, change):
     if change == "sliced":
         sd1.enable_attention_slicing(1)
-    elif change == "fused projections":
-        sd1.fuse_qkv_projections()
     else:
-        torch.manual_seed(0)
-        install_foreign(sd1.unet)
+        sd1.fuse_qkv_projections()
     before = dict(sd1.unet.attn_processors)
-    original = sample(sd1, steps=2)
+    original = sample(sd1, steps=1)
     with record_attention(sd1, words=["sks cat"]) as record:
-        assert torch.equal(sample(sd1, steps=2), original)
+        assert torch.equal(sample(sd1, steps=1), original)
         assert sd1.unet.attn_processors == before
     assert sd1.unet.attn_processors == before
-    assert record.map("sks cat").min() > 0
-    if change != "foreign":  # the same maps as without it
-        plain = tiny_pipeline("sd1")
-        with record_attention(plain, words=["sks cat"]) as expected:
-            sample(plain, steps=2)
-        torch.testing.assert_close(record.map("sks cat"), expected.map("sks cat"), atol=1e-5, rtol=1e-4)
+    plain = tiny_pipeline("sd1")
+    with record_attention(plain, words=["sks cat"]) as expected:
+        sample(plain, steps=1)
+    torch.testing.assert_close(record.map("sks cat"), expected.map("sks cat"), atol=1e-5, rtol=1e-4)
 
 
 def test_ip_adapter_of_diffusers(sd1):
@@ -184,13 +161,13 @@ def test_ip_adapter_of_diffusers(sd1):
     unet = sd1.unet
     embeds, _ = sd1.encode_prompt(PROMPT, "cpu", 1, False)
     with record_attention(sd1, PROMPT, ["cat"]) as expected:
-        unet(torch.ones(1, 4, 16, 16), 10, embeds)
+        unet(torch.ones(1, 4, 8, 8), 10, embeds)
     for key in unet.attn_processors:
         if ".attn2." in key:
             attn = unet.get_submodule(key.removesuffix(".processor"))
             attn.set_processor(IPAdapterAttnProcessor2_0(attn.inner_dim, 32, num_tokens=(4,), scale=0.0))
     with record_attention(sd1, PROMPT, ["cat"]) as record:
-        unet(torch.ones(1, 4, 16, 16), 10, (embeds, [torch.randn(1, 1, 4, 32)]))
+        unet(torch.ones(1, 4, 8, 8), 10, (embeds, [torch.randn(1, 1, 4, 32)]))
     torch.testing.assert_close(record.map("cat"), expected.map("cat"))
 
 
@@ -207,7 +184,7 @@ def recorded():
 
 def test_averages(recorded):
     block = recorded.blocks[0]
-    assert recorded.steps == [0, 1, 2] and len(recorded.blocks) == 16
+    assert recorded.steps == [0, 1, 2] and len(recorded.blocks) == 7
     at = recorded.words.index("cat")
     assert torch.equal(recorded.map("cat", 1, block), recorded.maps[1, block][0, at])
     assert torch.equal(recorded.map("cat", -1, block), recorded.map("cat", 2, block))
@@ -215,7 +192,7 @@ def test_averages(recorded):
     torch.testing.assert_close(recorded.map("cat", slice(0, 2), block), early)
     both = recorded.map("sks", 0, block) + recorded.map("cat", 0, block)
     torch.testing.assert_close(recorded.map(["sks", "cat"], 0, block), both)
-    assert recorded.map("cat").shape == (16, 16)  # the finest
+    assert recorded.map("cat").shape == (8, 8)  # the finest
 
 
 @pytest.mark.parametrize("asked", [("dog",), ("cat", 7), ("cat", -4), ("cat", None, "nowhere")])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,20 +10,18 @@ import socket
 import diffusers
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from persres_lite import Concept, localized, personalize
 from persres_lite.bases import BASES, load_base, settings_of, source_of
 from persres_lite.support import weights as weights_of_bases
-from tests.helpers import with_unet
-from tests.tiny import KINDS, sample, tiny_pipeline
+from tests.helpers import digest, with_unet
+from tests.tiny import sample, tiny_pipeline
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Tiny pipelines saved in diffusers' layout, by kind."""
-    folders = {kind: tmp_path_factory.mktemp(kind) / "model" for kind in KINDS}
+    folders = {kind: tmp_path_factory.mktemp(kind) / "model" for kind in ("sd1", "sdxl")}
     for kind, folder in folders.items():
         tiny_pipeline(kind).save_pretrained(folder)
     return folders
@@ -34,35 +31,25 @@ def modules(pipeline):
     return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
 
 
-def fingerprint(pipeline) -> str:
-    """A hash of every number of every model in the pipeline."""
-    digest = hashlib.sha256()
-    for name, part in sorted(modules(pipeline).items()):
-        for key, tensor in sorted(part.state_dict().items()):
-            digest.update(f"{name}.{key}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 # ------------------------------------------------------------------------------------------------- what is loaded
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_a_folder_is_loaded_frozen_and_in_eval_mode(folders, kind):
     base = load_base(folders[kind], device="cpu")
+    assert settings_of(base).name == str(folders[kind])
     assert set(modules(base)) >= {"unet", "vae", "text_encoder"}
     for part in modules(base).values():
         assert not part.training
         assert not any(parameter.requires_grad for parameter in part.parameters())
         assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
-    assert fingerprint(base) == fingerprint(tiny_pipeline(kind)), "the very numbers that were saved"
+    assert digest(base) == digest(tiny_pipeline(kind)), "the very numbers that were saved"
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_precisions(folders, dtype):
-    base = load_base(str(folders["sd1"]), device="cpu", dtype=dtype)
+def test_half_precision(folders):
+    base = load_base(str(folders["sd1"]), device="cpu", dtype=torch.bfloat16)
     assert type(base) is diffusers.StableDiffusionPipeline, "the plain pipeline of diffusers"
-    assert {parameter.dtype for parameter in base.unet.parameters()} == {dtype}
+    assert {parameter.dtype for parameter in base.unet.parameters()} == {torch.bfloat16}
 
 
 def test_xl_decodes_in_fp32_when_it_is_in_fp16(folders):
@@ -75,7 +62,6 @@ def test_xl_decodes_in_fp32_when_it_is_in_fp16(folders):
 
 
 def test_the_device_is_what_was_asked_for(folders):
-    assert load_base(folders["sd1"], device=torch.device("cpu")).device.type == "cpu"
     for kind, present in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
         if present:
             assert load_base(folders["sd1"], device=kind).device.type == kind
@@ -92,31 +78,10 @@ def test_the_safety_checker_is_left_out_unless_asked_for(folders, monkeypatch):
         return load(source, **options)
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", listen)
-    load_base(folders["sd1"])
     load_base(folders["sd1"], safety_checker=True)
-    load_base(folders["sdxl"])
-    left_out = {"safety_checker": None, "requires_safety_checker": False}
-    assert asked == [left_out, {}, {}], "XL never had one, and its pipeline warns of arguments that it does not know"
-
-
-# ---------------------------------------------------------------------------------------------- frozen, measured
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_parameter_changes_in_training_and_sampling(folders, kind):
-    base = load_base(folders[kind], device="cpu")
-    before = fingerprint(base)
-    concept = Concept("red", "cat", images=[Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")])
-    residuals = personalize(base, concept, steps=2, batch_size=2, rank=2, progress=False)
-    assert fingerprint(base) == before
-    assert any(delta.abs().max() > 0 for delta in map(residuals.delta, residuals.ranks)), "training did something"
-    with residuals.attached(base):
-        base("a sks cat", height=64, width=64, num_inference_steps=2, output_type="latent")
-    with localized(base, residuals, concept):
-        base("a sks cat", height=64, width=64, num_inference_steps=2, output_type="latent")
-    assert fingerprint(base) == before
-    for part in modules(base).values():
-        assert not part.training and not any(parameter.requires_grad for parameter in part.parameters())
+    load_base(folders["sdxl"])  # XL never had one, and its pipeline warns of arguments that it does not know
+    load_base(folders["sd1"])
+    assert asked == [{}, {}, {"safety_checker": None, "requires_safety_checker": False}]
 
 
 # ------------------------------------------------------------------------------------- names, places, the network
@@ -137,9 +102,9 @@ def test_toybox_needs_no_network(monkeypatch):
 
 
 def test_the_environment_variable_is_the_switch(folders, monkeypatch):
-    monkeypatch.setenv("PERSRES_BASE", str(folders["sd2"]))
-    assert load_base().scheduler.config.prediction_type == "v_prediction"
-    assert type(load_base(folders["sdxl"])) is diffusers.StableDiffusionXLPipeline, "what is asked for goes first"
+    monkeypatch.setenv("PERSRES_BASE", str(folders["sdxl"]))
+    assert type(load_base()) is diffusers.StableDiffusionXLPipeline
+    assert type(load_base(folders["sd1"])) is diffusers.StableDiffusionPipeline, "what is asked for goes first"
     monkeypatch.setenv("PERSRES_BASE", "no-such-base")
     with pytest.raises(ValueError, match="no-such-base"):
         load_base()
@@ -161,7 +126,7 @@ def test_a_repository_is_asked_for_by_commit_and_without_a_network_said_to_be_mi
 
 def test_a_folder_that_holds_half_precision_alone(folders, tmp_path):
     tiny_pipeline("sd1").save_pretrained(tmp_path / "model", variant="fp16")
-    assert fingerprint(load_base(tmp_path / "model", device="cpu")) == fingerprint(tiny_pipeline("sd1"))
+    assert digest(load_base(tmp_path / "model", device="cpu")) == digest(tiny_pipeline("sd1"))
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
@@ -180,8 +145,8 @@ def test_all_weights_in_one_file(tmp_path, monkeypatch, kind):
 
 def test_a_u_net_of_several_depths_in_one_level(folders, tmp_path):
     """SSD-1B's: XL, with layers left out here and there."""
-    depths = {"transformer_layers_per_block": [1, [2, 1], [1, 2]]}
-    depths["reverse_transformer_layers_per_block"] = [[2, 1, 1], [1, 2, 1], 1]
+    depths = {"transformer_layers_per_block": [1, [2], [1]]}
+    depths["reverse_transformer_layers_per_block"] = [[2, 1], [1, 2], 1]
     parts = with_unet(tiny_pipeline("sdxl"), **depths)
     diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False).save_pretrained(tmp_path)
     base = load_base(tmp_path, device="cpu")
@@ -289,37 +254,29 @@ def test_entries_of_known_bases():
         settings_of("some/model")
 
 
-@pytest.mark.parametrize("kind, relative", [("sd1", "sd-1.4"), ("sd2", "sd-1.4"), ("sdxl", "sdxl")])
-def test_the_entry_of_an_unknown_base_follows_from_its_structure(folders, kind, relative):
-    base = load_base(folders[kind])
+@pytest.mark.parametrize("kind, relative", [("sd2", "sd-1.4"), ("sdxl", "sdxl")])
+def test_the_entry_of_an_unknown_base_follows_from_its_structure(tmp_path, kind, relative):
+    """Also of a model of one's own in a folder that is named like a shipped one."""
+    base = tiny_pipeline(kind)
+    assert settings_of(base).name == "unnamed"
+    base.register_to_config(_name_or_path=str(tmp_path / "toybox-sd"))
     found = settings_of(base)
     assert found.size == 64 == found.sampling["height"] == found.sampling["width"]
     assert found.sampling["guidance_scale"] == BASES[relative].sampling["guidance_scale"]
-    assert found.recipe == BASES[relative].recipe and found.name == str(folders[kind])
+    assert found.recipe == BASES[relative].recipe and found.name == str(tmp_path / "toybox-sd")
     assert base(found.prompts[0], **found.sampling | {"num_inference_steps": 1}).images[0].size == (64, 64)
-    assert settings_of(tiny_pipeline(kind)).name == "unnamed"
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_a_schedule_down_to_no_signal_is_drawn_with_its_guidance_turned_down(kind):
+def test_a_schedule_down_to_no_signal_is_drawn_with_its_guidance_turned_down(sdxl):
     """Everybody who draws with `settings_of(base).sampling` gets it, and the call takes it."""
-    base = tiny_pipeline(kind)
-    assert "guidance_rescale" not in settings_of(base).sampling and "guidance_rescale" not in BASES["toybox"].sampling
-    scheduler = diffusers.DDIMScheduler.from_config(
-        base.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction"
+    assert "guidance_rescale" not in settings_of(sdxl).sampling and "guidance_rescale" not in BASES["toybox"].sampling
+    sdxl.scheduler = diffusers.DDIMScheduler.from_config(
+        sdxl.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction"
     )
-    base.scheduler = scheduler
-    options = settings_of(base).sampling | {"num_inference_steps": 2}
+    options = settings_of(sdxl).sampling | {"num_inference_steps": 2}
     assert options["guidance_rescale"] == 0.7
     drawn, plain = (
-        base("a cat", generator=torch.Generator().manual_seed(0), output_type="latent", **chosen).images
+        sdxl("a cat", generator=torch.Generator().manual_seed(0), output_type="latent", **chosen).images
         for chosen in (options, options | {"guidance_rescale": 0.0})
     )
     assert drawn.isfinite().all() and not torch.allclose(drawn, plain)
-
-
-def test_a_model_of_ones_own_in_a_folder_named_like_a_shipped_one(folders, tmp_path):
-    shutil.copytree(folders["sd1"], tmp_path / "toybox-sd")
-    base = load_base(tmp_path / "toybox-sd")
-    assert settings_of(base).name == str(tmp_path / "toybox-sd") and settings_of(base).recipe["rank"] == 0.05
-    assert settings_of(load_base("toybox")) is BASES["toybox"]

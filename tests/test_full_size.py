@@ -1,7 +1,8 @@
-"""The command that runs Stable Diffusion 1.4 at full size with random weights, tried at a tenth of its width."""
+"""The command that runs Stable Diffusion 1.4 at full size with random weights, tried on tiny models of its shape."""
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -9,23 +10,22 @@ import torch
 
 from data.make import full_size
 from persres_lite import Residuals
+from tests.tiny import tiny_pipeline
 
 
-@pytest.mark.parametrize(("kind", "masks", "sides"), [("sd-1.4", 32, "32, 16, 8, 4"), ("sdxl", 22, "16, 8")])
-def test_a_trial_at_reduced_width(kind, masks, sides, tmp_path, capsys):
-    full_size.main([kind, "--device=cpu", "--width=32", f"--out={tmp_path}"])
+@pytest.mark.parametrize(
+    ("kind", "tiny", "masks", "sides"), [("sd-1.4", "sd1", 14, "8, 4, 2"), ("sdxl", "sdxl", 14, "4, 2")]
+)
+def test_a_tiny_run_writes_what_it_found(kind, tiny, masks, sides, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(full_size, "random_pipeline", lambda width, device, dtype, kind: tiny_pipeline(tiny).to(dtype))
+    monkeypatch.setattr(full_size, "measure", functools.partial(full_size.measure, batch=1, size=64, rounds=1))
+    full_size.main([kind, "--device=cpu", f"--out={tmp_path}"])
     file = tmp_path / full_size.KINDS[kind][1]
     found = json.loads(file.with_suffix(".json").read_text())
-    assert (found["masks in two steps"], found["their sides"]) == (masks, sides)  # two steps; of 256 pixels
+    assert (found["masks in two steps"], found["their sides"]) == (masks, sides)
     assert found["every latent and every factor is finite"] == "yes"
     text = file.with_suffix(".md").read_text()
-    assert text.strip() == capsys.readouterr().out.strip() and "32 channels wide instead of 320" in text
-
-
-def test_a_trial_is_no_result(capsys):
-    with pytest.raises(SystemExit):
-        full_size.main(["--width=32"])
-    assert "--out" in capsys.readouterr().err
+    assert text.strip() == capsys.readouterr().out.strip() and f"`python -m data.make.full_size {kind}`" in text
 
 
 def test_what_is_not_finite_is_said(sd1, monkeypatch):

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "attention": FIRST,
     "training": FIRST | {"attention"},
     "lora": FIRST,
-    "localize": FIRST | {"attention", "lora"},
+    "localize": FIRST | {"attention"},
     "evaluation": FIRST | {"localize"},
     "toybox": set(),
     "course": METHOD | {"toybox"},

@@ -19,9 +19,9 @@ from persres_lite.toybox.render import draw
 
 @pytest.fixture(scope="module")
 def renders():
-    """Twelve scenes of one toy, each with its picture and what is read from it."""
+    """Eight scenes of one toy, each with its picture and what is read from it."""
     rng, found = random.Random("inverse-test"), []
-    for index in range(12):
+    for index in range(8):
         kind, place = world.CLASSES[index % 10], world.PLACES[index % 8]
         style = world.STYLES[1 + index // 4] if index % 4 == 3 else None
         scene = world.random_view(rng, (world.random_toy(rng, kind),), place, style)
@@ -31,10 +31,10 @@ def renders():
 
 
 def test_own_paint_is_ranked_first_on_fresh_renders(renders):
-    assert sum(reading.rank == 1 for _, _, reading in renders) >= 10
+    assert sum(reading.rank == 1 for _, _, reading in renders) >= 7
     for part in ("main", "second", "pattern", "accessory"):
         right = [getattr(reading.toy, part) == getattr(scene.toys[0], part) for scene, _, reading in renders]
-        assert sum(right) >= 9, part
+        assert sum(right) >= 6, part
 
 
 def test_the_view_that_is_found_is_the_one_that_was_drawn(renders):
@@ -65,11 +65,11 @@ def test_a_toy_that_is_not_there_leaves_a_larger_error(renders):
 
 def test_concepts_are_recognized_in_a_reference():
     ranks = []
-    for name in ("plum-cat", "comet-rocket", "berry-mug"):
+    for name in ("plum-cat", "comet-rocket"):
         toy, place = concepts.all_shipped()[name]
         image = Image.open(data_dir() / "concepts" / name / "0.png")
         ranks.append(read(image, toy, concepts.views(name, toy, place)[0].place).rank)
-    assert sum(rank == 1 for rank in ranks) >= 2
+    assert min(ranks) == 1
 
 
 def test_rows_of_the_renderer_as_judge_can_be_written(renders):

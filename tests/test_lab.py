@@ -4,7 +4,6 @@ in a real browser, where one is installed, a slider moves the picture.
 
 from __future__ import annotations
 
-import asyncio
 import html
 import importlib.util
 import io
@@ -86,8 +85,8 @@ def until(condition) -> None:
         time.sleep(0.2)
 
 
-def get(address: str, data: bytes | None = None) -> bytes:
-    request = urllib.request.Request(address, data, headers={"Authorization": f"token {TOKEN}"})
+def get(address: str) -> bytes:
+    request = urllib.request.Request(address, headers={"Authorization": f"token {TOKEN}"})
     try:
         with urllib.request.urlopen(request, timeout=PLENTY) as answer:
             return answer.read()
@@ -115,27 +114,6 @@ def test_nobody_is_asked_for_news_nothing_looks_for_updates_and_no_option_is_unk
     assert not re.search(r"Running as root|root_dir|deprecated.*(?:LabApp|ServerApp)|Unrecognized", text), text[-2000:]
 
 
-def test_six_photographs_of_5_mb_reach_the_kernel_in_one_message(lab):
-    from tornado.websocket import websocket_connect
-
-    address, _, _ = lab
-    kernel = json.loads(get(f"{address}/api/kernels", b"{}"))["id"]
-    header = {"msg_id": "m", "msg_type": "kernel_info_request", "session": "s", "username": "", "version": "5.3"}
-    message = {"header": header | {"date": ""}, "parent_header": {}, "content": {}, "channel": "shell"}
-    message["metadata"] = {"photographs": "x" * 31_000_000}
-
-    async def answered() -> bool:
-        socket = await websocket_connect(f"{address.replace('http', 'ws')}/api/kernels/{kernel}/channels?token={TOKEN}")
-        await socket.write_message(json.dumps(message))
-        while (said := await socket.read_message()) is not None:  # None: the server has closed it
-            said = json.loads(said)
-            if said["msg_type"] == "kernel_info_reply" and said["parent_header"]["msg_id"] == "m":
-                return True
-        return False
-
-    assert asyncio.run(answered())
-
-
 def test_only_root_is_allowed_to_be_root(tmp_path):
     tool = tmp_path / "id"
     for number, allowed in (("0", True), ("1000", False)):
@@ -159,6 +137,7 @@ display(button, arrived)
 explorers.compare({{k / 2: {{"LAG": Image.new("RGB", (64, 64), (100 * k, 0, 200))}} for k in range(3)}})"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed (apt-get install chromium)")
 @pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed")
 def test_in_a_browser_a_slider_moves_the_picture_and_photographs_arrive(lab, tmp_path):

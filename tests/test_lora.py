@@ -10,7 +10,6 @@ import torch
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -52,7 +51,7 @@ def test_bare_diffusers_draws_the_same_picture(pipeline, format, tmp_path):
     pipeline.load_lora_weights(str(path))  # nothing of this package is in the way
     theirs = sample(pipeline, PROMPT)
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
-    assert (theirs - original).abs().max() > 0.1
+    assert (theirs - original).abs().max() > 0.02
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -87,27 +86,6 @@ def test_the_shapes_and_names_are_those_of_the_two_formats(pipeline, tmp_path):
     assert len(alphas) == len(residuals.ranks)
 
 
-def test_words_rule_and_alphas_are_in_the_metadata(sd1, tmp_path):
-    residuals = make_residuals(sd1)
-    for format in FORMATS:
-        path = tmp_path / f"{format}.safetensors"
-        export_lora(residuals, path, format)
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        wanted = {"persres_lite.token": "sks", "persres_lite.macro_class": "cat", "persres_lite.rank": "0.1"}
-        assert wanted.items() <= metadata.items()
-        if format == "diffusers":
-            config = json.loads(metadata["lora_adapter_metadata"])
-            assert config["unet.alpha_pattern"] == config["unet.rank_pattern"] == residuals.ranks
-            assert LoraConfig(**{key.removeprefix("unet."): value for key, value in config.items()})
-
-
-def test_the_message_names_the_words_and_what_stays(sd1, tmp_path):
-    for format, hint in (("diffusers", "load_lora_weights"), ("kohya", "ComfyUI")):
-        message = export_lora(make_residuals(sd1), tmp_path / "cat.safetensors", format)
-        assert 'type "sks cat"' in message and "(LAG)" in message and hint in message and "tiny" in message
-
-
 def lora_by_peft(base, targets, ranks=None, alpha=None, **options):
     """A LoRA that PEFT itself made, with random factors, as (config, state dict)."""
     config = LoraConfig(
@@ -124,8 +102,9 @@ def lora_by_peft(base, targets, ranks=None, alpha=None, **options):
     return config, get_peft_model_state_dict(base.unet)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}])
-def test_a_lora_that_diffusers_wrote_is_imported_with_its_alphas(pipeline, tmp_path, options):
+@pytest.mark.parametrize(("kind", "options"), [("sd1", {}), ("sdxl", {"use_rslora": True})])
+def test_a_lora_that_diffusers_wrote_is_imported_with_its_alphas(tmp_path, kind, options):
+    pipeline = tiny_pipeline(kind)
     ranks, alpha = {"mid_block.attentions.0.proj_out": 2}, {"mid_block.attentions.0.proj_out": 5, "up_blocks.1.*": 3}
     config, state = lora_by_peft(pipeline, ["proj_out"], ranks, alpha, **options)
     theirs = sample(pipeline, PROMPT)
@@ -133,18 +112,18 @@ def test_a_lora_that_diffusers_wrote_is_imported_with_its_alphas(pipeline, tmp_p
     type(pipeline).save_lora_weights(
         tmp_path, unet_lora_layers=state, unet_lora_adapter_metadata=metadata | {"target_modules": ["proj_out"]}
     )
-    fresh = tiny_pipeline(kind_of(pipeline))
+    fresh = tiny_pipeline(kind)
     residuals = import_lora(tmp_path / "pytorch_lora_weights.safetensors", fresh)
     assert residuals.ranks["mid_block.attentions.0.proj_out"] == 2
     original = sample(fresh, PROMPT)
     with residuals.attached(fresh):
         torch.testing.assert_close(sample(fresh, PROMPT), theirs, rtol=1e-4, atol=1e-4)
-    assert (theirs - original).abs().max() > 0.1
+    assert (theirs - original).abs().max() > 0.02
 
 
 def test_pefts_own_file_needs_its_config_beside_it(sd1, tmp_path):
     config, state = lora_by_peft(sd1, ["proj_out"])
-    theirs = sample(sd1, PROMPT)
+    theirs = sample(sd1, PROMPT, steps=1)
     path = tmp_path / "adapter_model.safetensors"
     save_file({f"base_model.model.{key}": tensor.contiguous() for key, tensor in state.items()}, path)
     fresh = tiny_pipeline("sd1")
@@ -152,7 +131,7 @@ def test_pefts_own_file_needs_its_config_beside_it(sd1, tmp_path):
         import_lora(path, fresh)
     config.save_pretrained(tmp_path)
     with import_lora(path, fresh).attached(fresh):
-        torch.testing.assert_close(sample(fresh, PROMPT), theirs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sample(fresh, PROMPT, steps=1), theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_kohyas_alphas_scale(sd1, tmp_path):
@@ -166,21 +145,6 @@ def test_kohyas_alphas_scale(sd1, tmp_path):
     for name in residuals.A:
         factor = 0.25 if name.startswith("mid") else 1.0
         torch.testing.assert_close(again.delta(name), residuals.delta(name) * factor)
-
-
-def test_a_lora_on_other_layers_is_refused_unless_only_its_part_is_asked_for(sd1, tmp_path):
-    _, state = lora_by_peft(sd1, ["proj_out", "to_q"])
-    type(sd1).save_lora_weights(tmp_path, unet_lora_layers=state)
-    path, fresh = tmp_path / "pytorch_lora_weights.safetensors", tiny_pipeline("sd1")
-    with pytest.raises(ValueError, match=r"64 tensors that belong elsewhere.*only_proj_out=True"):
-        import_lora(path, fresh)
-    assert set(import_lora(path, fresh, only_proj_out=True).ranks.values()) == {4}
-
-
-def kind_of(base):
-    if hasattr(base, "text_encoder_2"):
-        return "sdxl"
-    return "sd2" if base.unet.config.use_linear_projection else "sd1"
 
 
 # What other tools show
@@ -243,9 +207,9 @@ MID = "mid_block.attentions.0.proj_out"
 MID_KOHYA = "lora_unet_" + MID.replace(".", "_")
 #: The names of the original model's blocks, in which kohya's scripts save XL, in the order of the forward pass.
 SGM = [
-    *(f"input_blocks_{number}_1" for number in (4, 5, 7, 8)),
+    *(f"input_blocks_{number}_1" for number in (3, 5)),
     "middle_block_1",
-    *(f"output_blocks_{number}_1" for number in range(6)),
+    *(f"output_blocks_{number}_1" for number in range(4)),
 ]
 
 
@@ -265,12 +229,12 @@ def test_kohyas_own_names_of_xl(sdxl, tmp_path):
     for name in residuals.A:
         assert torch.equal(again.delta(name), residuals.delta(name)), name
     with again.attached(sdxl):
-        expected = sample(sdxl, PROMPT)
+        expected = sample(sdxl, PROMPT, steps=1)
     sdxl.load_lora_weights(str(path))  # diffusers reads them in the same way
-    torch.testing.assert_close(sample(sdxl, PROMPT), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sample(sdxl, PROMPT, steps=1), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_factors_in_few_bits(unets, tmp_path, dtype):
     residuals, path = make_residuals(unets["sd1"]), tmp_path / "cat.safetensors"
     export_lora(residuals, path, "kohya")
@@ -297,7 +261,7 @@ INSIDE = f"unet.{MID}.lora_"
         (f"{INSIDE}B.bias", torch.ones(64), "no plain LoRA"),
         (f"{INSIDE}A.weight", torch.ones(6, 64, 3, 3), "made for another base"),
         (f"{INSIDE}A.weight", torch.full((6, 64, 1, 1), math.inf), "holds NaN or infinity"),
-        (f"{INSIDE}B.weight", None, f"no LoRA on 1 of the 16 output projections, the first '{MID}'"),
+        (f"{INSIDE}B.weight", None, f"no LoRA on 1 of the 7 output projections, the first '{MID}'"),
         ("text_encoder.lora_B.weight", torch.ones(2), r"belong elsewhere.*--only-proj-out"),
     ],
 )
@@ -317,7 +281,7 @@ def test_a_tensor_that_cannot_be_meant_is_refused(unets, tmp_path, name, tensor,
 def test_files_of_another_kind_are_refused(unets, tmp_path):
     residuals, path = make_residuals(unets["sd1"]), tmp_path / "cat.safetensors"
     export_lora(residuals, path)
-    with pytest.raises(ValueError, match="made for a U-Net with 16 convolutions"):
+    with pytest.raises(ValueError, match="made for a U-Net with 7 convolutions"):
         import_lora(path, unets["sd2"])
     with pytest.raises(ValueError, match=r"SD 1\.x and 2\.x files do not cross-load"):
         import_lora(rewritten(path, lambda tensors, metadata: metadata.clear()), unets["sd2"])
@@ -334,28 +298,3 @@ def test_what_cannot_be_exported_is_refused_and_leaves_no_file(sd1, tmp_path):
     with pytest.raises(ValueError, match="without train_token"):
         export_lora(residuals, tmp_path / "cat.safetensors")
     assert not list(tmp_path.iterdir())
-
-
-# Alphas
-
-
-@pytest.mark.parametrize(
-    ("pattern", "hits"),
-    [
-        (MID, [MID]),
-        ("attentions.0.proj_out", ["down_blocks.0.attentions.0.proj_out", MID]),
-        (f"^{MID}", [MID]),
-        ("mid_block.*.proj_out$", [MID]),
-        ("proj_in", []),
-    ],
-)
-def test_names_in_a_configuration_mean_what_they_mean_to_peft(unets, tmp_path, pattern, hits):
-    residuals, path = make_residuals(unets["sd1"]), tmp_path / "cat.safetensors"
-    export_lora(residuals, path)
-    config = {"unet.lora_alpha": 6, "unet.alpha_pattern": {pattern: 60}}
-    rewritten(path, lambda tensors, metadata: metadata.update(lora_adapter_metadata=json.dumps(config)))
-    again = import_lora(path, unets["sd1"])
-    for name in ("down_blocks.0.attentions.0.proj_out", MID, "up_blocks.1.attentions.1.proj_out"):
-        ratio = (again.delta(name).norm() / residuals.delta(name).norm()).item() * residuals.ranks[name]
-        assert ratio == pytest.approx(60 if name in hits else 6, rel=1e-3), name
-        assert (get_pattern_key([pattern], name) == pattern) == (name in hits), "as PEFT itself takes it"

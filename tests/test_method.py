@@ -13,8 +13,6 @@ from diffusers import AutoencoderTiny
 
 from persres_lite import method
 from persres_lite.bases import encode_prompt
-from persres_lite.localize import localized
-from persres_lite.prompts import find_words
 from persres_lite.residuals import Residuals, find_proj_outs
 from persres_lite.training import personalize, training_scheduler, training_set
 from tests.helpers import call_arguments, make_concept, random_residuals
@@ -56,14 +54,14 @@ def test_lessons_02_03_and_05_write_the_page_word_for_word():
 def test_it_trains_to_the_same_losses_and_factors(kind, rank):
     base, concept = tiny_pipeline(kind), make_concept()
     torch.manual_seed(0)
-    width = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
-    base.vae = AutoencoderTiny(**width, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1))  # nothing is drawn
-    ours = personalize(base, concept, steps=5, batch_size=2, lr=1e-3, rank=rank, seed=7, progress=False)
+    width = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    base.vae = AutoencoderTiny(**width, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4)  # nothing is drawn
+    ours = personalize(base, concept, steps=3, batch_size=2, lr=1e-3, rank=rank, seed=7, progress=False)
 
     A, B = factors_of(Residuals(base, rank=rank, seed=7))
     latents = training_set(base, concept).mean
     text = encode_prompt(base, concept.training_prompt, 64)["encoder_hidden_states"]
-    scheduler, recipe = training_scheduler(base), {"steps": 5, "batch": 2, "lr": 1e-3, "seed": 7}
+    scheduler, recipe = training_scheduler(base), {"steps": 3, "batch": 2, "lr": 1e-3, "seed": 7}
     losses = method.train(base.unet, scheduler, A, B, latents, text, **recipe)
 
     assert losses == pytest.approx(ours.losses, rel=1e-5)
@@ -78,18 +76,18 @@ def test_the_blocks_are_found_in_the_same_order(kind):
     assert [block.proj_out for block in method.blocks_of(unet)] == list(find_proj_outs(unet).values())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_the_residual_everywhere_is_the_same_through_a_whole_run(kind):
     base = tiny_pipeline(kind)
     residuals = random_residuals(base)
     with residuals.attached(base):
-        ours = sample(base, PROMPT, steps=2)
+        ours = sample(base, PROMPT)
     with method.attached(base.unet, *factors_of(residuals)):
-        torch.testing.assert_close(ours, sample(base, PROMPT, steps=2), atol=1e-5, rtol=1e-5)
-    assert (ours - sample(base, PROMPT, steps=2)).abs().max() > 0.1  # it does matter
+        torch.testing.assert_close(ours, sample(base, PROMPT), atol=1e-5, rtol=1e-5)
+    assert (ours - sample(base, PROMPT)).abs().max() > 0.1  # it does matter
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_gradients_are_the_same(kind):
     unet = tiny_pipeline(kind).unet
     residuals = random_residuals(unet)
@@ -102,19 +100,3 @@ def test_gradients_are_the_same(kind):
         assert scale > 0
         torch.testing.assert_close(one.grad, other.grad, atol=1e-4 * scale, rtol=1e-4)
     assert all(parameter.grad is None for parameter in unet.parameters())
-
-
-@pytest.mark.parametrize("kind", ["sd1", "sd2"])
-def test_lag_is_the_same_through_a_whole_guided_run(kind):
-    base = tiny_pipeline(kind)
-    residuals = random_residuals(base)
-    with localized(base, residuals, "sks cat") as found:
-        ours = sample(base, PROMPT, steps=4)
-    positions = find_words(base, [PROMPT], "sks cat")[0]
-    with method.lag(base.unet, *factors_of(residuals), positions) as masks:
-        theirs = sample(base, PROMPT, steps=4)
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    for name, mask in zip(residuals.A, masks, strict=True):
-        assert torch.equal(found.masks[3, name].flatten(1), mask[:1]), name
-    with residuals.attached(base):
-        assert (ours - sample(base, PROMPT, steps=4)).abs().max() > 0.1  # and not the residual everywhere

@@ -126,6 +126,6 @@ def test_contexts_inside_contexts_each_hear_of_the_call(sd1):
 def test_calls_that_nobody_announced(sd1):
     embeds = sd1.encode_prompt(PROMPT, "cpu", 1, False)[0]
     with watch_prompts(sd1, lambda call: None), pytest.raises(ValueError, match="No prompt is known yet"):
-        sd1.unet(torch.zeros(1, 4, 16, 16), 10, embeds)
+        sd1.unet(torch.zeros(1, 4, 8, 8), 10, embeds)
     with watch_prompts(sd1, lambda call: None, needed=False):  # as for masks that are drawn by hand
-        sd1.unet(torch.zeros(1, 4, 16, 16), 10, embeds)
+        sd1.unet(torch.zeros(1, 4, 8, 8), 10, embeds)

@@ -20,9 +20,9 @@ def test_the_mean_counts_each_concept_once_whatever_it_has():
 def test_two_concepts_of_one_picture_give_the_three_means_that_can_be_drawn():
     """0 and 1, each drawn twice with replacement: 0, 1/2 and 1 with chances 1/4, 1/2 and 1/4."""
     groups = {"cat": {0: [0.0]}, "car": {0: [1.0]}}
-    wide = bootstrap(groups, draws=4000, level=0.95)
+    wide = bootstrap(groups, draws=1000, level=0.95)
     assert (wide.low, wide.mean, wide.high) == (0.0, 0.5, 1.0)
-    narrow = bootstrap(groups, draws=4000, level=0.4)  # from the 30th to the 70th of 100: within the middle half
+    narrow = bootstrap(groups, draws=1000, level=0.4)  # from the 30th to the 70th of 100: within the middle half
     assert (narrow.low, narrow.high) == (0.5, 0.5)
 
 
@@ -36,7 +36,7 @@ def test_two_concepts_of_one_picture_give_the_three_means_that_can_be_drawn():
 )
 def test_every_level_is_drawn_again(groups):
     """Of four equal numbers -1 and 1 drawn four times the variance is 1/4, at whatever level they differ."""
-    found = bootstrap(groups, draws=4000, level=0.6827)  # about one standard deviation to each side
+    found = bootstrap(groups, draws=1000, level=0.6827)  # about one standard deviation to each side
     assert (found.high - found.low) / 2 == pytest.approx(0.5, abs=0.01)  # the means are 0, ±1/2 and ±1
 
 

@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from data.make.bench_runs import MODELS, peak, sampling_run, take_turns, training_step
-from data.make.shared import ROOT, keep, machine, markdown
+from data.make.bench_runs import MODELS, sampling_run, take_turns, training_step
+from data.make.shared import ROOT, keep, machine, markdown, peak
 from persres_lite import Residuals
 
 TRAINING = ("residuals", "lora", "full", "floor")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from data.make.shared import reset_peak, resident_peak
 from persres_lite import Residuals, load_base
 from persres_lite.bases import encode_prompt, settings_of
 from persres_lite.evaluation import usual_ways
@@ -238,16 +237,3 @@ def take_turns(runs: dict[str, Callable[[], object]], repeats: int, device: torc
             if number:
                 times[name].append(time.perf_counter() - start)
     return times
-
-
-@contextmanager
-def peak(device: torch.device) -> Iterator[list[float]]:
-    """The list that it gives holds at its end how many bytes more than before were in use within, at the peak."""
-    found: list[float] = []
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if cuda else reset_peak()
-    yield found
-    found.append(float(torch.cuda.max_memory_allocated() if cuda else resident_peak()) - before)

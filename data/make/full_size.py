@@ -1,12 +1,12 @@
 """Stable Diffusion 1.4 at its full size, and XL at a fifth of its width, with random weights: does everything fit, run,
 and stay finite?
 
-    python -m data.make.full_size [sd-1.4 | sdxl] [--device cuda] [--width N] [--out FOLDER]
+    python -m data.make.full_size [sd-1.4 | sdxl] [--device cuda] [--out FOLDER]
 
 The layout is the real one, the weights are random, so nothing is fetched and pictures mean nothing. Two training steps
 and two sampling steps in bfloat16; what counts is the peak of memory, the time of LAG over the original model's, the
-sizes of the masks, and that every number is finite. A smaller `--width` is for a trial, with fewer pixels. Results go
-to data/results/full-size.json and full-size.md, those of XL to sdxl-reduced.json and sdxl-reduced.md.
+sizes of the masks, and that every number is finite. Results go to data/results/full-size.json and full-size.md, those
+of XL to sdxl-reduced.json and sdxl-reduced.md.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from data.make.bench_runs import FULL, PROMPT, peak, random_pipeline
-from data.make.shared import ROOT, keep, machine, markdown
+from data.make.bench_runs import FULL, PROMPT, random_pipeline
+from data.make.shared import ROOT, keep, machine, markdown, peak
 from persres_lite import localized, personalize
 from persres_lite.concepts import Concept
 from persres_lite.cost import GIB
@@ -84,21 +84,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("kind", nargs="?", choices=list(KINDS), default="sd-1.4")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--width", type=int, help="channels of the first level; less than usual is a trial")
     parser.add_argument("--out", type=Path, default=ROOT / "data/results", help="folder; default: data/results")
     chosen = parser.parse_args(arguments)
-    usual, file, name = KINDS[chosen.kind]
-    width = chosen.width or usual
-    trial = {"batch": 1, "size": 256, "rounds": 1} if width < usual else {}
-    if trial and chosen.out == parser.get_default("out"):
-        parser.error("a trial at a smaller width is no result: name a folder with --out.")
-    dtype = torch.float32 if trial else torch.bfloat16  # which is slow without an instruction of its own
-    base = random_pipeline(width, torch.device(chosen.device), dtype, chosen.kind)
-    if trial:
-        base.unet.register_to_config(sample_size=32)  # of the latents; what is trained has that size
-    found = measure(base, **trial)
+    width, file, name = KINDS[chosen.kind]
+    found = measure(random_pipeline(width, torch.device(chosen.device), torch.bfloat16, chosen.kind))
     size = "at full size" if width == FULL else f"{width} channels wide instead of {FULL}"
-    made = f"Made by `python -m data.make.full_size {chosen.kind}` on {machine()}, in {str(dtype)[6:]}."
+    made = f"Made by `python -m data.make.full_size {chosen.kind}` on {machine()}, in bfloat16."
     text = f"# {name}, {size}, random weights\n\n{made}\n\n{markdown(['what', 'found'], found.items())}\n"
     keep(chosen.out / file, found, text)
     print(text)

@@ -7,9 +7,12 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from persres_lite.support.files import whole_file
 
@@ -47,34 +50,39 @@ def machine() -> str:
     """The machine in words: cores and processor, and the GPU if torch sees one."""
     found = re.search(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))
     words = f"{os.cpu_count()} cores of {found[1].strip() if found else platform.processor() or platform.machine()}"
-    import torch
-
     return f"{words}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else words
 
 
-def reset_peak() -> float:
-    """Forget the peak of memory so far, where the system allows it (Linux), and return what it is now, in bytes."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # another system, or one that forbids it: then loading counts if it needed more than the steps
-        pass
-    return resident_peak()
+@contextmanager
+def peak(device: torch.device) -> Iterator[list[float]]:
+    """The list that it gives holds at its end how many bytes more than before were in use within, at the peak."""
+    found: list[float] = []
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = float(torch.cuda.memory_allocated())
+    else:
+        with suppress(OSError):  # another system than Linux: then loading counts if it needed more than the steps
+            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        before = resident_peak()
+    yield found
+    after = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_peak()
+    found.append(float(after) - before)
 
 
 def resident_peak() -> float:
-    """The most memory that the process has had since the last `reset_peak`, in bytes."""
+    """The most memory that the process has had, or since `peak` began, in bytes."""
     if found := re.search(r"VmHWM:\s+(\d+) kB", _read("/proc/self/status")):
         return 1024.0 * int(found[1])
     import resource  # not on Windows
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(peak if sys.platform == "darwin" else 1024 * peak)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(most if sys.platform == "darwin" else 1024 * most)
 
 
 def peaks() -> tuple[int, int]:
-    """The most bytes that this process has had in memory, and on a GPU if it has used one."""
-    torch = sys.modules.get("torch")
-    return int(resident_peak()), torch.cuda.max_memory_allocated() if torch and torch.cuda.is_available() else 0
+    """The most bytes that this process has had in memory, and on a GPU if there is one."""
+    return int(resident_peak()), torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 def _read(path: str) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 import nbformat
 from nbformat import NotebookNode
 
 from notebooks.tools import runs
 
-_FOLDED = r"<details>\s*<summary>{}</summary>{}</details>"
 UNANSWERED, CORRECT = "Not answered yet", "Correct"
 
 
@@ -31,12 +31,17 @@ class Exercise:
     """Right answers in other styles than the solution's: as a loop, in NumPy, with another function."""
 
 
-PARTS = {
-    "a line '**Difficulty:** ●○○ · **Minutes:** 5'": r"\*\*Difficulty:\*\* [●○]{3} · \*\*Minutes:\*\* \d+",
-    "a hint '<details><summary>Hint</summary> … </details>'": _FOLDED.format("Hint", ".+?"),
-    "a folded solution with a ```python block": _FOLDED.format("Solution", r".+?```python\n.+?```.*?"),
-}
-"""What an exercise's text must have."""
+BUILT = re.compile(
+    r"### Exercise (?P<number>\d+\.\d+).+?\*\*Difficulty:\*\* [●○]{3} · \*\*Minutes:\*\* \d+\n"
+    r".+?<details>\s*<summary>Hint</summary>.+?</details>"
+    r"\s*<details>\s*<summary>Solution</summary>.+?```python\n(?P<solution>.+?)\n```.*</details>",
+    re.DOTALL,
+)
+"""An exercise's text."""
+NEEDS = (
+    "its text a line '**Difficulty:** ●○○ · **Minutes:** 5', a folded hint, and a folded solution with a block of "
+    "Python; the code cell after it the tag 'exercise', a line 'check.…(…)', and wrong answers in persres.wrong"
+)
 
 
 def exercises(notebook: NotebookNode) -> list[Exercise]:
@@ -45,28 +50,18 @@ def exercises(notebook: NotebookNode) -> list[Exercise]:
     Raises
     ------
     ValueError
-        If one is not built as it must be: the sentence says which, and what is missing.
+        If one is not built as it must be: the sentence says which, and what an exercise needs.
     """
     found = []
-    for index, cell in enumerate(notebook.cells):
-        heading = re.match(r"### Exercise (\d+\.\d+)", cell.source) if cell.cell_type == "markdown" else None
-        if heading is None:
+    for index, (cell, reader) in enumerate(pairwise(notebook.cells)):
+        if cell.cell_type != "markdown" or not cell.source.startswith("### Exercise "):
             continue
-        number, text = heading[1], cell.source
-        lacks = [part for part, pattern in PARTS.items() if not re.search(pattern, text, re.DOTALL)]
-        reader = notebook.cells[index + 1] if index + 1 < len(notebook.cells) else cell
-        if "exercise" not in reader.metadata.get("tags", []):
-            lacks.append("a code cell with the tag 'exercise' after it")
-        solution = re.search(r"<summary>Solution</summary>.+?```python\n(.+?)\n```", text, re.DOTALL)
+        text, about = BUILT.match(cell.source), reader.metadata.get("persres", {})
         check = re.search(r"^check\..*", reader.source, re.MULTILINE | re.DOTALL)
-        about = reader.metadata.get("persres", {})
-        if solution is None or check is None or not about.get("wrong"):
-            lacks.append("a line 'check.…(…)' in its cell, and a wrong answer in its metadata.persres.wrong")
-        if lacks:
-            raise ValueError(f"exercise {number} lacks {lacks[0]}")
-        assert solution is not None and check is not None
-        wrong = tuple((each["code"], each["says"]) for each in about["wrong"])
-        found.append(Exercise(number, index + 1, text, solution[1], check[0], wrong, tuple(about.get("right", []))))
+        if not (text and check and about.get("wrong") and "exercise" in reader.metadata.get("tags", [])):
+            raise ValueError(f"{cell.source.splitlines()[0][4:]} lacks a part: it needs in {NEEDS}")
+        wrong, right = tuple((each["code"], each["says"]) for each in about["wrong"]), tuple(about.get("right", []))
+        found.append(Exercise(text["number"], index + 1, cell.source, text["solution"], check[0], wrong, right))
     return found
 
 

@@ -1,16 +1,14 @@
 """`make gpu`: every notebook on Stable Diffusion, on this machine's GPU.
 
-    python -m notebooks.tools.gpu run [NAME ...]   the notebooks on the base that PERSRES_BASE names, or sd-1.4
-    python -m notebooks.tools.gpu table FILE       a run's results.json into data/results and the README's table
+    python -m notebooks.tools.gpu [NAME ...]    the notebooks on the base that PERSRES_BASE names, or sd-1.4
 
-`run` executes copies of the notebooks in build/BASE, one after the other, whatever fails. Saved outputs are Toybox's,
-so a copy is compared only where an output holds on every base (`EVERY_BASE`); every other cell has to run. Left in that
+Copies of the notebooks are executed in build/BASE, one after the other, whatever fails. Saved outputs are Toybox's, so
+a copy is compared only where an output holds on every base (`EVERY_BASE`); every other cell has to run. Left in that
 folder: the executed notebooks, and results.json with the minutes, the peak of the GPU's memory, and what failed.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -73,51 +71,27 @@ def run(paths: list[Path], base: str, folder: Path) -> dict[str, Any]:
 
 def failures(saved: NotebookNode, done: NotebookNode, compared: tuple[str, ...]) -> list[tuple[str, str]]:
     """The cells that ended in an error, and those of `compared` that print something else than was saved."""
-    failed = []
-    for before, cell in zip(runs.code_cells(saved), runs.code_cells(done), strict=True):
+    failed, before = [], {cell.id: runs.printed(cell) for cell in runs.code_cells(saved)}
+    for cell in runs.code_cells(done):
         errors = [output for output in cell.outputs if output.output_type == "error"]
         failed += [(cell.id, f"{error.ename}: {error.evalue}") for error in errors]
-        if cell.id in compared and runs.printed(cell) != runs.printed(before):
+        if cell.id in compared and runs.printed(cell) != before[cell.id]:
             failed.append((cell.id, "its output is another one than was saved"))
     return failed
 
 
-def take_over(file: Path, root: Path) -> None:
-    """Put a run's results into the project's data, and their column into the README.
-
-    Raises
-    ------
-    ValueError
-        If it was no run on a GPU, or one in which something failed.
-    """
-    results = json.loads(file.read_text(encoding="utf-8"))
-    bad = [name for name, found in results["notebooks"].items() if found["failed"] or not found["gpu_gb"]]
-    if bad:
-        why = f"are from no whole run on a GPU ({', '.join(bad)})"
-        raise ValueError(f"The results in {file} {why}: mend that, and run make gpu again.")
-    notebooks.write({root / notebooks.GPU_RESULTS: json.dumps(results, indent=1) + "\n"}, root)
-    notebooks.write(notebooks.table_file(root), root)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Carry out one command; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "table"])
-    parser.add_argument("names", nargs="*", help="run: only these notebooks (00 05); table: the file results.json")
-    options = parser.parse_args(arguments)
-    if options.command == "table":
-        take_over(Path(options.names[0]), ROOT)
-        return 0
+def main(names: list[str] | None = None) -> int:
+    """Run the notebooks whose names begin so, or all; return the exit code."""
     if not torch.cuda.is_available():
         print("make gpu needs a GPU that torch can use, and there is none here; make test runs on any machine.")
         return 1
     base = os.environ.get("PERSRES_BASE") or "sd-1.4"
     folder = ROOT / "build" / re.sub(r"[^\w.-]+", "-", Path(base).name)
-    results = run(notebooks.notebook_paths(ROOT, options.names), base, folder)
+    results = run(notebooks.notebook_paths(ROOT, names), base, folder)
     failed = [name for name, found in results["notebooks"].items() if found["failed"]]
     print(f"Written to {folder}." + (f" Failed: {', '.join(failed)}." if failed else ""))
     return min(1, len(failed))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

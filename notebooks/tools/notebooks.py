@@ -14,12 +14,10 @@ python -m notebooks.tools.notebooks                  say which links lead nowher
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import nbformat
 from nbformat import NotebookNode
@@ -31,9 +29,6 @@ from persres_lite.support.files import whole_file
 GITHUB = "https://github.com/"
 COLAB = "https://colab.research.google.com/"
 BADGE = f"[![Open in Colab]({COLAB}assets/colab-badge.svg)]({COLAB}github/{{}}/blob/main/notebooks/{{}})"
-
-GPU_RESULTS = Path("data/results/gpu.json")
-"""What `make gpu` measured, once someone has taken it over."""
 
 
 def public_address(root: Path = ROOT) -> str:
@@ -142,14 +137,8 @@ def opening(notebook: NotebookNode) -> tuple[str, str]:
     return title[1].strip(), aim[1].strip()
 
 
-def table(notebooks: list[tuple[Path, NotebookNode]], gpu: dict[str, Any] | None = None) -> str:
-    """The README's table: a row for each notebook, from its title, its aim and its measurements.
-
-    Parameters
-    ----------
-    gpu : dict, optional
-        The results of `make gpu` (`notebooks.tools.gpu.run`), for one more column.
-    """
+def table(notebooks: list[tuple[Path, NotebookNode]]) -> str:
+    """The README's table: a row for each notebook, from its title, its aim and its measurements."""
     rows, machines = [], {}
     for path, notebook in notebooks:
         title, aim = opening(notebook)
@@ -157,20 +146,14 @@ def table(notebooks: list[tuple[Path, NotebookNode]], gpu: dict[str, Any] | None
         if measured := notebook.metadata.get("persres"):
             row[2:] = [f"{measured['seconds'] / 60:.1f}", f"{measured['peak_gb']} GB"]
             machines[measured["machine"]] = True
-        if gpu:
-            there = gpu["notebooks"].get(path.stem)
-            row.append(f"{there['minutes']} minutes, {there['gpu_gb']} GB" if there else "not run")
         rows.append(row)
-    heads = ["notebook", "idea", "minutes", "memory", *([f"{gpu['base']} on a GPU"] if gpu else [])]
-    where = [*machines, *([f"the last column on {gpu['machine']}"] if gpu else [])]
-    return f"{markdown(heads, rows)}\n\nMeasured on {'; '.join(where)}, from start to end in a fresh kernel."
+    heads = ["notebook", "idea", "minutes", "memory"]
+    return f"{markdown(heads, rows)}\n\nMeasured on {'; '.join(machines)}, from start to end in a fresh kernel."
 
 
 def table_file(root: Path = ROOT) -> dict[Path, str]:
     """What `table` writes: the README with the table of notebooks between its two markers."""
-    results = root / GPU_RESULTS
-    gpu = json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
-    rows = table([(path, read(path)) for path in notebook_paths(root)], gpu)
+    rows = table([(path, read(path)) for path in notebook_paths(root)])
     return {root / "README.md": between((root / "README.md").read_text(encoding="utf-8"), "notebooks", rows)}
 
 

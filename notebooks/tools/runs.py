@@ -45,13 +45,18 @@ def execute(
     ------
     nbclient.exceptions.CellExecutionError
         If a cell fails; it names the cell.
+    KeyboardInterrupt
+        If this process is told to end, by SIGINT or SIGTERM: nbclient itself would say that the kernel has died.
     """
     result = nbformat.from_dict(notebook)
     for cell in code_cells(result):
         cell.outputs, cell.execution_count = [], None
-    client = NotebookClient(result, timeout=3600, kernel_name="python3", record_timing=False)
+    client = NotebookClient(result, timeout=3600, startup_timeout=600, kernel_name="python3", record_timing=False)
     client.allow_errors, client.resources = allow_errors, {"metadata": {"path": str(folder)}}
-    client.execute(env={**os.environ, "TQDM_DISABLE": "1", **(env or {})})
+    try:
+        client.execute(env={**os.environ, "TQDM_DISABLE": "1", **(env or {})})
+    except AssertionError:  # it closes the kernel when a signal comes, and then finds none to close
+        raise KeyboardInterrupt("the run was ended by a signal") from None
     return result
 
 

@@ -1,7 +1,7 @@
 """What a lecturer takes from the notebooks: the student's version, the answer key, and slides for 90 minutes.
 
-Slides are chosen by the rules of `lesson_slides`, so they fit the notebooks in any state: a cell's own wish
-(``metadata.persres.slide``, a title, or false for no slide) comes first.
+Slides are chosen by the rules of `lesson_slides`, so they fit the notebooks in any state; a cell with
+``metadata.persres.slide`` false gets none.
 """
 
 from __future__ import annotations
@@ -111,25 +111,20 @@ def without_links(text: str) -> str:
 
 def lesson_slides(notebook: NotebookNode, lesson: str) -> Iterator[Slide]:
     """A lesson's slides: its aim, then in reading order the first equations, questions that a figure answers, exercises
-    that fit the lesson's minutes, what there is to move by hand, figures, and what a cell's metadata ask for.
+    that fit the lesson's minutes, what there is to move by hand, and figures.
     """
     aim = notebook.cells[1].source
     yield Slide(lesson, aim[aim.index("\n") :].strip(), kind="lesson", lesson=lesson)
     heading, number = lesson, lesson[:2]
     minutes, questions, equations = EXERCISES.get(number, 0), QUESTIONS, 1
     for place, cell in enumerate(notebook.cells[2:], start=2):
-        wish = cell.metadata.get("persres", {}).get("slide")
         exercise = EXERCISE.match(cell.source)
         if cell.cell_type == "markdown" and not exercise:
             heading = (re.findall(r"^#{2,3} (.+)$", cell.source, re.MULTILINE) or [heading])[-1]
-        if wish is False:
+        if not _wanted(cell):
             continue
-        pictures = list(_pictures(cell))
-        if pictures:
-            yield Slide(wish or heading, "", pictures, notes=_notes(notebook, place), lesson=lesson)
-        elif wish:
-            text = FOLDED.sub("", cell.source) if cell.cell_type == "markdown" else f"```python\n{cell.source}\n```"
-            yield Slide(wish, text, lesson=lesson)
+        if pictures := list(_pictures(cell)):
+            yield Slide(heading, "", pictures, notes=_notes(notebook, place), lesson=lesson)
         elif exercise and int(exercise["minutes"]) <= minutes:
             minutes -= int(exercise["minutes"])
             text = FOLDED.sub("", exercise["text"]).strip()
@@ -261,8 +256,6 @@ MATHTEXT = {
     r"\;": r"\ ",
     r"\text": r"\mathrm",
     r"\operatorname": r"\mathrm",
-    r"\tfrac": r"\frac",
-    r"\dfrac": r"\frac",
     r"\le ": r"\leq ",
     r"\mathcal N": r"\mathcal{N}",
     r"\mathbb{1}": r"\mathbf{1}",
@@ -303,8 +296,12 @@ def _answered(notebook: NotebookNode, place: int) -> bool:
         if cell.cell_type == "markdown":
             return False
         if list(_pictures(cell)):
-            return cell.metadata.get("persres", {}).get("slide") is not False
+            return _wanted(cell)
     return False
+
+
+def _wanted(cell: NotebookNode) -> bool:
+    return cell.metadata.get("persres", {}).get("slide") is not False
 
 
 def _notes(notebook: NotebookNode, place: int) -> str:

@@ -9,7 +9,7 @@ import os
 import re
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -26,7 +26,7 @@ from persres_lite.cli import SCHEDULERS
 from persres_lite.cli.errors import Failed, say
 from persres_lite.concepts import Concept
 from persres_lite.cost import on_gpu, without_gpu
-from persres_lite.evaluation import draw, usual_ways
+from persres_lite.evaluation import Comparison, draw, usual_ways
 from persres_lite.lora import PREFIX, export_lora, import_lora
 from persres_lite.masks import find_rule
 from persres_lite.prompts import find_words
@@ -34,7 +34,6 @@ from persres_lite.residuals import FORMAT
 from persres_lite.support.files import check_place, read_tensors, whole_file
 from persres_lite.support.images import square_crops
 from persres_lite.support.notices import tell
-from persres_lite.support.paths import data_dir
 from persres_lite.support.sheet import sheet
 from persres_lite.training import Diverged
 
@@ -96,7 +95,7 @@ def sample(chosen: Namespace) -> None:
     base, pairs, prompts = _read(chosen)
     for prompt in prompts:
         for seed in range(chosen.seed, chosen.seed + chosen.images):
-            picture = _draw(chosen, base, pairs, prompt, seed)
+            [[picture]] = _drawn(chosen, base, pairs, [prompt], [seed]).pictures.values()
             print(_write_beside(picture, chosen.out / f"{_slug(prompt)}-{chosen.mode}-{seed}.png"), flush=True)
 
 
@@ -104,17 +103,7 @@ def compare(chosen: Namespace) -> None:
     """Draw each prompt three times from the same noise: original, residual everywhere, LAG; and LAG's mean mask."""
     _check_out(chosen, ".png")
     base, pairs, prompts = _read(chosen)
-    comparison = side_by_side(
-        base,
-        pairs,
-        "",
-        prompts=prompts,
-        seeds=range(chosen.seed, chosen.seed + chosen.images),
-        ways=_ways(chosen, base, pairs),
-        batch_size=1,  # as `sample` draws them
-        progress=not chosen.quiet,
-        **_sampling(chosen),
-    )
+    comparison = _drawn(chosen, base, pairs, prompts, range(chosen.seed, chosen.seed + chosen.images))
     _write(_png(comparison.sheet()), chosen.out)
     print(f"{chosen.out}: {len(comparison.prompts)} rows, each from one noise.")
 
@@ -233,15 +222,12 @@ def _base_name(chosen: Namespace, path: Path | None = None) -> str:
                 f"{path} names a base of its own, {named!r}: if you know and want it, give it with --base."
             )
         name = chosen.base or (named if named in BASES else name)
-    name = name or "toybox"
-    if name in BASES and BASES[name].folder:
-        data_dir()  # a wheel alone has no Toybox, and says so
-    return name
+    source_of(name or "toybox")  # a name that is wrong is told first; and a wheel alone has no Toybox, and says so
+    return name or "toybox"
 
 
 def _base(chosen: Namespace, name: str) -> Any:
-    """The frozen model; what a large one costs is said before anything is fetched, and not of a name that is wrong."""
-    source_of(name)
+    """The frozen model; what a large one costs is said before anything is fetched."""
     usual = chosen.device is None or chosen.device.startswith("cuda")
     if chosen.command != "export" and (cost := without_gpu(name) or (on_gpu(name) if usual else None)):
         say(cost)
@@ -267,24 +253,18 @@ def _load(chosen: Namespace, path: Path, base: Any) -> Residuals:
         raise ValueError(f"{path} cannot be used as residuals or a LoRA ({error or type(error).__name__}).") from error
 
 
-def _ways(chosen: Namespace, base: Any, pairs: Pairs) -> dict[str, Any]:
+def _drawn(chosen: Namespace, base: Any, pairs: Pairs, prompts: list[str], seeds: Sequence[int]) -> Comparison:
+    """Each prompt from the noise of each seed: in all ways, or in the one that is the mode; a picture at a time."""
     rule = find_rule(chosen.mask, **dict(chosen.mask_option))
-    return usual_ways(base, pairs, scale=chosen.scale, mask=rule, window=tuple(chosen.window))
-
-
-def _sampling(chosen: Namespace) -> dict[str, Any]:
-    """The options of the pipeline call that were given."""
+    ways: dict[str, Any] = usual_ways(base, pairs, scale=chosen.scale, mask=rule, window=tuple(chosen.window))
+    if chosen.command == "sample":
+        ways |= {way: None for way in ways if way.lower() != chosen.mode}
     given = {"num_inference_steps": chosen.steps, "guidance_scale": chosen.guidance}
     given |= {"height": chosen.height, "width": chosen.width}
     given |= {"negative_prompt": [chosen.negative_prompt] if chosen.negative_prompt else None}  # of one picture
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _draw(chosen: Namespace, base: Any, pairs: Pairs, prompt: str, seed: int) -> Image.Image:
-    """One picture in the mode that was chosen."""
-    options = settings_of(base).sampling | _sampling(chosen) | {"generator": torch.Generator().manual_seed(seed)}
-    with _ways(chosen, base, pairs)["LAG" if chosen.mode == "lag" else chosen.mode]():
-        return draw(base, [prompt], **options)[0]
+    options = {name: value for name, value in given.items() if value is not None}
+    options |= {"batch_size": 1, "progress": chosen.command == "compare" and not chosen.quiet}
+    return side_by_side(base, pairs, "", prompts=prompts, seeds=seeds, ways=ways, **options)
 
 
 def _slug(prompt: str) -> str:

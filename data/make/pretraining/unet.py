@@ -48,7 +48,7 @@ def train_unet(run: Run, pictures: Shards) -> None:
     torch.manual_seed(3)
     known = latents_of(run, pictures) | seen_by_judge(run, pictures)
     text_encoder = text_encoder_of(trained_text(run.folder)["clip"]).to(run.device)
-    parts = unet_parts(make_unet(run.layers, run.widths))
+    parts: Any = unet_parts(make_unet(run.layers, run.widths))
     unet: Any = parts["unet"]
     if run.device.type == "cpu" and faster_type(run.device) is torch.bfloat16:
         unet.set_attn_processor(AttnProcessor())  # in bfloat16 the fused one's gradient takes a fourth of a step

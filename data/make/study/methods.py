@@ -106,14 +106,14 @@ class Learned:
         Of a strength: a context in which the base draws with it.
     parameters, seconds : int and float
         How many numbers were learned, and how long that took.
-    local : Residuals or str, optional
-        What can be localized: residuals, or the name of a LoRA on `proj_out`.
+    local : Residuals, optional
+        What can be localized: also a LoRA on `proj_out`, which is the same thing.
     """
 
     attached: Callable[[float], AbstractContextManager]
     parameters: int
     seconds: float = 0.0
-    local: Residuals | str | None = None
+    local: Residuals | None = None
 
 
 @dataclass
@@ -332,10 +332,15 @@ def _adapter(bench: Bench, method: str, concept: Concept, seed: int) -> Learned:
         fit(base, concept, learned, bench.recipe(method), seed)
     for parameter in learned:
         parameter.requires_grad_(False)
+    if method == PROJ_OUT:  # alpha is the rank: the product as it is
+        for place in ranks:
+            layer = unet.get_submodule(place)
+            residuals.A[place].data = layer.lora_B[name].weight.flatten(1)
+            residuals.B[place].data = layer.lora_A[name].weight.flatten(1)
     return Learned(
         attached=lambda scale: bench.adapter(name, scale),
         parameters=sum(parameter.numel() for parameter in learned),
-        local=name if method == PROJ_OUT else None,
+        local=residuals if method == PROJ_OUT else None,
     )
 
 

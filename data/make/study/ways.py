@@ -101,12 +101,10 @@ class Run:
     def local(self, pictures: Sequence[Picture], scale: float = 1.0, **options: Any) -> Iterator[Any]:
         """What was learned in force inside masks only; `options` go to `localized`."""
         with ExitStack() as stack:
-            pairs: list[tuple[Residuals | str, Concept]] = []
+            pairs: list[tuple[Residuals, Concept]] = []
             for member in pictures[0].members:
                 one = self.learned[member]
                 assert one.local is not None
-                if isinstance(one.local, str):  # a LoRA must be in force to be weakened outside of the mask
-                    stack.enter_context(one.attached(1.0))
                 pairs.append((one.local, named(self.method, self.subject.concepts[member])))
             yield stack.enter_context(localized(self.pipe(pictures), pairs, scale=scale, **options))
 
