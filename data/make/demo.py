@@ -14,35 +14,37 @@ from itertools import islice, zip_longest
 from pathlib import Path
 
 import torch
+from PIL import Image
 from transformers.utils import logging
 
 from persres_lite import compare, load_base, load_concept, personalize
 from persres_lite.bases import settings_of
 from persres_lite.concepts import Concept, shipped_concepts
-from persres_lite.course.figures import grid, outline_picture
-from persres_lite.course.figures.style import DPI, Drawing
+from persres_lite.course.figures import fitted, outline_picture
 from persres_lite.evaluation import Comparison, background_distance
 from persres_lite.masks import resize
 from persres_lite.support.files import whole_file
 from persres_lite.support.paths import data_dir
+from persres_lite.support.sheet import sheet
 from persres_lite.toybox.judge import Judge
 
 CONCEPT = "comet-rocket"
 PLACES = 4
+TILE = 256  # pixels of a picture
 
 
-def draw(concept: Concept, places: list[str], comparison: Comparison) -> Drawing:
-    """One row for each place, with a reference at its left."""
+def draw(concept: Concept, places: list[str], comparison: Comparison) -> Image.Image:
+    """One row for each place, with a reference at its left, and LAG's mask at its right: orange is its one-half."""
     lag = comparison.pictures["LAG"]
     masks = resize(comparison.masks["LAG"], lag[0].size[::-1])
     outlined = [outline_picture(picture, mask) for picture, mask in zip(lag, masks, strict=True)]
     columns = {"a reference": concept.images, **comparison.pictures, "LAG's mask": outlined}
-    table = [list(row) for row in islice(zip_longest(*columns.values()), len(places))]
-    caption = (
-        f"A row is one prompt, “a photo of a {concept} …”, and one noise. The mask is the mean over steps and blocks; "
-        "orange is its one-half."
-    )
-    return grid(table, rows=places, columns=list(columns), caption=caption)
+    empty = Image.new("RGB", (1, 1), "white")
+    rows = [
+        [fitted(picture, TILE) for picture in row]
+        for row in islice(zip_longest(*columns.values(), fillvalue=empty), len(places))
+    ]
+    return sheet(rows, list(columns), [f"… {place}" for place in places], gap=8)
 
 
 def report(judge: Judge, concept: Concept, places: list[str], comparison: Comparison) -> list[str]:
@@ -92,8 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"Drew {len(places)} prompts three times, each time from the same noise:")
     print("\n".join(report(judge, concept, places, comparison)))
     with whole_file(chosen.out) as unfinished:
-        picture = draw(concept, places, comparison)
-        picture.savefig(unfinished, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.05)
+        draw(concept, places, comparison).save(unfinished, format="png", optimize=True)
     print(f"Picture: {chosen.out} ({time.perf_counter() - begun:.0f} s in all)")
     return 0
 

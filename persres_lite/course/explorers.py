@@ -8,7 +8,6 @@ map_table, mask_table, scale_table) for readers who see the notebook on GitHub.
 from __future__ import annotations
 
 import inspect
-import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,15 +17,15 @@ from IPython.display import display
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from persres_lite.course.figures.pictures import enlarge, heat_picture, outline_picture
+from persres_lite.course.figures.pictures import fitted, heat_picture, outline_picture
 from persres_lite.course.figures.stills import short_name
-from persres_lite.course.figures.style import as_array
+from persres_lite.course.figures.style import as_array, encoded
 from persres_lite.masks import RULES, make_mask
 from persres_lite.support.sheet import sheet
 
 ALL = "all"  # and not None, which a slider takes for nothing chosen
-SIDE = 256
-"""Pixels that a picture in an explorer has at least."""
+SIDE = 512
+"""Pixels of a picture's shorter side, for screens with two of them to one of the page."""
 
 
 class Explorer:
@@ -49,9 +48,8 @@ class Explorer:
 
     def _follow(self, change: Any = None) -> None:
         picture, words = self.draw(**{name: control.value for name, control in self.controls.items()})
-        buffer = io.BytesIO()
-        picture.save(buffer, format="png")
-        self.picture.value, self.note.value = buffer.getvalue(), words
+        self.picture.value, self.note.value = encoded(picture, "png"), words
+        self.picture.width = max(SIDE, picture.width) // 2
 
     def _ipython_display_(self) -> None:  # ipywidgets 7, which Colab has, knows no other way
         display(self.box)
@@ -73,7 +71,7 @@ def maps(record: Any, picture: Image.Image) -> Explorer:
     def draw(word: str, step: int | str, block: str) -> tuple[Image.Image, str]:
         found = record.map(word, step=None if step == ALL else step, block=None if block == ALL else block)
         said = f"<b>{word}</b>: {found.shape[0]} × {found.shape[1]} positions, highest {found.max():.3f}"
-        return heat_picture(enlarge(picture, SIDE), found), said
+        return heat_picture(fitted(picture, SIDE), found), said
 
     return Explorer(
         draw,
@@ -106,7 +104,7 @@ def masks(picture: Image.Image, attention: torch.Tensor, truth: Any = None) -> E
         words = f"<b>{rule}</b>{said}: {mask.float().mean():.0%} of the picture"
         if truth is not None:
             words += f", IoU {float((mask * true).sum() / torch.maximum(mask, true).sum().clamp(min=1e-6)):.2f}"
-        return outline_picture(enlarge(picture, SIDE), mask, truth), words
+        return outline_picture(fitted(picture, SIDE), mask, truth), words
 
     return Explorer(
         draw,
@@ -131,8 +129,8 @@ def compare(pictures: Mapping[float, Mapping[str, Image.Image]], references: Seq
 
     def draw(scale: float, reference: bool) -> tuple[Image.Image, str]:
         shown = {**pictures[scale], **({"reference": references[0]} if reference else {})}
-        row = [enlarge(picture.convert("RGB"), SIDE) for picture in shown.values()]
-        return sheet([row], gap=6), f"left to right: {', '.join(shown)}; scale {scale:g}"
+        row = [fitted(picture, SIDE) for picture in shown.values()]
+        return sheet([row], gap=12), f"left to right: {', '.join(shown)}; scale {scale:g}"
 
     return Explorer(
         draw,
@@ -155,7 +153,7 @@ def studio(pictures: Mapping[float, Mapping[str, Image.Image]], masks: Mapping[f
     """
 
     def draw(scale: float, way: str, mask: bool) -> tuple[Image.Image, str]:
-        shown, words = enlarge(pictures[scale][way].convert("RGB"), SIDE), f"<b>{way}</b>, scale {scale:g}"
+        shown, words = fitted(pictures[scale][way], SIDE), f"<b>{way}</b>, scale {scale:g}"
         if mask and way == "LAG":
             return heat_picture(shown, masks[scale], 0, 1), f"{words}; bright: there the residual acted most often"
         return shown, words

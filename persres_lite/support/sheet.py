@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
-LINE = 18  # pixels of a line of words
+LINE = 18  # pixels of a line of words, at least
 
 
 def sheet(
@@ -40,16 +40,18 @@ def sheet(
     width = max(shown, max(picture.width for picture in pictures))
     height = max(picture.height * width // picture.width for picture in pictures)
     edge = gap if titles or words else 0
-    above, over = (LINE if titles else 0), (LINE if words else 0)
+    line = max(LINE, width // 11)
+    font = ImageFont.load_default(line * 0.7)
+    above, over = (line if titles else 0), (line if words else 0)
     across, down = width + gap, over + height + gap  # from one picture to the next
     size = (2 * edge + max(map(len, rows)) * across - gap, above + edge + len(rows) * down - gap)
     whole = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(whole)
     for column, title in enumerate(titles):
-        draw.text((edge + column * across, 3), title, "black")
+        draw.text((edge + column * across, 3), title, "black", font)
     for number, row in enumerate(rows):
         if words:
-            draw.text((edge, above + number * down + 3), words[number], "gray")
+            draw.text((edge, above + number * down + 3), words[number], "gray", font)
         for column, picture in enumerate(row):
             if picture.width != width:
                 picture = picture.resize((width, picture.height * width // picture.width))

@@ -18,6 +18,7 @@ import pandas as pd
 from data.make.study.methods import CLASS_WORD, DESCRIBED, FROZEN, METHODS, RESIDUAL
 from data.make.study.rows import CHOICES, KEY
 from data.make.study.ways import LAG, MASKED, WHOLE
+from persres_lite.course.figures import forest
 from persres_lite.scores import Interval, bootstrap
 from persres_lite.support.files import whole_file
 from persres_lite.support.paths import data_dir
@@ -170,29 +171,23 @@ def draw_leakage(found: dict[str, pd.DataFrame], path: Path) -> None:
 
 
 def draw_forest(found: pd.DataFrame, path: Path) -> None:
-    """Differences by question and scene: dots with whiskers, sorted within a question, and a line at zero."""
-    figure, axes = plt.subplots(figsize=(8, 1 + 0.27 * len(found)))
-    ordered = found.sort_values(["question", "mean"], kind="stable").reset_index(drop=True)
-    for at, row in ordered.iterrows():
-        color = f"C{list(ordered.question.unique()).index(row.question)}"
-        axes.errorbar(row["mean"], at, xerr=[[row["mean"] - row.low], [row.high - row["mean"]]], fmt="o", color=color)
-    axes.axvline(0, color="black", lw=0.8)
-    axes.set_yticks(range(len(ordered)), [f"{row.question}: {row.scene}" for _, row in ordered.iterrows()], fontsize=7)
-    axes.set_xlabel("difference of identity, paired on the same residual and noise; 95 %")
-    _save(figure, path)
+    """Differences: a row for each question, a column for each scene."""
+    groups = {
+        scene: {row["question"]: row for row in part.to_dict("records")}
+        for scene, part in found.groupby("scene", sort=False)
+    }
+    _save(forest(groups, "difference of identity, paired on the same residual and noise; 95 %"), path)
 
 
 def draw_cost(bench: dict[str, Any], path: Path) -> None:
     """What it costs: ratios of medians with their quartiles, and a line at one."""
-    rows = [(model, one) for model, each in bench["models"].items() for one in each["ratios"]]
-    figure, axes = plt.subplots(figsize=(8, 1 + 0.3 * len(rows)))
-    for at, (_, one) in enumerate(rows):
-        low, high = one.get("quartiles") or (one["median"], one["median"])
-        axes.errorbar(one["median"], at, xerr=[[one["median"] - low], [high - one["median"]]], fmt="o", color="C0")
-    axes.axvline(1, color="black", lw=0.8)
-    axes.set_yticks(range(len(rows)), [f"{m}, {o['kind']}: {o['of']} / {o['to']}" for m, o in rows], fontsize=8)
-    axes.set_xlabel("ratio; the bar is from quartile to quartile")
-    _save(figure, path)
+    rows = {}
+    for model, each in bench["models"].items():
+        for one in each["ratios"]:
+            low, high = one.get("quartiles") or (one["median"], one["median"])
+            name = f"{model}, {one['kind']}: {one['of']} / {one['to']}"
+            rows[name] = {"mean": one["median"], "low": low, "high": high}
+    _save(forest(rows, "ratio; the bar is from quartile to quartile", reference=("as much", 1.0)), path)
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -68,6 +68,7 @@ def unet_diagram(unet: Any) -> Drawing:
     gap = max(0.9, len(middle) * CELL - min(left, right))
     end = left + gap + right
     figure, axes = _canvas((WIDTH, 0.75 * (levels + 1) + 0.75), (-0.1, end + 0.1), (-levels - 1.05, 0.75), caption)
+    figure.alt = f"A U-Net: {levels} levels of residual blocks and transformers down, as many up, and a middle block"
     arrow = {"arrowstyle": "->", "color": "0.6", "linestyle": "--"}
     for level, (down, up) in enumerate(zip(parts["down"], reversed(parts["up"]), strict=True)):
         _cells(axes, down, left - len(down) * CELL, -level)
@@ -95,6 +96,7 @@ def low_rank_diagram(width: int, rank: int, caption: str | None = None) -> Drawi
     """
     side, thin = 2.0, 2.0 * rank / width
     figure, axes = _canvas((5.5, 2.6), (-0.1, 2 * side + thin + 1.5), (-0.75, side + 0.1), caption)
+    figure.alt = f"W, {width} × {width}, frozen, plus A, {width} × {rank}, times B, {rank} × {width}"
     axes.set_aspect("equal")
     second = side + 0.6
     for name, color, place, size in (
@@ -113,6 +115,7 @@ def block_diagram(caption: str | None = None) -> Drawing:
     skips.
     """
     figure, axes = _canvas((WIDTH, 2.5), (-0.2, 8.3), (-1.3, 1.75), caption)
+    figure.alt = "A transformer block: self-attention, cross-attention, feed-forward, output projection, four skips"
 
     def arrow(*points: tuple[float, float]) -> None:
         """Through points to the last one."""

@@ -1,20 +1,31 @@
-"""Figures made of pictures: tables of them, maps laid over them, masks outlined on them."""
+"""Figures made of pictures: tables of them, maps laid over them, masks outlined on them, films."""
 
 from __future__ import annotations
 
-import textwrap
+import io
 from collections.abc import Iterable, Sequence
+from html import escape
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from PIL import Image, ImageFilter
 
-from persres_lite.course.figures.style import PICTURES, WIDTH, Drawing, as_array, bare, new_axes
+from persres_lite.course.figures.style import Shown, as_array, encoded, img
+from persres_lite.support.files import whole_file
+from persres_lite.support.sheet import sheet
 
 HEAT = "inferno"
-SHOWN = 192
-"""Pixels to which smaller pictures are enlarged, and that each has at least in a table."""
+SIDE = 192
+"""Pixels of a picture's shorter side on the page."""
+SHOWN = 2 * SIDE
+"""Pixels that it is stored with, for screens with two of them to one of the page."""
+WIDE = 5
+"""Pictures in a row, where the rows mean nothing."""
+FILM = 1_500_000
+"""Bytes of a film, at most."""
 
 ORANGE, WHITE = (1.0, 0.55, 0.0), (1.0, 1.0, 1.0)
 
@@ -26,19 +37,26 @@ def grid(
     rows: Sequence[str] | None = None,
     columns: Sequence[str] | None = None,
     caption: str | None = None,
-) -> Drawing:
+    most: int = 24,
+) -> Shown:
     """Pictures side by side: a list is one row, a list of lists a table, None leaves a place empty.
 
     Parameters
     ----------
     rows, columns : list of str, optional
-        Words beside the rows and above the columns, one for each; long ones are broken into lines.
+        Words beside the rows and above the columns, one for each. With the number of a picture where they are missing,
+        they are what a reader is told who does not see it.
+    most : int
+        How many pictures are shown: the rows that do not fit are left out, and the caption says how many.
     """
     table: Any = [pictures] if isinstance(pictures[0], Image.Image) else pictures
-    figure, axes = _placed(table, columns or [], caption, margin=0.6 if rows else 0)
-    for each, words in zip(axes[:, 0], rows or [""] * len(axes), strict=True):
-        each.set_ylabel(textwrap.fill(words, 14), rotation=0, ha="right", va="center", labelpad=6)
-    return figure
+    if len(table) == 1 and not rows:
+        return Shown(_tiles(table[0], columns), caption)
+    named = list(zip(rows or [""] * len(table), table, strict=True))
+    fitting = named[: max(1, most // max(map(len, table)))]
+    if len(fitting) < len(named):
+        caption = f"{caption or ''} Shown: {len(fitting)} of {len(named)} rows.".strip()
+    return Shown(_table([(label, columns or [], row) for label, row in fitting]), caption)
 
 
 def heats(
@@ -47,15 +65,14 @@ def heats(
     titles: Sequence[str] | None = None,
     label: str = "attention",
     caption: str | None = None,
-) -> Drawing:
-    """Maps (h, w) over pictures, one for each or one for all, four in a row, all on one scale, with its color bar."""
+) -> Shown:
+    """Maps (h, w) over pictures, one for each or one for all, on one scale, which stands below them."""
     arrays = [as_array(values) for values in maps]
-    ends = {"low": min(values.min() for values in arrays), "high": max(values.max() for values in arrays)}
-    shown = [heat_picture(picture, values, **ends) for picture, values in _paired(pictures, arrays)]
-    figure, axes = _tiles(shown, titles, 4, caption)
-    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(*ends.values()), HEAT)
-    figure.colorbar(scale, ax=list(axes.flat), label=label, shrink=0.85, aspect=25)
-    return figure
+    low, high = min(values.min() for values in arrays), max(values.max() for values in arrays)
+    shown = [heat_picture(picture, values, low, high) for picture, values in _paired(pictures, arrays)]
+    colors = _as_picture(matplotlib.colormaps[HEAT](np.linspace(0, 1, SHOWN))[None, :, :3]).resize((SHOWN, 24))
+    bar = img(encoded(colors, "png"), "to, from dark to bright,", SIDE)
+    return Shown(f"{_tiles(shown, titles, 4)}<p>{escape(label)}: {low:.3f} {bar} {high:.3f}</p>", caption)
 
 
 def outlines(
@@ -65,7 +82,7 @@ def outlines(
     truth: Any = None,
     columns: int = 4,
     caption: str | None = None,
-) -> Drawing:
+) -> Shown:
     """Masks over pictures: the outside dimmed, the edge orange, and the edge of the true mask white.
 
     Parameters
@@ -76,7 +93,65 @@ def outlines(
         How many stand in a row.
     """
     shown = [outline_picture(picture, mask, truth) for picture, mask in _paired(pictures, masks)]
-    return _tiles(shown, titles, columns, caption)[0]
+    return Shown(_tiles(shown, titles, columns), caption)
+
+
+def film(
+    frames: Sequence[Image.Image | Sequence[Image.Image]],
+    words: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    caption: str | None = None,
+    seconds: float = 0.3,
+    path: Path | None = None,
+) -> Shown:
+    """An animated GIF below 1.5 MB: a concept appearing over training steps, or a mask over sampling.
+
+    It is drawn for two pixels of the screen to one of the page, coarser where it would be too large, and with fewer
+    frames where that is not enough. The last frame stands for two seconds.
+
+    Parameters
+    ----------
+    frames : list of picture, or list of list of picture
+        What is seen at each time: one picture, or several side by side.
+    words : list of str, optional
+        Above each frame, as "step 40".
+    columns : list of str, optional
+        Above the pictures of a frame.
+    seconds : float
+        How long a frame stands.
+    path : Path, optional
+        The GIF is also written there.
+    """
+    rows = [[frame] if isinstance(frame, Image.Image) else frame for frame in frames]
+    for size, every in ((SHOWN, 1), (SHOWN * 2 // 3, 1), *((SIDE, 2**k) for k in range(6))):
+        kept = sorted({*range(0, len(rows), every), len(rows) - 1})
+        tables = ([[fitted(each, size) for each in rows[k]]] for k in kept)
+        drawn = [sheet(table, columns, words[k : k + 1], size // 32) for k, table in zip(kept, tables, strict=True)]
+        if len(data := _gif(drawn, seconds * every)) <= FILM:
+            break
+    if path:
+        with whole_file(path) as unfinished:
+            unfinished.write_bytes(data)
+    alt = f"Film of {len(kept)} frames" + (f", from {words[0]} to {words[-1]}" if words else "")
+    alt += f"; side by side: {', '.join(columns)}" if columns else ""
+    return Shown(img(data, alt, drawn[0].width * SIDE / size, "100%"), caption)
+
+
+def _gif(frames: Sequence[Image.Image], seconds: float) -> bytes:
+    """Frames as an endless GIF, all in the colors of the first and the last, so that what stands still is still."""
+    colors = sheet([[frames[0], frames[-1]]]).quantize(256, Image.Quantize.MEDIANCUT)
+    drawn = [frame.quantize(palette=colors, dither=Image.Dither.NONE) for frame in frames]
+    buffer = io.BytesIO()
+    times = [round(1000 * seconds)] * (len(frames) - 1) + [2000]
+    drawn[0].save(buffer, "gif", save_all=True, append_images=drawn[1:], duration=times, loop=0)
+    return buffer.getvalue()
+
+
+def fitted(picture: Image.Image, size: int = SHOWN) -> Image.Image:
+    """The picture with `size` pixels on its shorter side: enlarged by a whole factor first, then shrunk (Lanczos)."""
+    large = enlarge(picture.convert("RGB"), size)
+    factor = size / min(large.size)
+    return large.resize((round(large.width * factor), round(large.height * factor)), Image.Resampling.LANCZOS)
 
 
 def enlarge(picture: Image.Image, size: int = SHOWN) -> Image.Image:
@@ -141,43 +216,41 @@ def _paired(pictures: Image.Image | Sequence[Image.Image], over: Sequence[Any]) 
     return zip([pictures] * len(over) if isinstance(pictures, Image.Image) else pictures, over, strict=True)
 
 
-def _tiles(
-    shown: Pictures, titles: Sequence[str] | None, columns: int, caption: str | None
-) -> tuple[Drawing, np.ndarray]:
-    """Pictures in rows of at most `columns`, with a title above each."""
-    columns = min(columns, len(shown))
-    table = [shown[at : at + columns] for at in range(0, len(shown), columns)]
-    return _placed(table, titles or [], caption, margin=0.5, room=0.25 if titles else 0)
+def _tiles(shown: Pictures, titles: Sequence[str] | None, columns: int = WIDE) -> str:
+    """Pictures in rows of at most `columns`, as equal as can be, with a title above each."""
+    columns = -(-len(shown) // -(-len(shown) // columns))
+    parts = (slice(at, at + columns) for at in range(0, len(shown), columns))
+    return _table([("", (titles or [])[part], shown[part]) for part in parts])
 
 
-def _placed(
-    table: Sequence[Pictures], titles: Sequence[str], caption: str | None, margin: float, room: float = 0.0
-) -> tuple[Drawing, np.ndarray]:
-    """A table of pictures, short rows filled up with empty places; titles above the first ones.
+def _table(rows: Sequence[tuple[str, Sequence[str], Pictures]]) -> str:
+    """Rows of (words beside, titles, pictures) as HTML; titles stand above the first of the rows that share them."""
+    beside = any(words for words, *_ in rows)
+    body, number, last = "", 0, None
+    for label, titles, pictures in rows:
+        if titles and titles != last:
+            body += _row([""] * beside + [*titles], "center")
+        last = titles
+        cells = ""
+        for picture, title in zip_longest(pictures, titles, fillvalue=""):
+            number += 1
+            alt = ", ".join(filter(None, (label, title or f"picture {number}")))
+            shown = _tile(picture, alt) if isinstance(picture, Image.Image) else ""
+            cells += f'<td width="{SIDE}" style="padding:2px">{shown}</td>'
+        body += _row([label] * beside, "right", cells)
+    return f'<div style="overflow-x:auto"><table style="margin:0;border:0">{body}</table></div>'
 
-    Parameters
-    ----------
-    margin : float
-        What stands beside the table, in widths of a picture.
-    room : float
-        Inches between the rows, for titles in each of them.
-    """
-    width = max(len(row) for row in table)
-    side = max((SHOWN + 10) / PICTURES, min(WIDTH / (width + margin), 1.9))
-    first = next(picture for row in table for picture in row if picture is not None)
-    height = (side * first.height / first.width + room) * len(table)
-    figure, axes = new_axes(side * width, height, caption, len(table), width)
-    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    bare(*axes.flat)
-    for row, places in zip(table, axes, strict=True):
-        for picture, each in zip(row, places, strict=False):
-            if picture is not None:
-                each.imshow(enlarge(picture), interpolation="bicubic")
-    for words, each in zip(titles, axes.flat, strict=False):
-        each.set_title(textwrap.fill(words, max(8, int(side * 11))))
-    return figure, axes
+
+def _row(words: Sequence[str], side: str, cells: str = "") -> str:
+    look = f'style="text-align:{side};max-width:{SIDE}px;padding:2px 6px"'
+    return f'<tr style="background:none">{"".join(f"<th {look}>{escape(each)}</th>" for each in words)}{cells}</tr>'
+
+
+def _tile(picture: Image.Image, alt: str) -> str:
+    shown = fitted(picture)
+    return img(encoded(shown, "png" if shown.getcolors(1024) else "jpeg"), alt, shown.width / 2)
 
 
 def _edge(inside: np.ndarray) -> np.ndarray:
-    """The pixels of a mask that have a neighbor outside it, two pixels wide; the picture's border is no edge."""
-    return inside & ~np.asarray(Image.fromarray(inside).convert("L").filter(ImageFilter.MinFilter(5)), dtype=bool)
+    """The pixels of a mask that have a neighbor outside it, four pixels wide; the picture's border is no edge."""
+    return inside & ~np.asarray(Image.fromarray(inside).convert("L").filter(ImageFilter.MinFilter(9)), dtype=bool)

@@ -1,9 +1,10 @@
-"""Figures made of numbers: curves, bars, rows with intervals, tables as colors."""
+"""Figures made of numbers: curves, bars, dots with whiskers, tables as colors."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from html import escape
 from itertools import chain
 from typing import Any
 
@@ -32,14 +33,17 @@ def curves(
         Whether the vertical axis is logarithmic.
     """
     figure, axes = new_plot(caption=caption)
-    for look, (name, values) in zip(looks(list(series)), series.items(), strict=True):
+    for (color, dash, marker), (name, values) in zip(looks(list(series)), series.items(), strict=True):
         runs = np.atleast_2d(as_array(values))
         places = np.arange(runs.shape[1]) if x is None else np.asarray(x, dtype=float)
-        mean = runs.mean(0)
+        mean, spread = runs.mean(0), runs.std(0)
         if smooth > 1 and len(mean) >= smooth:
-            axes.plot(places, mean, color=look[0], alpha=0.25, linewidth=0.8)
+            axes.plot(places, mean, color=color, alpha=0.25, linewidth=0.8)
             mean, places = (np.convolve(each, np.ones(smooth) / smooth, "valid") for each in (mean, places))
-        _curve(axes, places, mean, look, name, runs.std(0) if len(runs) > 1 else None)
+        elif len(runs) > 1:
+            axes.fill_between(places, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
+        few = marker if len(mean) <= 12 else ""
+        axes.plot(places, mean, color=color, linestyle=dash, label=name, marker=few, markersize=4)
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
     _legend(axes, len(series) > 1)
     return figure
@@ -57,15 +61,13 @@ def loss_by_noise_level(
     last : int
         The number of timesteps that the model was trained on.
     """
-    figure, axes = new_plot(caption=caption)
     edges = np.linspace(0, last, bins + 1)
-    for look, (name, (timesteps, values)) in zip(looks(list(losses)), losses.items(), strict=True):
+    bands = {}  # whose mean is the mean loss, and whose standard deviation its error
+    for name, (timesteps, values) in losses.items():
         places, numbers = np.digitize(as_array(timesteps), edges[1:-1]), as_array(values)
         mean, error = np.array([_mean_and_error(numbers[places == level]) for level in range(bins)]).T
-        _curve(axes, (edges[1:] + edges[:-1]) / 2, mean, look, name, error)
-    axes.set(xlabel="timestep (right: more noise)", ylabel="mean loss", xlim=(0, last))
-    _legend(axes, len(losses) > 1)
-    return figure
+        bands[name] = np.stack([mean - error, mean + error])
+    return curves(bands, (edges[1:] + edges[:-1]) / 2, "timestep (right: more noise)", "mean loss", caption=caption)
 
 
 def bars(
@@ -110,27 +112,30 @@ def bars(
     return figure
 
 
-def gains(
-    groups: Mapping[str, Mapping[str, Mapping[str, float]]],
+def forest(
+    rows: Mapping[str, Any],
     xlabel: str = "",
     caption: str | None = None,
     reference: tuple[str, float] = ("", 0.0),
 ) -> Drawing:
-    """Rows with intervals: a dot at each mean, a whisker from low to high, the highest mean above, a line at zero.
+    """Dots with whiskers: a dot at each mean, a whisker from low to high, the highest mean above, a line at zero, and
+    the numbers folded below.
 
     Parameters
     ----------
-    groups : dict of str to dict of str to dict
-        By group, which has a column of axes, and by name: "mean", "low" and "high". A name may be missing in a group.
+    rows : dict of str to dict
+        By name: "mean", "low" and "high". Or by group, which has a column of axes, and then by name, which may be
+        missing in a group.
     reference : (str, float)
         A name and a value to compare with instead of zero, drawn as a dashed line; means below it are pale.
     """
-    rows: dict[str, list[float]] = {}
+    groups = {"": rows} if "mean" in next(iter(rows.values())) else rows
+    means: dict[str, list[float]] = {}
     for name, interval in chain.from_iterable(group.items() for group in groups.values()):
-        rows.setdefault(name, []).append(interval["mean"])
-    names = sorted(rows, key=lambda name: -float(np.mean(rows[name])))
+        means.setdefault(name, []).append(interval["mean"])
+    names = sorted(means, key=lambda name: -float(np.mean(means[name])))
     styles = looks(names) if len(groups) > 1 else [(COLORS[0], "-", "o")] * len(names)
-    width = 2.4 + max(2.2, 1.75 * len(groups))
+    width = min(4, 0.6 + max(map(len, names)) / 12) + max(3, 2 * len(groups))
     figure, grid = new_axes(width, 0.95 + 0.27 * len(names), caption, 1, len(groups), sharey=True, sharex=True)
     for axes, (title, group) in zip(grid[0], groups.items(), strict=True):
         axes.axvline(reference[1], color="0.35", linestyle="--", linewidth=1.0, label=reference[0])
@@ -139,22 +144,41 @@ def gains(
                 look = {"color": color, "alpha": 0.4 if reference[0] and row["mean"] < reference[1] else 1.0}
                 axes.hlines(place, row["low"], row["high"], linewidth=1.6, **look)
                 axes.plot([row["mean"]], [place], marker=marker, markersize=7, linestyle="", **look)
-        axes.set_title(title)
+        axes.set_title(textwrap.fill(title, 20))
         axes.tick_params(axis="y", length=0)
     _legend(grid[0, 0], bool(reference[0]))
-    grid[0, 0].set_yticks(range(len(names)), names)
+    grid[0, 0].set_yticks(range(len(names)), [textwrap.fill(name, 44) for name in names])
     grid[0, 0].set_ylim(len(names) - 0.5, -0.5)
     grid[0, len(groups) // 2].set_xlabel(xlabel)
+    figure.below = _folded(groups, names)
     return figure
+
+
+gains = forest
+"""Its name where what is shown was gained."""
 
 
 def ranked(
     values: Mapping[str, Any], xlabel: str = "", reference: tuple[str, float] = ("", 0.0), caption: str | None = None
 ) -> Drawing:
-    """Rows of means with one standard error, as in `gains`, from the values (n,) of each name."""
+    """A `forest` of means with one standard error, from the values (n,) of each name."""
     spreads = {name: _mean_and_error(np.atleast_1d(as_array(numbers))) for name, numbers in values.items()}
     rows = {name: {"mean": mean, "low": mean - e, "high": mean + e} for name, (mean, e) in spreads.items()}
-    return gains({"": rows}, xlabel, caption, reference)
+    return forest(rows, xlabel, caption, reference)
+
+
+def _folded(groups: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The numbers of a forest as a table that opens on a click: a row for each name, a column for each group."""
+
+    def cells(kind: str, words: Iterable[str]) -> str:
+        return f"<tr>{''.join(f'<{kind}>{escape(each)}</{kind}>' for each in words)}</tr>"
+
+    lines = [cells("th", ["", *groups])] if len(groups) > 1 else []
+    for name in names:
+        found = [group.get(name) for group in groups.values()]
+        said = ("{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**row) if row else "" for row in found)
+        lines.append(cells("td", [name, *said]))
+    return f"<details><summary>The numbers</summary><table>{''.join(lines)}</table></details>"
 
 
 def tradeoff(
@@ -254,14 +278,6 @@ def heat_table(table: Mapping[str, Mapping[str, float]], caption: str | None = N
     axes.set_yticks(range(len(table)), list(table))
     axes.tick_params(length=0)
     return figure
-
-
-def _curve(axes: Any, x: Any, y: Any, look: tuple, name: str, spread: Any = None) -> None:
-    """A line, with its band if there is one, and with marks if its points are few."""
-    color, dash, marker = look
-    if spread is not None and len(spread) == len(y):
-        axes.fill_between(x, y - spread, y + spread, color=color, alpha=0.2, linewidth=0)
-    axes.plot(x, y, color=color, linestyle=dash, label=name, marker=marker if len(y) <= 12 else "", markersize=4)
 
 
 def _legend(axes: Any, wanted: bool = True) -> None:

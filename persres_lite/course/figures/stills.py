@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from persres_lite.course.figures.pictures import grid, heat_picture, outlines
-from persres_lite.course.figures.style import Drawing
+from persres_lite.course.figures.style import Shown
 from persres_lite.masks import RULES, make_mask
 
 
 def map_table(
     record: Any, picture: Image.Image, word: str, steps: Sequence[int] | None = None, caption: str | None = None
-) -> Drawing:
+) -> Shown:
     """Where a word looked: a row for each step, a column for each block, the mean of all blocks last.
 
     Each picture has its own scale, because blocks differ far more in strength than in place.
@@ -36,7 +36,7 @@ def map_table(
     return grid(table, rows=[f"step {step}" for step in steps], columns=columns, caption=caption)
 
 
-def mask_table(picture: Image.Image, attention: torch.Tensor, truth: Any = None, caption: str | None = None) -> Drawing:
+def mask_table(picture: Image.Image, attention: torch.Tensor, truth: Any = None, caption: str | None = None) -> Shown:
     """One map, and the mask that each rule makes of it, with the share of the picture that it takes.
 
     Parameters
@@ -51,7 +51,7 @@ def mask_table(picture: Image.Image, attention: torch.Tensor, truth: Any = None,
     return outlines(picture, list(masks.values()), titles, truth=truth, columns=3, caption=caption)
 
 
-def scale_table(pictures: Mapping[float, Mapping[str, Image.Image]], caption: str | None = None) -> Drawing:
+def scale_table(pictures: Mapping[float, Mapping[str, Image.Image]], caption: str | None = None) -> Shown:
     """Pictures from one noise: a column for each scale of the residual, a row for each way of sampling.
 
     Parameters

@@ -1,17 +1,20 @@
-"""The one style of all figures, and the figure that shows itself."""
+"""The one style of all figures, and what shows itself: pictures as HTML, and plots."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from base64 import b64encode
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
 from itertools import cycle
 from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
-from IPython.display import Markdown, display
+from IPython.display import display
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -29,14 +32,9 @@ STYLE = {
 WIDTH = 7.0
 """Inches that a figure may be wide: a notebook's column."""
 SCREEN = 110
-"""Pixels an inch at which a figure is shown."""
-DPI = 2 * SCREEN
-"""Of lines and letters: twice the screen's, for sharp ones."""
-PICTURES, QUALITY = 160, 75
-"""Pixels an inch and quality of a JPEG: a table of 4 x 4 pictures takes some 110 KB of a notebook, which must stay
-below a megabyte with all of its figures."""
-LARGE = 100_000
-"""Bytes of a PNG beyond which a figure of pictures is stored as a JPEG, a fifth of the size."""
+"""Pixels an inch at which a plot is shown; it is drawn with twice as many, for sharp lines and letters."""
+QUALITY = 88
+"""Of a JPEG: 16 pictures at twice their shown size take some 290 KB of a notebook."""
 
 WAYS: dict[str, tuple[str, Any, str]] = {  # color, dash and marker
     "original": ("#555555", ":", "o"),
@@ -82,44 +80,85 @@ def _free(choices: Sequence, taken: set) -> Any:
     return next((choice for choice in choices if choice not in taken), choices[-1])
 
 
-class Drawing(Figure):
-    """A figure that shows itself at the end of a cell, without pyplot and its list of open figures: as a PNG, or as a
-    JPEG if it is full of pictures, with its caption as text below it, which a screen reader reads as well.
+@dataclass
+class Shown:
+    """What shows itself at the end of a cell as one piece of HTML, the same in every viewer: pictures with words for
+    those who do not see them, the caption below as text.
+
+    Attributes
+    ----------
+    body, below : str
+        HTML above and below the caption. It reads well without its styles, which GitHub removes.
     """
 
+    body: str
     caption: str | None = None
+    below: str = ""
 
-    def picture(self) -> tuple[str, bytes, dict[str, Any]]:
-        """Its type, its bytes, and the metadata of a notebook's output: the size to show it at, and its words."""
-        kind, dpi, drawn = "png", DPI, self._drawn(DPI)
-        if not any(np.asarray(image.get_array()).ndim == 3 for axes in self.axes for image in axes.images):
-            drawn = drawn.quantize(256, dither=Image.Dither.NONE)  # lines and letters need no more colors
-        data = _stored(drawn, kind)
-        if drawn.mode == "RGB" and len(data) > LARGE:
-            kind, dpi, drawn = "jpeg", PICTURES, self._drawn(PICTURES)
-            data = _stored(drawn, kind)
-        width, height = (side * SCREEN // dpi for side in drawn.size)
-        return f"image/{kind}", data, {"width": width, "height": height, "alt": self.caption or ""}
-
-    def _drawn(self, dpi: int) -> Image.Image:
-        buffer = io.BytesIO()
-        self.savefig(buffer, dpi=dpi, bbox_inches="tight", pad_inches=0.05)
-        return Image.open(buffer).convert("RGB")
+    @property
+    def html(self) -> str:
+        """All of it."""
+        words = f'<figcaption style="max-width:52em">{escape(self.caption)}</figcaption>' if self.caption else ""
+        return f'<figure style="margin:0">{self.body}{words}{self.below}</figure>'
 
     def _ipython_display_(self) -> None:
-        kind, data, about = self.picture()
-        display({kind: data, "text/plain": repr(self)}, metadata={kind: about}, raw=True)
-        if self.caption:
-            display(Markdown(self.caption))
+        display({"text/html": self.html, "text/plain": repr(self)}, raw=True)
 
     def __repr__(self) -> str:
         return f"Figure: {self.caption or 'without a caption'}"
 
 
-def _stored(drawn: Image.Image, kind: str) -> bytes:
+class Drawing(Figure):
+    """A plot that shows itself, without pyplot and its list of open figures.
+
+    Attributes
+    ----------
+    alt : str
+        What is seen, in words; by default all that is written in it.
+    below : str
+        HTML below the caption.
+    """
+
+    caption: str | None = None
+    alt, below = "", ""
+
+    def shown(self) -> Shown:
+        """The plot as HTML."""
+        buffer = io.BytesIO()
+        self.savefig(buffer, dpi=2 * SCREEN, bbox_inches="tight", pad_inches=0.05)
+        drawn = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        words = self.alt or f"Plot: {', '.join(dict.fromkeys(self._written()))}"
+        return Shown(img(encoded(drawn, "png"), words, drawn.width / 2, "100%"), self.caption, self.below)
+
+    def _written(self) -> Iterator[str]:
+        """Titles, labels and names, without numbers."""
+        for axes in self.axes:
+            legend = axes.get_legend()
+            names = [*(legend.get_texts() if legend else ()), *axes.get_xticklabels(), *axes.get_yticklabels()]
+            words = [axes.title, axes.yaxis.label, axes.xaxis.label, *names]
+            yield from (
+                text.get_text().replace("\n", " ") for text in words if re.match(r"[^$]*[A-Za-z]", text.get_text())
+            )
+
+    def _ipython_display_(self) -> None:
+        self.shown()._ipython_display_()
+
+    def __repr__(self) -> str:
+        return f"Figure: {self.caption or 'without a caption'}"
+
+
+def encoded(picture: Image.Image, kind: str) -> bytes:
+    """The picture as a file of a kind: "png" or "jpeg"."""
     buffer = io.BytesIO()
-    drawn.save(buffer, kind, optimize=True, quality=QUALITY)
+    picture.save(buffer, kind, optimize=True, quality=QUALITY)
     return buffer.getvalue()
+
+
+def img(data: bytes, alt: str, width: float, most: str = "none") -> str:
+    """A picture's file as an HTML element, `width` pixels wide on the page, and at most `most` (CSS)."""
+    kind = str(Image.open(io.BytesIO(data)).format).lower()
+    source = f"data:image/{kind};base64,{b64encode(data).decode()}"
+    return f'<img src="{source}" alt="{escape(alt)}" width="{width:.0f}" style="max-width:{most}">'
 
 
 def new_axes(
