@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import re
 
 import numpy as np
 import pytest
@@ -26,34 +28,36 @@ LEFT = torch.zeros(8, 8)
 LEFT[:, :4] = 1.0
 
 
-def shown(axes):
-    return np.asarray(axes.images[0].get_array())
+def tiles(figure):
+    """The pictures of a figure by their words, as arrays."""
+    found = re.findall(r'<img src="data:image/\w+;base64,([^"]+)" alt="([^"]+)"', figure.html)
+    return {alt: np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")) for data, alt in found}
 
 
 def labels(figure):
     return [text.get_text() for axes in figure.axes for text in (*axes.texts, axes.title, axes.yaxis.label)]
 
 
-def test_a_figure_shows_itself_with_its_caption_as_text(monkeypatch):
+def test_a_figure_shows_itself_with_words_for_who_does_not_see_it_and_its_caption_as_text(monkeypatch):
     from matplotlib import pyplot
 
     outputs = []
     monkeypatch.setattr(style, "display", lambda *given, **options: outputs.append((*given, options)))
-    figures.grid([RED], caption="What to see.")._ipython_display_()
-    (data, options), (words, _) = outputs
-    image = Image.open(io.BytesIO(data["image/png"]))
-    about = options["metadata"]["image/png"]
-    assert about == {"width": image.width // 2, "height": image.height // 2, "alt": "What to see."}
-    assert image.getpixel((image.width // 2, image.height // 3)) == (255, 0, 0)
-    assert words.data == "What to see." and data["text/plain"] == "Figure: What to see."
+    figures.grid([RED], columns=["a <red> one"], caption="What to see & say.")._ipython_display_()
+    figures.curves({"a way": [1, 2]}, ylabel="loss")._ipython_display_()
+    (picture, _), (plot, _) = outputs
+    assert 'alt="a &lt;red&gt; one" width="192"' in picture["text/html"]
+    assert ">What to see &amp; say.</figcaption>" in picture["text/html"]
+    assert picture["text/plain"] == "Figure: What to see & say."
+    assert 'alt="Plot: loss"' in plot["text/html"] and "image/png;base64" in plot["text/html"]
     assert pyplot.get_fignums() == []
 
 
-def test_many_pictures_are_a_jpeg_that_leaves_room_in_a_notebook():
-    kind, data, _ = figures.grid([load_concept(name).images for name in ("plum-cat", "berry-mug")]).picture()
-    assert kind == "image/jpeg" and len(data) < 60_000  # a third more in a notebook
-    assert Image.open(io.BytesIO(data)).width >= 4 * figures.pictures.SHOWN
-    assert figures.curves({"a": [1, 2]}).picture()[0] == "image/png"
+def test_pictures_are_twice_as_large_as_shown_and_leave_room_in_a_notebook():
+    figure = figures.grid([load_concept(name).images for name in ("plum-cat", "berry-mug")])
+    assert [tile.shape for tile in tiles(figure).values()] == [(384, 384, 3)] * 8
+    assert figure.html.count("image/jpeg") == 8 and len(figure.html) < 160_000
+    assert "image/png" in figures.grid([RED]).html, "flat pictures are exact"
 
 
 def test_a_way_of_sampling_looks_the_same_in_every_figure():
@@ -69,56 +73,81 @@ def test_variants_of_a_way_share_its_color_and_differ_otherwise():
     assert looks[0][0] == looks[1][0] and looks[2][0] == looks[3][0] and len(set(looks)) == 4
 
 
-def test_small_pictures_are_enlarged_by_a_whole_factor_and_keep_their_colors():
+def test_pictures_are_enlarged_or_shrunk_and_keep_their_colors():
     half = Image.new("RGB", (64, 64), "red")
     half.paste((0, 0, 255), (32, 0, 64, 64))
-    large = figures.enlarge(half, 192)
-    assert large.size == (192, 192)
+    large = figures.enlarge(half, 200)
+    assert large.size == (200, 200)
     assert large.getpixel((40, 96)) == (255, 0, 0) and large.getpixel((150, 96)) == (0, 0, 255)
-    assert figures.enlarge(Image.new("RGB", (500, 300)), 192).size == (500, 300)
+    assert figures.enlarge(Image.new("RGB", (500, 300)), 150).size == (250, 150)
 
 
 def test_grid_places_pictures_and_words():
     figure = figures.grid([[RED, BLUE], [BLUE, None]], rows=["beach", "snow"], columns=["original", "LAG"])
-    colors = [shown(axes)[0, 0].tolist() for axes in figure.axes if axes.images]
-    assert colors == [[255, 0, 0], [0, 0, 255], [0, 0, 255]] and not figure.axes[3].images
-    assert {"beach", "snow", "original", "LAG"} <= set(labels(figure))
-    assert len(figures.grid([RED, BLUE, RED]).axes) == 3
+    colors = {words: tile[0, 0].tolist() for words, tile in tiles(figure).items()}
+    assert colors == {"beach, original": [255, 0, 0], "beach, LAG": [0, 0, 255], "snow, original": [0, 0, 255]}
+    assert figure.html.count("<tr") == 3 and figure.html.count(">LAG</th>") == 1
     with pytest.raises(ValueError):
         figures.grid([RED, BLUE], rows=["a", "b"])  # one row
 
 
+def test_what_is_no_table_is_broken_into_equal_rows_with_a_title_above_each_picture():
+    figure = figures.grid([RED] * 7, columns=[f"step {k}" for k in range(7)])
+    assert figure.html.count("<tr") == 4 and list(tiles(figure)) == [f"step {k}" for k in range(7)]
+    assert list(tiles(figures.grid([RED, BLUE]))) == ["picture 1", "picture 2"]
+
+
+def test_too_many_rows_are_left_out_and_the_caption_says_so():
+    table = [[RED] * 6] * 5
+    assert figures.grid(table, caption="See.").caption == "See. Shown: 4 of 5 rows."
+    assert figures.grid(table, most=30).html.count("<img") == 30
+
+
+def test_a_film_moves_says_what_it_shows_and_stays_small(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (12, 128, 128, 3), dtype=np.uint8)
+    frames = [[Image.fromarray(each), RED] for each in noise]
+    path = tmp_path / "new" / "film.gif"
+    shown = figures.film(frames, [f"step {k}" for k in range(12)], ["LAG", "mask"], "It appears.", path=path)
+    film = Image.open(path)
+    assert path.stat().st_size <= figures.pictures.FILM and film.is_animated and film.width > 2 * 192
+    assert (
+        'from step 0 to step 11; side by side: LAG, mask"' in shown.html and ">It appears.</figcaption>" in shown.html
+    )
+    short = figures.film([RED, BLUE])
+    assert "Film of 2 frames" in short.html and 'width="192"' in short.html
+
+
 def test_heat_is_bright_where_the_map_is_high():
     pixels = np.asarray(figures.heat_picture(RED, LEFT)).astype(int).sum(-1)
-    assert pixels[:, :64].mean() > 2 * pixels[:, 128:].mean()
+    assert pixels[:, :128].mean() > 2 * pixels[:, 256:].mean()
     weak = np.asarray(figures.heat_picture(RED, LEFT, low=0.0, high=4.0)).astype(int).sum(-1)
-    assert weak[:, :64].mean() < pixels[:, :64].mean()
+    assert weak[:, :128].mean() < pixels[:, :128].mean()
     flat = figures.heat_picture(RED, torch.ones(4, 4))  # a constant map does not divide by zero
     assert all(low == high for low, high in flat.getextrema())
 
 
 def test_heats_share_one_scale_with_a_color_bar():
     figure = figures.heats(RED, [LEFT, LEFT * 0.25], titles=["a", "b"])
-    bar = figure.axes[-1]
-    assert bar.get_ylabel() == "attention" and bar.get_ylim() == (0.0, 1.0)
-    assert shown(figure.axes[0])[96, 20].sum() > shown(figure.axes[1])[96, 20].sum()
+    strong, weak, bar = tiles(figure).values()
+    assert "attention: 0.000 <img" in figure.html and "> 1.000</p>" in figure.html
+    assert strong[192, 40].sum() > weak[192, 40].sum() and bar[0, -1].sum() > 2 * bar[0, 0].sum()
 
 
 def test_a_contour_hides_nothing_and_a_flat_map_has_none():
     pixels = np.asarray(figures.contour_picture(BLUE, LEFT))
     orange = (pixels == [255, 140, 0]).all(-1)
-    assert orange.any() and orange[:, 80:112].sum() == orange.sum(), "the line follows the map's edge"
+    assert orange.any() and orange[:, 160:224].sum() == orange.sum(), "the line follows the map's edge"
     assert (pixels[~orange] == [0, 0, 255]).all()
     assert np.array_equal(np.asarray(figures.contour_picture(BLUE, torch.ones(4, 4))).min((0, 1)), [0, 0, 255])
 
 
 def test_outlines_mark_mask_and_truth():
-    figure = figures.outlines(RED, [LEFT], truth=LEFT.T)
-    pixels = shown(figure.axes[0])
+    pixels = np.asarray(figures.outline_picture(RED, LEFT, LEFT.T))
+    assert list(tiles(figures.outlines(RED, [LEFT], ["left"], truth=LEFT.T))) == ["left"]
     assert (pixels.reshape(-1, 3) == [255, 140, 0]).all(1).any(), "the mask's edge"
     assert (pixels.reshape(-1, 3) == 255).all(1).any(), "the truth's edge"
-    assert pixels[150, 20, 0] == 255 and pixels[150, 150, 0] < 130  # the outside is dimmed
-    assert pixels[150, 0].tolist() == [255, 0, 0]  # the picture's border is no edge
+    assert pixels[300, 40, 0] == 255 and pixels[300, 300, 0] < 130  # the outside is dimmed
+    assert pixels[300, 0].tolist() == [255, 0, 0]  # the picture's border is no edge
 
 
 def test_curves_draw_values_smoothed_and_with_a_band():
@@ -158,12 +187,16 @@ def test_bars_of_no_method_have_a_color_that_no_way_has():
 
 def test_rows_with_intervals_are_sorted_around_zero_and_a_way_keeps_its_color():
     one, two = {"mean": 0.1, "low": 0.0, "high": 0.2}, {"mean": -0.1, "low": -0.3, "high": 0.1}
-    middle, side = figures.gains({"middle": {"disc": two, "LAG": one}, "side": {"disc": one}}, "gain").axes
+    figure = figures.forest({"middle": {"disc": two, "LAG": one}, "side": {"disc": one}}, "gain")
+    middle, side = figure.axes
     assert [text.get_text() for text in middle.get_yticklabels()] == ["LAG", "disc"]
     assert middle.lines[0].get_xdata()[0] == 0.0, "the line at zero"
     assert [each.get_segments()[0][:, 0].tolist() for each in middle.collections] == [[0.0, 0.2], [-0.3, 0.1]]
     assert (middle.get_title(), side.get_title()) == ("middle", "side")
     assert middle.lines[2].get_color() == side.lines[1].get_color()
+    assert "<details>" in figure.below and ">-0.100 [-0.300, +0.100]</td>" in figure.below, "the numbers, folded"
+    single = figures.forest({"disc": two, "LAG": one})
+    assert [text.get_text() for text in single.axes[0].get_yticklabels()] == ["LAG", "disc"]
 
 
 def test_ranked_means_are_pale_below_the_reference():
@@ -199,12 +232,9 @@ def test_a_mosaic_shows_every_number_on_one_scale():
 
 def test_a_heat_table_is_red_below_zero_and_blue_above():
     figure = figures.heat_table({"place": {"identity": 0.02, "moved": -4.0}, "style": {"identity": -0.01}})
-    axes = figure.axes[0]
-    assert [text.get_text() for text in axes.texts] == ["+0.020", "-4.000", "-0.010"]
-    colors = axes.images[0].cmap(axes.images[0].norm(axes.images[0].get_array()))
-    assert colors[0, 0, 2] > colors[0, 0, 0] and colors[1, 0, 0] > colors[1, 0, 2]
-    assert colors[1, 1, :3].min() > 0.9, "what is not known stays white"
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["place", "style"]
+    found = re.findall(r"<td(?:[^>]*rgba\((\d+)[^>]*)?>([^<]*)</td>", figure.html)
+    assert found == [("0", "+0.020"), ("213", "-4.000"), ("213", "-0.010"), ("", "")], "what is not known stays white"
+    assert re.findall(r"<th[^>]*>([^<]+)</th>", figure.html) == ["identity", "moved", "place", "style"]
 
 
 def test_a_low_rank_residual_is_drawn_to_scale():
@@ -246,14 +276,14 @@ def record():
 
 
 def test_the_still_of_the_maps_has_steps_and_blocks(record):
-    figure = figures.map_table(record, RED, "cat")
-    assert len(figure.axes) == 4 * 3 and figures.scale_table({1.0: {"LAG": RED}, 0.0: {"LAG": BLUE}}).axes
-    assert {"step 0", "step 8", "down 0.0", "mid", "all blocks"} <= set(labels(figure))
+    found = tiles(figures.map_table(record, RED, "cat"))
+    assert len(found) == 4 * 3 and {"step 0, down 0.0", "step 8, mid", "step 8, all blocks"} <= set(found)
     wanted = figures.heat_picture(RED, record.map("cat", step=8, block="mid_block.attentions.0.proj_out"))
-    assert np.array_equal(shown(figure.axes[10]), np.asarray(wanted))
+    assert np.abs(found["step 8, mid"].astype(int) - np.asarray(wanted)).mean() < 4  # a JPEG
+    scales = figures.scale_table({1.0: {"LAG": RED}, 0.0: {"LAG": BLUE}})
+    assert list(tiles(scales)) == ["LAG, scale 0", "LAG, scale 1"]
 
 
 def test_the_still_of_the_masks_says_each_share():
-    figure = figures.mask_table(RED, LEFT + torch.rand(8, 8) * 0.1)
-    assert len([axes for axes in figure.axes if axes.images]) == len(RULES)
-    assert "median: 50%" in labels(figure)
+    found = tiles(figures.mask_table(RED, LEFT + torch.rand(8, 8) * 0.1))
+    assert len(found) == len(RULES) and "median: 50%" in found

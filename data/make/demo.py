@@ -20,7 +20,7 @@ from transformers.utils import logging
 from persres_lite import compare, load_base, load_concept, personalize
 from persres_lite.bases import settings_of
 from persres_lite.concepts import Concept, shipped_concepts
-from persres_lite.course.figures import fitted, outline_picture
+from persres_lite.course.figures import enlarge, outline_picture
 from persres_lite.evaluation import Comparison, background_distance
 from persres_lite.masks import resize
 from persres_lite.support.files import whole_file
@@ -41,7 +41,7 @@ def draw(concept: Concept, places: list[str], comparison: Comparison) -> Image.I
     columns = {"a reference": concept.images, **comparison.pictures, "LAG's mask": outlined}
     empty = Image.new("RGB", (1, 1), "white")
     rows = [
-        [fitted(picture, TILE) for picture in row]
+        [enlarge(picture, TILE) for picture in row]
         for row in islice(zip_longest(*columns.values(), fillvalue=empty), len(places))
     ]
     return sheet(rows, list(columns), [f"… {place}" for place in places], gap=8)

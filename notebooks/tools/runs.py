@@ -14,8 +14,8 @@ from nbformat import NotebookNode
 from data.make.shared import ROOT, machine
 
 FIGURES = ("image/png", "image/jpeg")
-MAX_BYTES = 1_000_000
-"""GitHub shows larger notebooks slowly or not at all."""
+MAX_BYTES = 3_000_000
+"""GitHub shows larger notebooks slowly."""
 
 TIME_LINE = "**Time and memory:**"
 

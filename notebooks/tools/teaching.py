@@ -17,7 +17,6 @@ from pathlib import Path
 
 from nbconvert.filters import markdown2html
 from nbformat import NotebookNode
-from PIL import Image
 
 from notebooks.tools import exercises, runs
 
@@ -53,8 +52,8 @@ class Slide:
 
     title: str
     text: str = ""
-    pictures: Sequence[tuple[str, str, str]] = ()
-    """MIME type, base64 and alternative text of each."""
+    pictures: Sequence[str] = ()
+    """Figures with their captions, as HTML."""
     kind: str = "text"
     notes: str = ""
     """Markdown for the lecturer, shown by the key N."""
@@ -180,8 +179,7 @@ def page(made: Sequence[Slide]) -> str:
     """
     sections = []
     for number, slide in enumerate(made, start=1):
-        images = "".join(_figure(*picture) for picture in slide.pictures)
-        body = images + (to_html(slide.text) if slide.text else "")
+        body = "".join(slide.pictures) + (to_html(slide.text) if slide.text else "")
         notes = f"<aside>{to_html(slide.notes)}</aside>" if slide.notes else ""
         lesson = f"{html.escape(slide.lesson)} &nbsp; " if slide.lesson else ""
         sections.append(
@@ -189,15 +187,6 @@ def page(made: Sequence[Slide]) -> str:
             f'<div class="body">{body}</div>{notes}<footer>{lesson}{number} / {len(made)}</footer></section>'
         )
     return PAGE.read_text(encoding="utf-8").replace("{sections}", "\n".join(sections))
-
-
-def _figure(kind: str, data: str, alt: str) -> str:
-    """A picture; beside a high one stands its caption again, which would be too small to read inside it."""
-    width, height = Image.open(io.BytesIO(base64.b64decode(data))).size
-    picture = f'<img src="data:{kind};base64,{data}" alt="{html.escape(alt, quote=True)}">'
-    high = height > 0.75 * width
-    caption = f"<figcaption>{html.escape(alt)}</figcaption>" if high and alt else ""
-    return f"<figure{' class=high' if high else ''}>{picture}{caption}</figure>"
 
 
 def to_html(text: str, inline: bool = False) -> str:
@@ -318,9 +307,11 @@ def _title(notebook: NotebookNode) -> str:
     return notebook.cells[1].source.splitlines()[0].removeprefix("# ")
 
 
-def _pictures(cell: NotebookNode) -> Iterator[tuple[str, str, str]]:
+def _pictures(cell: NotebookNode) -> Iterator[str]:
+    """The figures of a cell as HTML: those of `course.figures` are, and have words for who does not see them."""
     for output in cell.get("outputs", []):
-        for kind in runs.FIGURES:
-            if kind in output.get("data", {}):
-                alt = output.get("metadata", {}).get("alt") or output.metadata.get(kind, {}).get("alt", "")
-                yield kind, "".join(output.data[kind]).replace("\n", ""), alt
+        data = output.get("data", {})
+        if "".join(data.get("text/html", "")).startswith("<figure"):
+            yield "".join(data["text/html"])
+        for kind in {*runs.FIGURES} & {*data}:
+            yield f'<figure><img src="data:{kind};base64,{"".join(data[kind]).strip()}" alt=""></figure>'

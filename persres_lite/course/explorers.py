@@ -15,17 +15,15 @@ import ipywidgets as widgets
 import torch
 from IPython.display import display
 from PIL import Image
-from torch.nn.functional import interpolate
 
-from persres_lite.course.figures.pictures import fitted, heat_picture, outline_picture
+from persres_lite.course.figures.pictures import enlarge, heat_picture, outline_picture
 from persres_lite.course.figures.stills import short_name
-from persres_lite.course.figures.style import as_array, encoded
+from persres_lite.course.figures.style import encoded
+from persres_lite.evaluation import iou
 from persres_lite.masks import RULES, make_mask
 from persres_lite.support.sheet import sheet
 
 ALL = "all"  # and not None, which a slider takes for nothing chosen
-SIDE = 512
-"""Pixels of a picture's shorter side, for screens with two of them to one of the page."""
 
 
 class Explorer:
@@ -49,7 +47,7 @@ class Explorer:
     def _follow(self, change: Any = None) -> None:
         picture, words = self.draw(**{name: control.value for name, control in self.controls.items()})
         self.picture.value, self.note.value = encoded(picture, "png"), words
-        self.picture.width = max(SIDE, picture.width) // 2
+        self.picture.width = max(256, picture.width // 2)  # sharp on screens with two pixels to one
 
     def _ipython_display_(self) -> None:  # ipywidgets 7, which Colab has, knows no other way
         display(self.box)
@@ -71,7 +69,7 @@ def maps(record: Any, picture: Image.Image) -> Explorer:
     def draw(word: str, step: int | str, block: str) -> tuple[Image.Image, str]:
         found = record.map(word, step=None if step == ALL else step, block=None if block == ALL else block)
         said = f"<b>{word}</b>: {found.shape[0]} × {found.shape[1]} positions, highest {found.max():.3f}"
-        return heat_picture(fitted(picture, SIDE), found), said
+        return heat_picture(picture, found), said
 
     return Explorer(
         draw,
@@ -93,9 +91,6 @@ def masks(picture: Image.Image, attention: torch.Tensor, truth: Any = None) -> E
     truth : picture or array (h, w), optional
         The true mask, of any size: outlined in white, and compared with.
     """
-    if truth is not None:
-        pixels = torch.as_tensor(as_array(truth)).float()[None, None]
-        true = (interpolate(pixels, tuple(attention.shape), mode="area")[0, 0] > 0.5).float()
 
     def draw(rule: str, amount: float) -> tuple[Image.Image, str]:
         value = {name: whole * amount for name, whole in _options(RULES[rule]).items()}
@@ -103,8 +98,8 @@ def masks(picture: Image.Image, attention: torch.Tensor, truth: Any = None) -> E
         said = "".join(f", {name} {number:.2f}" for name, number in value.items()) or ", no option"
         words = f"<b>{rule}</b>{said}: {mask.float().mean():.0%} of the picture"
         if truth is not None:
-            words += f", IoU {float((mask * true).sum() / torch.maximum(mask, true).sum().clamp(min=1e-6)):.2f}"
-        return outline_picture(fitted(picture, SIDE), mask, truth), words
+            words += f", IoU {iou(mask, truth).item():.2f}"
+        return outline_picture(picture, mask, truth), words
 
     return Explorer(
         draw,
@@ -116,7 +111,11 @@ def masks(picture: Image.Image, attention: torch.Tensor, truth: Any = None) -> E
     )
 
 
-def compare(pictures: Mapping[float, Mapping[str, Image.Image]], references: Sequence[Image.Image] = ()) -> Explorer:
+def compare(
+    pictures: Mapping[float, Mapping[str, Image.Image]],
+    references: Sequence[Image.Image] = (),
+    masks: Mapping[float, torch.Tensor] | None = None,
+) -> Explorer:
     """Compare ways of sampling from one noise while the residual's scale grows.
 
     Parameters
@@ -125,51 +124,32 @@ def compare(pictures: Mapping[float, Mapping[str, Image.Image]], references: Seq
         By scale, then by name: ``{0.0: {"residual": …, "LAG": …}, 1.0: …}``; every scale has the same names.
     references : list of picture, optional
         Pictures of the concept; the first is shown beside.
+    masks : dict of float to tensor (h, w), optional
+        By scale: the mean mask of "LAG", to lay over its picture.
     """
 
-    def draw(scale: float, reference: bool) -> tuple[Image.Image, str]:
+    def draw(scale: float, reference: bool, mask: bool) -> tuple[Image.Image, str]:
         shown = {**pictures[scale], **({"reference": references[0]} if reference else {})}
-        row = [fitted(picture, SIDE) for picture in shown.values()]
-        return sheet([row], gap=12), f"left to right: {', '.join(shown)}; scale {scale:g}"
+        words = f"left to right: {', '.join(shown)}; scale {scale:g}"
+        if masks and mask:
+            shown["LAG"] = heat_picture(shown["LAG"], masks[scale], 0, 1)
+            words += "; bright: there the residual acted most often"
+        return sheet([[enlarge(picture) for picture in shown.values()]], gap=12), words
 
+    options = [(f"{scale:g}", scale) for scale in sorted(pictures)]
     return Explorer(
         draw,
         {
-            "scale": _scales(pictures),
+            "scale": widgets.SelectionSlider(options=options, description="scale"),
             "reference": widgets.Checkbox(value=bool(references), description="reference", disabled=not references),
+            "mask": widgets.Checkbox(value=False, description="LAG's mask", disabled=not masks),
         },
     )
 
 
 def studio(pictures: Mapping[float, Mapping[str, Image.Image]], masks: Mapping[float, torch.Tensor]) -> Explorer:
-    """One picture at a time: choose the scale, the way of sampling, and whether LAG's mask lies over it.
-
-    Parameters
-    ----------
-    pictures : dict of float to dict of str to picture
-        As for `compare`: by scale, then by way.
-    masks : dict of float to tensor (h, w)
-        By scale: the mean mask of "LAG".
-    """
-
-    def draw(scale: float, way: str, mask: bool) -> tuple[Image.Image, str]:
-        shown, words = fitted(pictures[scale][way], SIDE), f"<b>{way}</b>, scale {scale:g}"
-        if mask and way == "LAG":
-            return heat_picture(shown, masks[scale], 0, 1), f"{words}; bright: there the residual acted most often"
-        return shown, words
-
-    return Explorer(
-        draw,
-        {
-            "scale": _scales(pictures),
-            "way": widgets.Dropdown(options=list(next(iter(pictures.values()))), description="way", value="LAG"),
-            "mask": widgets.Checkbox(value=False, description="mask over picture"),
-        },
-    )
-
-
-def _scales(pictures: Mapping[float, Any]) -> widgets.SelectionSlider:
-    return widgets.SelectionSlider(options=[(f"{scale:g}", scale) for scale in sorted(pictures)], description="scale")
+    """`compare` for one's own pictures, with LAG's mask."""
+    return compare(pictures, masks=masks)
 
 
 def _options(rule: Callable) -> dict[str, float]:

@@ -40,8 +40,8 @@ def sheet(
     width = max(shown, max(picture.width for picture in pictures))
     height = max(picture.height * width // picture.width for picture in pictures)
     edge = gap if titles or words else 0
-    line = max(LINE, width // 11)
-    font = ImageFont.load_default(line * 0.7)
+    line = max(LINE, width // 9)
+    font = ImageFont.load_default(line * 0.6)
     above, over = (line if titles else 0), (line if words else 0)
     across, down = width + gap, over + height + gap  # from one picture to the next
     size = (2 * edge + max(map(len, rows)) * across - gap, above + edge + len(rows) * down - gap)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 
-from persres_lite.course.figures.style import COLORS, WIDTH, Drawing, bare, new_plot
+from persres_lite.course.figures.style import COLORS, WIDTH, Drawing, new_plot
 from persres_lite.residuals import find_proj_outs
 
 TRANSFORMER, RESIDUAL, CHANGE, PROJECTION = "#cfe3f1", "#e8e8e8", "#ffffff", COLORS[1]
@@ -68,7 +68,6 @@ def unet_diagram(unet: Any) -> Drawing:
     gap = max(0.9, len(middle) * CELL - min(left, right))
     end = left + gap + right
     figure, axes = _canvas((WIDTH, 0.75 * (levels + 1) + 0.75), (-0.1, end + 0.1), (-levels - 1.05, 0.75), caption)
-    figure.alt = f"A U-Net: {levels} levels of residual blocks and transformers down, as many up, and a middle block"
     arrow = {"arrowstyle": "->", "color": "0.6", "linestyle": "--"}
     for level, (down, up) in enumerate(zip(parts["down"], reversed(parts["up"]), strict=True)):
         _cells(axes, down, left - len(down) * CELL, -level)
@@ -96,7 +95,6 @@ def low_rank_diagram(width: int, rank: int, caption: str | None = None) -> Drawi
     """
     side, thin = 2.0, 2.0 * rank / width
     figure, axes = _canvas((5.5, 2.6), (-0.1, 2 * side + thin + 1.5), (-0.75, side + 0.1), caption)
-    figure.alt = f"W, {width} × {width}, frozen, plus A, {width} × {rank}, times B, {rank} × {width}"
     axes.set_aspect("equal")
     second = side + 0.6
     for name, color, place, size in (
@@ -115,7 +113,6 @@ def block_diagram(caption: str | None = None) -> Drawing:
     skips.
     """
     figure, axes = _canvas((WIDTH, 2.5), (-0.2, 8.3), (-1.3, 1.75), caption)
-    figure.alt = "A transformer block: self-attention, cross-attention, feed-forward, output projection, four skips"
 
     def arrow(*points: tuple[float, float]) -> None:
         """Through points to the last one."""
@@ -148,10 +145,9 @@ def block_diagram(caption: str | None = None) -> Drawing:
 def _canvas(
     size: tuple[float, float], x: tuple[float, float], y: tuple[float, float], caption: str | None
 ) -> tuple[Drawing, Any]:
-    figure, axes = new_plot(*size, caption)
-    bare(axes)
-    axes.set(xlim=x, ylim=y)
-    return figure, axes
+    """A figure without axes."""
+    look = {"xlim": x, "ylim": y, "xticks": (), "yticks": (), "frame_on": False}
+    return new_plot(*size, caption, subplot_kw=look)
 
 
 def _box(axes: Any, place: tuple[float, ...], fill: str, name: str, words: str = "", **style: Any) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 
-from persres_lite.course.figures.style import Shown, as_array, encoded, img
+from persres_lite.course.figures.style import Shown, as_array, cells, encoded, html_table, img
 from persres_lite.support.files import whole_file
 from persres_lite.support.sheet import sheet
 
@@ -125,7 +125,7 @@ def film(
     rows = [[frame] if isinstance(frame, Image.Image) else frame for frame in frames]
     for size, every in ((SHOWN, 1), (SHOWN * 2 // 3, 1), *((SIDE, 2**k) for k in range(6))):
         kept = sorted({*range(0, len(rows), every), len(rows) - 1})
-        tables = ([[fitted(each, size) for each in rows[k]]] for k in kept)
+        tables = ([[enlarge(each, size) for each in rows[k]]] for k in kept)
         drawn = [sheet(table, columns, words[k : k + 1], size // 32) for k, table in zip(kept, tables, strict=True)]
         if len(data := _gif(drawn, seconds * every)) <= FILM:
             break
@@ -147,17 +147,13 @@ def _gif(frames: Sequence[Image.Image], seconds: float) -> bytes:
     return buffer.getvalue()
 
 
-def fitted(picture: Image.Image, size: int = SHOWN) -> Image.Image:
-    """The picture with `size` pixels on its shorter side: enlarged by a whole factor first, then shrunk (Lanczos)."""
-    large = enlarge(picture.convert("RGB"), size)
-    factor = size / min(large.size)
-    return large.resize((round(large.width * factor), round(large.height * factor)), Image.Resampling.LANCZOS)
-
-
 def enlarge(picture: Image.Image, size: int = SHOWN) -> Image.Image:
-    """The picture enlarged by a whole factor (Lanczos) to at least `size` pixels on its shorter side; never shrunk."""
-    factor = max(1, -(-size // min(picture.size)))
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.LANCZOS)
+    """The picture, in RGB, with `size` pixels on its shorter side: enlarged by a whole factor, and shrunk if that is too much
+    (Lanczos, both).
+    """
+    factor = -(-size // min(picture.size))
+    large = picture.convert("RGB").resize((picture.width * factor, picture.height * factor), Image.Resampling.LANCZOS)
+    return ImageOps.cover(large, (size, size), Image.Resampling.LANCZOS)
 
 
 def heat_picture(
@@ -185,7 +181,7 @@ def contour_picture(picture: Image.Image, attention: Any, share: float = 0.5) ->
 
     Unlike colors over the picture it hides nothing. A flat map, all of it above the share, has no line.
     """
-    pixels = np.asarray(enlarge(picture).convert("RGB")) / 255
+    pixels = np.asarray(enlarge(picture)) / 255
     values = Image.fromarray(as_array(attention).astype(np.float32))
     smooth = values.resize(pixels.shape[1::-1], Image.Resampling.BICUBIC)
     high = np.asarray(smooth) > share * np.asarray(values).max()
@@ -200,7 +196,7 @@ def outline_picture(picture: Image.Image, mask: Any, truth: Any = None) -> Image
     def enlarged(values: Any) -> np.ndarray:
         return np.asarray(_as_picture(as_array(values)).resize(shown.size, Image.Resampling.NEAREST)) / 255
 
-    pixels = np.asarray(shown.convert("RGB")) / 255 * (0.45 + 0.55 * enlarged(mask)[..., None])
+    pixels = np.asarray(shown) / 255 * (0.45 + 0.55 * enlarged(mask)[..., None])
     pixels[_edge(enlarged(mask) > 0.5)] = ORANGE
     if truth is not None:
         pixels[_edge(enlarged(truth) > 0.5)] = WHITE
@@ -226,28 +222,22 @@ def _tiles(shown: Pictures, titles: Sequence[str] | None, columns: int = WIDE) -
 def _table(rows: Sequence[tuple[str, Sequence[str], Pictures]]) -> str:
     """Rows of (words beside, titles, pictures) as HTML; titles stand above the first of the rows that share them."""
     beside = any(words for words, *_ in rows)
-    body, number, last = "", 0, None
+    lines: list[str] = []
+    number, last = 0, None
     for label, titles, pictures in rows:
         if titles and titles != last:
-            body += _row([""] * beside + [*titles], "center")
-        last = titles
-        cells = ""
-        for picture, title in zip_longest(pictures, titles, fillvalue=""):
+            lines.append(cells([""] * beside + [*titles], "th", f"text-align:center;max-width:{SIDE}px"))
+        last, line = titles, cells([label] * beside, "th", "text-align:right")
+        for picture, title in zip_longest(pictures, titles):
             number += 1
             alt = ", ".join(filter(None, (label, title or f"picture {number}")))
-            shown = _tile(picture, alt) if isinstance(picture, Image.Image) else ""
-            cells += f'<td width="{SIDE}" style="padding:2px">{shown}</td>'
-        body += _row([label] * beside, "right", cells)
-    return f'<div style="overflow-x:auto"><table style="margin:0;border:0">{body}</table></div>'
-
-
-def _row(words: Sequence[str], side: str, cells: str = "") -> str:
-    look = f'style="text-align:{side};max-width:{SIDE}px;padding:2px 6px"'
-    return f'<tr style="background:none">{"".join(f"<th {look}>{escape(each)}</th>" for each in words)}{cells}</tr>'
+            line += f'<td width="{SIDE}" style="padding:2px">{_tile(picture, alt) if picture else ""}</td>'
+        lines.append(line)
+    return html_table(lines)
 
 
 def _tile(picture: Image.Image, alt: str) -> str:
-    shown = fitted(picture)
+    shown = enlarge(picture)
     return img(encoded(shown, "png" if shown.getcolors(1024) else "jpeg"), alt, shown.width / 2)
 
 

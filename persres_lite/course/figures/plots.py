@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from persres_lite.course.figures.style import COLORS, NEUTRAL, Drawing, as_array, bare, looks, new_axes, new_plot
+from persres_lite.course.figures.style import (
+    COLORS,
+    NEUTRAL,
+    Drawing,
+    Shown,
+    as_array,
+    bare,
+    cells,
+    html_table,
+    looks,
+    new_plot,
+)
 
 
 def curves(
@@ -94,9 +104,8 @@ def bars(
     found = dict(zip(colored, looks([way]) * len(colored) if way else looks(colored), strict=True))
     for place, (name, value) in enumerate(values.items()):
         numbers = np.atleast_1d(as_array(value))
-        fill, edge, dots = (*NEUTRAL, NEUTRAL[1]) if name in neutral else (found[name][0], "none", found[name][0])
-        alpha = 1.0 if name in neutral else 0.55 if len(numbers) > 1 else 0.9
-        axes.bar(place, numbers.mean(), color=fill, edgecolor=edge, width=0.6, alpha=alpha)
+        fill, dots = NEUTRAL if name in neutral else (found[name][0], found[name][0])
+        axes.bar(place, numbers.mean(), color=fill, edgecolor=dots, width=0.6, alpha=1 if name in neutral else 0.6)
         above = (place, max(0, *numbers, numbers.mean()))
         mean = f"{numbers.mean():#.3g}".rstrip(".")
         axes.annotate(mean, above, xytext=(0, 5), textcoords="offset points", ha="center")
@@ -113,10 +122,7 @@ def bars(
 
 
 def forest(
-    rows: Mapping[str, Any],
-    xlabel: str = "",
-    caption: str | None = None,
-    reference: tuple[str, float] = ("", 0.0),
+    rows: Mapping[str, Any], xlabel: str = "", caption: str | None = None, reference: tuple[str, float] = ("", 0.0)
 ) -> Drawing:
     """Dots with whiskers: a dot at each mean, a whisker from low to high, the highest mean above, a line at zero, and
     the numbers folded below.
@@ -130,14 +136,15 @@ def forest(
         A name and a value to compare with instead of zero, drawn as a dashed line; means below it are pale.
     """
     groups = {"": rows} if "mean" in next(iter(rows.values())) else rows
-    means: dict[str, list[float]] = {}
-    for name, interval in chain.from_iterable(group.items() for group in groups.values()):
-        means.setdefault(name, []).append(interval["mean"])
+    means = {
+        name: [group[name]["mean"] for group in groups.values() if name in group] for name in chain(*groups.values())
+    }
     names = sorted(means, key=lambda name: -float(np.mean(means[name])))
     styles = looks(names) if len(groups) > 1 else [(COLORS[0], "-", "o")] * len(names)
     width = min(4, 0.6 + max(map(len, names)) / 12) + max(3, 2 * len(groups))
-    figure, grid = new_axes(width, 0.95 + 0.27 * len(names), caption, 1, len(groups), sharey=True, sharex=True)
-    for axes, (title, group) in zip(grid[0], groups.items(), strict=True):
+    figure, made = new_plot(width, 0.95 + 0.27 * len(names), caption, len(groups), sharey=True, sharex=True)
+    places = np.atleast_1d(made)
+    for axes, (title, group) in zip(places, groups.items(), strict=True):
         axes.axvline(reference[1], color="0.35", linestyle="--", linewidth=1.0, label=reference[0])
         for place, (name, (color, _, marker)) in enumerate(zip(names, styles, strict=True)):
             if row := group.get(name):
@@ -146,10 +153,10 @@ def forest(
                 axes.plot([row["mean"]], [place], marker=marker, markersize=7, linestyle="", **look)
         axes.set_title(textwrap.fill(title, 20))
         axes.tick_params(axis="y", length=0)
-    _legend(grid[0, 0], bool(reference[0]))
-    grid[0, 0].set_yticks(range(len(names)), [textwrap.fill(name, 44) for name in names])
-    grid[0, 0].set_ylim(len(names) - 0.5, -0.5)
-    grid[0, len(groups) // 2].set_xlabel(xlabel)
+    _legend(places[0], bool(reference[0]))
+    places[0].set_yticks(range(len(names)), [textwrap.fill(name, 44) for name in names])
+    places[0].set_ylim(len(names) - 0.5, -0.5)
+    places[len(groups) // 2].set_xlabel(xlabel)
     figure.below = _folded(groups, names)
     return figure
 
@@ -169,16 +176,12 @@ def ranked(
 
 def _folded(groups: Mapping[str, Any], names: Sequence[str]) -> str:
     """The numbers of a forest as a table that opens on a click: a row for each name, a column for each group."""
-
-    def cells(kind: str, words: Iterable[str]) -> str:
-        return f"<tr>{''.join(f'<{kind}>{escape(each)}</{kind}>' for each in words)}</tr>"
-
-    lines = [cells("th", ["", *groups])] if len(groups) > 1 else []
+    lines = [cells(["", *groups], "th")] if len(groups) > 1 else []
     for name in names:
-        found = [group.get(name) for group in groups.values()]
+        found = (group.get(name) for group in groups.values())
         said = ("{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**row) if row else "" for row in found)
-        lines.append(cells("td", [name, *said]))
-    return f"<details><summary>The numbers</summary><table>{''.join(lines)}</table></details>"
+        lines.append(cells([name, *said]))
+    return f"<details><summary>The numbers</summary>{html_table(lines)}</details>"
 
 
 def tradeoff(
@@ -219,10 +222,7 @@ def tradeoff(
             axes.vlines(x, *ranges[name][1], **thin)
         axes.plot([x], [y], color=color, label=name, marker=marker, markersize=8, linestyle="")
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    if many:
-        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    else:
-        _legend(axes)
+    _legend(axes, beside=many)
     return figure
 
 
@@ -247,9 +247,8 @@ def mosaic(
         Values of the darkest and the brightest color; the table's own extremes by default.
     """
     table = as_array(values)
-    figure, axes = new_plot(6.2, 1.3 + 0.24 * len(table), caption)
+    figure, axes = new_plot(6.2, 1.3 + 0.24 * len(table), caption, subplot_kw={"frame_on": False})
     shown = axes.imshow(table, cmap="viridis", vmin=low, vmax=high, aspect="auto", interpolation="none")
-    bare(axes)
     axes.set_yticks(range(len(table)), list(rows))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(xlabel)
@@ -258,7 +257,7 @@ def mosaic(
     return figure
 
 
-def heat_table(table: Mapping[str, Mapping[str, float]], caption: str | None = None) -> Drawing:
+def heat_table(table: Mapping[str, Mapping[str, float]], caption: str | None = None) -> Shown:
     """A number in each cell, red where it is below zero and blue where it is above; each column has its own scale.
 
     Parameters
@@ -268,23 +267,23 @@ def heat_table(table: Mapping[str, Mapping[str, float]], caption: str | None = N
     """
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
     values = np.array([[row.get(column, np.nan) for column in columns] for row in table.values()], dtype=float)
-    largest = np.nanmax(np.abs(values), axis=0, initial=1e-9)
-    figure, axes = new_plot(1.6 + 1.1 * len(columns), 0.9 + 0.42 * len(table), caption)
-    axes.imshow(np.nan_to_num(values / largest), cmap="RdBu", vmin=-1.6, vmax=1.6, aspect="auto")
-    for y, x in zip(*np.nonzero(~np.isnan(values)), strict=True):
-        axes.annotate(f"{values[y, x]:+.3f}", (x, y), ha="center", va="center")
-    bare(axes)
-    axes.set_xticks(range(len(columns)), [textwrap.fill(name, 12) for name in columns])
-    axes.set_yticks(range(len(table)), list(table))
-    axes.tick_params(length=0)
-    return figure
+    shares = values / np.nanmax(np.abs(values), axis=0, initial=1e-9)
+    lines = [cells(["", *columns], "th")]
+    for name, row, strengths in zip(table, values, shares, strict=True):
+        line = cells([name], "th")
+        for number, share in zip(row, strengths, strict=True):
+            look = f"background:rgba({'0,114,178' if number > 0 else '213,94,0'},{abs(share) / 2:.2f})"
+            line += "<td></td>" if np.isnan(number) else cells([f"{number:+.3f}"], "td", look)
+        lines.append(line)
+    return Shown(html_table(lines), caption)
 
 
-def _legend(axes: Any, wanted: bool = True) -> None:
-    """Above the axes, where it covers nothing; in two columns if the words are short."""
+def _legend(axes: Any, wanted: bool = True, beside: bool = False) -> None:
+    """Above the axes, where it covers nothing, in two columns if the words are short; or beside them."""
     if wanted:
-        short = max(map(len, axes.get_legend_handles_labels()[1])) <= 24
-        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2 if short else 1)
+        short = max(map(len, axes.get_legend_handles_labels()[1])) <= 24 and not beside
+        place = {"loc": "center left" if beside else "lower center", "bbox_to_anchor": (1, 0.5) if beside else (0.5, 1)}
+        axes.legend(frameon=False, ncols=2 if short else 1, **place)
 
 
 def _mean_and_error(values: np.ndarray) -> tuple[float, float]:

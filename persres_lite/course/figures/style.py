@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from base64 import b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import cycle
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from IPython.display import display
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
@@ -69,15 +70,11 @@ def looks(names: Sequence[str]) -> list[tuple[str, Any, str]]:
     for name in sorted(names, key=lambda name: name not in ways):
         own = WAYS.get(ways.get(name, ""))
         if own is None or own in found.values():
-            color = own[0] if own else next(colors)
-            dashes, markers = ({look[part] for look in found.values()} for part in (1, 2))
-            own = color, _free(DASHES, dashes), _free(MARKERS, markers | kept)
+            taken = kept.union(*found.values())
+            free = (next((each for each in choices if each not in taken), choices[-1]) for choices in (DASHES, MARKERS))
+            own = own[0] if own else next(colors), *free
         found[name] = own
     return [found[name] for name in names]
-
-
-def _free(choices: Sequence, taken: set) -> Any:
-    return next((choice for choice in choices if choice not in taken), choices[-1])
 
 
 @dataclass
@@ -109,48 +106,35 @@ class Shown:
 
 
 class Drawing(Figure):
-    """A plot that shows itself, without pyplot and its list of open figures.
+    """A plot that shows itself, without pyplot and its list of open figures; in words, it is all that is written in it.
 
     Attributes
     ----------
-    alt : str
-        What is seen, in words; by default all that is written in it.
     below : str
         HTML below the caption.
     """
 
     caption: str | None = None
-    alt, below = "", ""
+    below = ""
 
     def shown(self) -> Shown:
         """The plot as HTML."""
         buffer = io.BytesIO()
         self.savefig(buffer, dpi=2 * SCREEN, bbox_inches="tight", pad_inches=0.05)
         drawn = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        words = self.alt or f"Plot: {', '.join(dict.fromkeys(self._written()))}"
-        return Shown(img(encoded(drawn, "png"), words, drawn.width / 2, "100%"), self.caption, self.below)
-
-    def _written(self) -> Iterator[str]:
-        """Titles, labels and names, without numbers."""
-        for axes in self.axes:
-            legend = axes.get_legend()
-            names = [*(legend.get_texts() if legend else ()), *axes.get_xticklabels(), *axes.get_yticklabels()]
-            words = [axes.title, axes.yaxis.label, axes.xaxis.label, *names]
-            yield from (
-                text.get_text().replace("\n", " ") for text in words if re.match(r"[^$]*[A-Za-z]", text.get_text())
-            )
+        written: Any = self.findobj(Text)
+        words = (text.get_text().replace("\n", " ") for text in written)
+        alt = f"Plot: {', '.join(dict.fromkeys(each for each in words if re.match(r'[^$]*[A-Za-z]', each)))}"
+        return Shown(img(encoded(drawn, "png"), alt, drawn.width / 2, "100%"), self.caption, self.below)
 
     def _ipython_display_(self) -> None:
         self.shown()._ipython_display_()
-
-    def __repr__(self) -> str:
-        return f"Figure: {self.caption or 'without a caption'}"
 
 
 def encoded(picture: Image.Image, kind: str) -> bytes:
     """The picture as a file of a kind: "png" or "jpeg"."""
     buffer = io.BytesIO()
-    picture.save(buffer, kind, optimize=True, quality=QUALITY)
+    picture.save(buffer, kind, quality=QUALITY)
     return buffer.getvalue()
 
 
@@ -161,27 +145,27 @@ def img(data: bytes, alt: str, width: float, most: str = "none") -> str:
     return f'<img src="{source}" alt="{escape(alt)}" width="{width:.0f}" style="max-width:{most}">'
 
 
-def new_axes(
-    width: float, height: float, caption: str | None, rows: int = 1, columns: int = 1, **options: Any
-) -> tuple[Drawing, np.ndarray]:
-    """A figure in the common style, `width` x `height` inches, outside of pyplot, and its axes (rows, columns)."""
+def html_table(rows: Iterable[str]) -> str:
+    """Rows of cells as a table without lines, which scrolls if it is too wide."""
+    body = "".join(f'<tr style="background:none">{row}</tr>' for row in rows)
+    return f'<div style="overflow-x:auto"><table style="margin:0;border:0">{body}</table></div>'
+
+
+def cells(words: Iterable[str], kind: str = "td", look: str = "") -> str:
+    """Words as cells of a kind: "td" or, for a heading, "th"."""
+    return "".join(f'<{kind} style="padding:2px 6px;{look}">{escape(each)}</{kind}>' for each in words)
+
+
+def new_plot(
+    width: float = 5.5, height: float = 3.0, caption: str | None = None, columns: int = 1, **options: Any
+) -> tuple[Drawing, Any]:
+    """A figure in the common style, `width` x `height` inches, outside of pyplot, and its axes: of several columns an
+    array.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Drawing(figsize=(width, height), layout="constrained", facecolor="white")
         figure.caption = caption
-        return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def new_plot(width: float = 5.5, height: float = 3.0, caption: str | None = None) -> tuple[Drawing, Any]:
-    """A figure with one pair of axes."""
-    figure, axes = new_axes(width, height, caption)
-    return figure, axes[0, 0]
-
-
-def bare(*axes: Any) -> None:
-    """Take frames and ticks off axes that show pictures."""
-    for each in axes:
-        each.set(xticks=[], yticks=[])
-        each.spines[:].set_visible(False)
+        return figure, figure.subplots(1, columns, **options)
 
 
 def as_array(values: Any) -> np.ndarray:
