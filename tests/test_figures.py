@@ -110,9 +110,7 @@ def test_a_film_moves_says_what_it_shows_and_stays_small(tmp_path):
     shown = figures.film(frames, [f"step {k}" for k in range(12)], ["LAG", "mask"], "It appears.", path=path)
     film = Image.open(path)
     assert path.stat().st_size <= figures.pictures.FILM and film.is_animated and film.width > 2 * 192
-    assert (
-        'from step 0 to step 11; side by side: LAG, mask"' in shown.html and ">It appears.</figcaption>" in shown.html
-    )
+    assert 'frames: LAG, mask, step 0 to step 11"' in shown.html and ">It appears.</figcaption>" in shown.html
     short = figures.film([RED, BLUE])
     assert "Film of 2 frames" in short.html and 'width="192"' in short.html
 

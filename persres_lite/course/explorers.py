@@ -71,14 +71,12 @@ def maps(record: Any, picture: Image.Image) -> Explorer:
         said = f"<b>{word}</b>: {found.shape[0]} × {found.shape[1]} positions, highest {found.max():.3f}"
         return heat_picture(picture, found), said
 
-    return Explorer(
-        draw,
-        {
-            "word": widgets.Dropdown(options=list(record.words), description="word"),
-            "step": widgets.SelectionSlider(options=steps, description="step"),
-            "block": widgets.Dropdown(options=blocks, description="block"),
-        },
-    )
+    controls = {
+        "word": widgets.Dropdown(options=list(record.words), description="word"),
+        "step": widgets.SelectionSlider(options=steps, description="step"),
+        "block": widgets.Dropdown(options=blocks, description="block"),
+    }
+    return Explorer(draw, controls)
 
 
 def masks(picture: Image.Image, attention: torch.Tensor, truth: Any = None) -> Explorer:
@@ -101,14 +99,12 @@ def masks(picture: Image.Image, attention: torch.Tensor, truth: Any = None) -> E
             words += f", IoU {iou(mask, truth).item():.2f}"
         return outline_picture(picture, mask, truth), words
 
-    return Explorer(
-        draw,
-        {
-            # Of this rule the slider moves at once.
-            "rule": widgets.Dropdown(options=list(RULES), value="quantile", description="rule"),
-            "amount": widgets.FloatSlider(value=0.75, min=0, max=1, step=0.05, description="its option"),
-        },
-    )
+    controls = {
+        # Of this rule the slider moves at once.
+        "rule": widgets.Dropdown(options=list(RULES), value="quantile", description="rule"),
+        "amount": widgets.FloatSlider(value=0.75, min=0, max=1, step=0.05, description="its option"),
+    }
+    return Explorer(draw, controls)
 
 
 def compare(
@@ -137,14 +133,12 @@ def compare(
         return sheet([[enlarge(picture) for picture in shown.values()]], gap=12), words
 
     options = [(f"{scale:g}", scale) for scale in sorted(pictures)]
-    return Explorer(
-        draw,
-        {
-            "scale": widgets.SelectionSlider(options=options, description="scale"),
-            "reference": widgets.Checkbox(value=bool(references), description="reference", disabled=not references),
-            "mask": widgets.Checkbox(value=False, description="LAG's mask", disabled=not masks),
-        },
-    )
+    controls = {
+        "scale": widgets.SelectionSlider(options=options, description="scale"),
+        "reference": widgets.Checkbox(value=bool(references), description="reference", disabled=not references),
+        "mask": widgets.Checkbox(value=False, description="LAG's mask", disabled=not masks),
+    }
+    return Explorer(draw, controls)
 
 
 def studio(pictures: Mapping[float, Mapping[str, Image.Image]], masks: Mapping[float, torch.Tensor]) -> Explorer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Sequence
 from html import escape
-from itertools import zip_longest
+from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +132,7 @@ def film(
     if path:
         with whole_file(path) as unfinished:
             unfinished.write_bytes(data)
-    alt = f"Film of {len(kept)} frames" + (f", from {words[0]} to {words[-1]}" if words else "")
-    alt += f"; side by side: {', '.join(columns)}" if columns else ""
+    alt = f"Film of {len(kept)} frames: {', '.join([*columns, ' to '.join([*words[:1], *words[-1:]])])}"
     return Shown(img(data, alt, drawn[0].width * SIDE / size, "100%"), caption)
 
 
@@ -148,8 +147,8 @@ def _gif(frames: Sequence[Image.Image], seconds: float) -> bytes:
 
 
 def enlarge(picture: Image.Image, size: int = SHOWN) -> Image.Image:
-    """The picture, in RGB, with `size` pixels on its shorter side: enlarged by a whole factor, and shrunk if that is too much
-    (Lanczos, both).
+    """The picture, in RGB, with `size` pixels on its shorter side: enlarged by a whole factor, then shrunk if
+    that is too much (Lanczos, both).
     """
     factor = -(-size // min(picture.size))
     large = picture.convert("RGB").resize((picture.width * factor, picture.height * factor), Image.Resampling.LANCZOS)
@@ -223,14 +222,13 @@ def _table(rows: Sequence[tuple[str, Sequence[str], Pictures]]) -> str:
     """Rows of (words beside, titles, pictures) as HTML; titles stand above the first of the rows that share them."""
     beside = any(words for words, *_ in rows)
     lines: list[str] = []
-    number, last = 0, None
+    numbers, last = count(1), None
     for label, titles, pictures in rows:
         if titles and titles != last:
             lines.append(cells([""] * beside + [*titles], "th", f"text-align:center;max-width:{SIDE}px"))
         last, line = titles, cells([label] * beside, "th", "text-align:right")
         for picture, title in zip_longest(pictures, titles):
-            number += 1
-            alt = ", ".join(filter(None, (label, title or f"picture {number}")))
+            alt = ", ".join(filter(None, (label, title or f"picture {next(numbers)}")))
             line += f'<td width="{SIDE}" style="padding:2px">{_tile(picture, alt) if picture else ""}</td>'
         lines.append(line)
     return html_table(lines)

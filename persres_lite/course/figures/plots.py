@@ -16,7 +16,6 @@ from persres_lite.course.figures.style import (
     Drawing,
     Shown,
     as_array,
-    bare,
     cells,
     html_table,
     looks,
