@@ -76,7 +76,9 @@ def loss_by_noise_level(
         places, numbers = np.digitize(as_array(timesteps), edges[1:-1]), as_array(values)
         mean, error = np.array([_mean_and_error(numbers[places == level]) for level in range(bins)]).T
         bands[name] = np.stack([mean - error, mean + error])
-    return curves(bands, (edges[1:] + edges[:-1]) / 2, "timestep (right: more noise)", "mean loss", caption=caption)
+    return curves(
+        bands, list((edges[1:] + edges[:-1]) / 2), "timestep (right: more noise)", "mean loss", caption=caption
+    )
 
 
 def bars(

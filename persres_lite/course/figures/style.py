@@ -68,7 +68,7 @@ def looks(names: Sequence[str]) -> list[tuple[str, Any, str]]:
     colors = cycle([color for color in COLORS if color not in {WAYS[way][0] for way in ways.values()}] or COLORS)
     kept = {look[2] for look in WAYS.values()} if ways else set()
     for name in sorted(names, key=lambda name: name not in ways):
-        own = WAYS.get(ways.get(name, ""))
+        own: Any = WAYS.get(ways.get(name, ""))
         if own is None or own in found.values():
             taken = kept.union(*found.values())
             free = (next((each for each in choices if each not in taken), choices[-1]) for choices in (DASHES, MARKERS))
@@ -134,7 +134,7 @@ class Drawing(Figure):
 def encoded(picture: Image.Image, kind: str) -> bytes:
     """The picture as a file of a kind: "png" or "jpeg"."""
     buffer = io.BytesIO()
-    picture.save(buffer, kind, quality=QUALITY)
+    picture.save(buffer, kind, quality=QUALITY, optimize=kind == "jpeg")
     return buffer.getvalue()
 
 
