@@ -1,9 +1,9 @@
-"""Figures made of pictures: tables of them, maps laid over them, masks outlined on them, films."""
+"""Figures made of pictures: tables of them (and of numbers), maps laid over them, masks outlined on them, films."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from itertools import count, zip_longest
 from pathlib import Path
@@ -132,8 +132,30 @@ def film(
     if path:
         with whole_file(path) as unfinished:
             unfinished.write_bytes(data)
-    alt = f"Film of {len(kept)} frames: {', '.join([*columns, ' to '.join([*words[:1], *words[-1:]])])}"
+    seen = [*columns, " to ".join([*words[:1], *words[-1:]])]
+    alt = f"Film of {len(kept)} frames: {', '.join(filter(None, seen))}".rstrip(": ")
     return Shown(img(data, alt, drawn[0].width * SIDE / size, "100%"), caption)
+
+
+def heat_table(table: Mapping[str, Mapping[str, float]], caption: str | None = None) -> Shown:
+    """A number in each cell, red where it is below zero and blue where it is above; each column has its own scale.
+
+    Parameters
+    ----------
+    table : dict of str to dict of str to float
+        By row, then by column; a cell that is missing or NaN stays white.
+    """
+    columns = list(dict.fromkeys(column for row in table.values() for column in row))
+    values = np.array([[row.get(column, np.nan) for column in columns] for row in table.values()], dtype=float)
+    shares = values / np.nanmax(np.abs(values), axis=0, initial=1e-9)
+    lines = [cells(["", *columns], "th")]
+    for name, row, strengths in zip(table, values, shares, strict=True):
+        line = cells([name], "th")
+        for number, share in zip(row, strengths, strict=True):
+            look = f"background:rgba({'0,114,178' if number > 0 else '213,94,0'},{abs(share) / 2:.2f})"
+            line += "<td></td>" if np.isnan(number) else cells([f"{number:+.3f}"], "td", look)
+        lines.append(line)
+    return Shown(html_table(lines), caption)
 
 
 def _gif(frames: Sequence[Image.Image], seconds: float) -> bytes:

@@ -1,4 +1,4 @@
-"""Figures made of numbers: curves, bars, dots with whiskers, tables as colors."""
+"""Figures made of numbers: curves, bars, dots with whiskers, numbers as colors."""
 
 from __future__ import annotations
 
@@ -10,17 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from persres_lite.course.figures.style import (
-    COLORS,
-    NEUTRAL,
-    Drawing,
-    Shown,
-    as_array,
-    cells,
-    html_table,
-    looks,
-    new_plot,
-)
+from persres_lite.course.figures.style import COLORS, NEUTRAL, Drawing, as_array, cells, html_table, looks, new_plot
 
 
 def curves(
@@ -256,27 +246,6 @@ def mosaic(
     axes.tick_params(length=0)
     figure.colorbar(shown, ax=axes, label=label, aspect=12)
     return figure
-
-
-def heat_table(table: Mapping[str, Mapping[str, float]], caption: str | None = None) -> Shown:
-    """A number in each cell, red where it is below zero and blue where it is above; each column has its own scale.
-
-    Parameters
-    ----------
-    table : dict of str to dict of str to float
-        By row, then by column; a cell that is missing or NaN stays white.
-    """
-    columns = list(dict.fromkeys(column for row in table.values() for column in row))
-    values = np.array([[row.get(column, np.nan) for column in columns] for row in table.values()], dtype=float)
-    shares = values / np.nanmax(np.abs(values), axis=0, initial=1e-9)
-    lines = [cells(["", *columns], "th")]
-    for name, row, strengths in zip(table, values, shares, strict=True):
-        line = cells([name], "th")
-        for number, share in zip(row, strengths, strict=True):
-            look = f"background:rgba({'0,114,178' if number > 0 else '213,94,0'},{abs(share) / 2:.2f})"
-            line += "<td></td>" if np.isnan(number) else cells([f"{number:+.3f}"], "td", look)
-        lines.append(line)
-    return Shown(html_table(lines), caption)
 
 
 def _legend(axes: Any, wanted: bool = True, beside: bool = False) -> None:
