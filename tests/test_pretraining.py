@@ -210,7 +210,7 @@ def go(tmp_path, few):
     def run(*stages, **options):
         words = [word for name in stages for word in ("--stage", f"{name}=0.001")]
         words += ["--folder", str(tmp_path / "runs"), "--base", str(tmp_path / "data" / "toybox-next")]
-        main.main([*words, "--processes", "1", "--pictures", "64", "--views", "320", *options.get("more", ())])
+        main.main([*words, "--processes", "1", "--pictures", "64", "--views", "128", *options.get("more", ())])
         return {name: trainer.read_checkpoint(tmp_path / "runs" / f"{name}.pt") for name in stages}
 
     return run
