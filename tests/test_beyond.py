@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
@@ -10,7 +12,7 @@ from peft import LoraConfig
 from persres_lite.beyond import by_position, layers_of, localized_lora, strongest
 from persres_lite.localize import localized
 from persres_lite.lora import export_lora
-from persres_lite.masks import make_mask
+from persres_lite.masks import make_mask, resize
 from persres_lite.residuals import find_proj_outs
 from tests.helpers import call_arguments, hooks_of, random_residuals
 from tests.tiny import KINDS, sample, tiny_pipeline
@@ -39,6 +41,15 @@ def all_of(pipeline):
     return pipeline
 
 
+def output_of(unet, name, run):
+    """What a layer gives while `run` does."""
+    seen = []
+    hook = unet.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append(output))
+    run()
+    hook.remove()
+    return seen[-1]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_identity_controls_bit_for_bit(kind):
     pipeline = tiny_pipeline(kind)
@@ -57,47 +68,33 @@ def test_identity_controls_bit_for_bit(kind):
 
 
 BLOCK = "down_blocks.1.attentions.0"
-LAYERS = {  # the layer, where its effect is looked at, and its kind
-    "conv1": ("down_blocks.1.resnets.0.conv1", "", "position"),
-    "downsampler": ("down_blocks.0.downsamplers.0.conv", "", "position"),
-    "proj_in": (f"{BLOCK}.proj_in", "", "position"),
-    "self-attention": (f"{BLOCK}.transformer_blocks.0.attn1.to_k", "", "position"),
-    "feed-forward": (f"{BLOCK}.transformer_blocks.0.ff.net.0.proj", "", "position"),
-    "keys": (f"{BLOCK}.transformer_blocks.0.attn2.to_k", f"{BLOCK}.transformer_blocks.0.attn2", "query"),
-    "values": (f"{BLOCK}.transformer_blocks.0.attn2.to_v", f"{BLOCK}.transformer_blocks.0.attn2", "query"),
-    "queries": (f"{BLOCK}.transformer_blocks.0.attn2.to_q", f"{BLOCK}.transformer_blocks.0.attn2", "query"),
-}
+FIRST = f"{BLOCK}.transformer_blocks.0"
+LAYERS = ["down_blocks.1.resnets.0.conv1", "down_blocks.0.downsamplers.0.conv", f"{BLOCK}.proj_in"]
+LAYERS += [f"{FIRST}.{name}" for name in ("attn1.to_k", "ff.net.0.proj", "attn2.to_q", "attn2.to_k", "attn2.to_v")]
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-@pytest.mark.parametrize("layer", LAYERS)
-def test_half_of_a_layer_is_the_adapted_one_and_half_the_frozen_one(kind, layer):
+@pytest.mark.parametrize("name", LAYERS, ids=lambda name: name.split("s.", 1)[1])
+def test_half_of_a_layer_is_the_adapted_one_and_half_the_frozen_one(kind, name):
     """Two adapters, left and right. Bit for bit, since all that comes before this layer is the frozen model."""
     pipeline = tiny_pipeline(kind)
-    name, where, expected = LAYERS[layer]
-    load(pipeline.unet, "cat", [name])
-    load(pipeline.unet, "dog", [name], seed=2)
-    pipeline.unet.set_adapters(["cat", "dog"])
-    assert layers_of(pipeline, "cat") == {f"unet.{name}": expected}
-    seen = []
-
-    def run():
-        pipeline.unet(**call_arguments(kind))
-        return seen.pop()
-
+    unet, where = pipeline.unet, f"{FIRST}.attn2" if "attn2" in name else name
+    load(unet, "cat", [name])
+    load(unet, "dog", [name], seed=2)
+    unet.set_adapters(["cat", "dog"])
+    assert layers_of(pipeline, "cat") == {f"unet.{name}": "query" if "attn2" in name else "position"}
+    run = partial(unet, **call_arguments(kind))
     with localized_lora(pipeline, {"cat": None, "dog": None}, fixed_mask=[LEFT, 1 - LEFT]):
-        looking = pipeline.unet.get_submodule(where or name).register_forward_hook(lambda *each: seen.append(each[-1]))
-        ours = run()
-    each = []
-    for names in (["cat"], ["dog"], []):
-        pipeline.unet.set_adapters(names) if names else pipeline.unet.disable_adapters()
-        each.append(run())
-    looking.remove()
-    cat, dog, frozen = each
-    size = ours.shape[-2:] if ours.ndim == 4 else (int(ours.shape[1] ** 0.5),) * 2
-    left = torch.zeros(len(ours), *size)
-    left[..., : size[1] // 2] = 1
+        ours = output_of(unet, where, run)
+    unet.set_adapters("cat")
+    cat = output_of(unet, where, run)
+    unet.set_adapters("dog")
+    dog = output_of(unet, where, run)
+    left = LEFT[:: 8 // round((ours[0].numel() / ours.shape[1 if ours.ndim == 4 else 2]) ** 0.5)]
+    left = left[:, :: 8 // len(left)].expand(len(ours), -1, -1)
     assert torch.equal(ours, by_position(cat, left) + by_position(dog, 1 - left))
+    unet.disable_adapters()
+    frozen = output_of(unet, where, run)
     assert min((a - b).abs().max() for a, b in ((cat, dog), (cat, frozen), (dog, frozen))) > 1e-3
 
 
@@ -118,23 +115,29 @@ def test_a_kohya_file_on_proj_out_gives_the_pictures_of_lag(kind, tmp_path):
         torch.testing.assert_close(sample(pipeline, steps=3), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_attention_takes_the_map_of_its_own_block(sd1):
-    """The blend at a block's attention to the text, with the mask that this very attention gives."""
-    name = f"{BLOCK}.transformer_blocks.0.attn2"
-    load(sd1.unet, layers=[f"{name}.{each}" for each in ATTENTION])
-    seen = []
-    with localized_lora(sd1, {"cat": "sks cat"}) as lag:
-        looking = sd1.unet.get_submodule(name).register_forward_hook(lambda *each: seen.append(each[-1]))
-        sample(sd1, steps=1)
-    mask = lag.masks[0, f"{BLOCK}.proj_out"]
-    sample(sd1, steps=1)
+@pytest.mark.parametrize(
+    ("layers", "where", "block"),
+    [
+        ([f"{FIRST}.attn2.{name}" for name in ATTENTION], f"{FIRST}.attn2", f"{BLOCK}.proj_out"),
+        (["up_blocks.1.resnets.0.conv1"], "up_blocks.1.resnets.0.conv1", "mid_block.attentions.0.proj_out"),
+        (["conv_in"], "conv_in", None),
+    ],
+    ids=["its own block's", "the latest", "before the first"],
+)
+def test_where_the_mask_of_a_layer_comes_from(sd1, layers, where, block):
+    """Two images, each with its own masks; before the first map of a call the LoRA is not in force."""
+    load(sd1.unet, layers=layers)
+    run = partial(sample, sd1, ["a photo of a sks cat", "a duck and a sks cat on the beach"], steps=1)
+    with localized_lora(sd1, {"cat": "sks cat"}, mask="soft") as lag:
+        ours = output_of(sd1.unet, where, run)
+    adapted = output_of(sd1.unet, where, run)
     sd1.disable_lora()
-    sample(sd1, steps=1)
-    looking.remove()
-    ours, adapted, frozen = seen
-    both = torch.cat([mask, mask])  # the negative half takes it, too
-    assert 0 < mask.mean() < 1 and (adapted - frozen).abs().max() > 1e-3
-    assert torch.equal(ours, by_position(adapted, both) + by_position(frozen, 1 - both))
+    frozen = output_of(sd1.unet, where, run)
+    mask = lag.masks[0, block] if block else torch.zeros(2, 8, 8)
+    assert (adapted - frozen).abs().max() > 1e-3 and torch.equal(mask[0], mask[1]) == (block is None)
+    mask = resize(mask, ours.shape[-2:]) if ours.ndim == 4 else mask
+    halves = torch.cat([mask, mask])  # the negative half takes it, too
+    torch.testing.assert_close(ours, frozen + by_position(adapted - frozen, halves), atol=1e-5, rtol=1e-5)
 
 
 def test_who_is_not_named_acts_everywhere(sd1):
@@ -150,12 +153,9 @@ def test_who_is_not_named_acts_everywhere(sd1):
 def test_what_cannot_be_kept_to_a_place_is_refused_with_the_way_out(sd1, case):
     load(sd1.unet, layers=ATTENTION, dora=case == "DoRA")
     {"off": sd1.disable_lora, "fused": sd1.fuse_lora}.get(case, lambda: None)()
-    hooks = hooks_of(sd1.unet)
+    hooks, name = hooks_of(sd1.unet), "dog" if case == "unknown" else "cat"
     words = {"unknown": "load_lora_weights.*'cat'", "off": "set_adapters", "fused": "unfuse_lora", "DoRA": "DoRA"}
-    with (
-        pytest.raises(ValueError, match=words[case]),
-        localized_lora(sd1, {"dog" if case == "unknown" else "cat": "sks cat"}),
-    ):
+    with pytest.raises(ValueError, match=words[case]), localized_lora(sd1, {name: "sks cat"}):
         pass
     assert hooks_of(sd1.unet) == hooks
 
