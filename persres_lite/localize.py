@@ -83,7 +83,8 @@ def localized(
         Any scheduler, batch, `num_images_per_prompt`, callback or attention processor; called as usual.
     residuals : Residuals or list of pairs
         A list of (residuals, concept) pairs localizes several at once; where masks overlap they are divided by their
-        sum, so that weights sum to at most one. A LoRA of another tool comes by `lora.import_lora`.
+        sum, so that weights sum to at most one (or see `overlap`). A LoRA of another tool that is on `proj_out` comes
+        by `lora.import_lora`; for one on any layers there is `beyond.localized_lora`.
     concept : Concept, str or list of str
         Whose attention makes the mask: str(concept) is looked for as a phrase ("sks cat"), else word by word.
     mask : str or callable
