@@ -91,9 +91,9 @@ def example(first_cell: str | None = None) -> NotebookNode:
 
 FEWER_STEPS = """
 from persres_lite import evaluation
-from persres_lite.bases import BASES
-BASES["{name}"].sampling["num_inference_steps"] = 6  # an unknown folder takes its settings from this entry
-BASES["{name}"].recipe["steps"] = 4
+from persres_lite.bases import BASES, replace
+known = BASES["{name}"]  # an unknown folder takes its settings from this entry
+BASES["{name}"] = replace(known, steps=6, recipe=known.recipe | {{"steps": 4}})
 evaluation.PAPER_JUDGES = tuple(str(HOME / "data" / folder) for folder in evaluation.JUDGES["toybox"])
 """
 

@@ -323,6 +323,7 @@ def test_means_are_over_concepts_then_trainings_and_differences_are_pairs():
 
 def test_quick_study_shows_what_must_hold(tmp_path):
     command.main(["--quick", "--processes", "1", "--rows", str(tmp_path)])
+    assert json.loads((tmp_path / "settings.json").read_text())["sampling"]["num_inference_steps"] == m.QUICK_STEPS
     found = report.means(report.frame_of(rows.rows_of(tmp_path))).loc[m.RESIDUAL]
     assert (found.leak[ways.LAG] < found.leak[[way for way in found.index if way in ways.WHOLE]]).all()
     assert found.identity["complement"] < found.identity["swap"] < found.identity[ways.LAG]

@@ -29,8 +29,6 @@ from persres_lite.bases import settings_of
 from persres_lite.residuals import fingerprint
 from persres_lite.support.paths import data_dir
 
-QUICK_STEPS = 12  # of sampling, and a third of the training
-
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
@@ -83,13 +81,11 @@ def work(args: argparse.Namespace, process: int, processes: int) -> None:
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     base = load_base(args.base, device, torch.float32)
     base.set_progress_bar_config(disable=True)
-    known = settings_of(base)
-    if args.quick:
-        known.sampling["num_inference_steps"] = QUICK_STEPS
-    settings = {"weights": fingerprint(base.unet), "sampling": known.sampling, "recipe": known.recipe}
+    bench = Bench(base, args.quick)
+    settings = {"weights": fingerprint(base.unet), "sampling": bench.sampling, "recipe": settings_of(base).recipe}
     rows.keep_to(args.rows, settings | {"quick": args.quick})
     units = rows.units_of(rows.STUDIES[args.study], subjects_of(args), args.methods)
-    rows.run(Bench(base, args.quick), judge_of(base, data_dir()), units, args.rows, process, processes)
+    rows.run(bench, judge_of(base, data_dir()), units, args.rows, process, processes)
 
 
 def subjects_of(args: argparse.Namespace) -> list[Subject]:

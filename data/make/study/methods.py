@@ -25,6 +25,7 @@ from persres_lite.residuals import Residuals
 from persres_lite.support.rare_token import rare_token_attached, rare_token_embeddings
 from persres_lite.toybox.world import CLASSES
 
+QUICK_STEPS = 12  # of sampling
 PRIOR_SEED = 1_000_000  # of the class's pictures: far from those of the study
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -123,13 +124,18 @@ class Bench:
     Attributes
     ----------
     quick : bool
-        Whether trainings take a tenth of their steps.
+        Whether rivals learn for a tenth of their steps, residuals for a third, and pictures take twelve.
     """
 
     base: Any
     quick: bool = False
     classes: dict[str, list[Image.Image]] = field(default_factory=dict)  # what the frozen model drew of each
     active: dict[str, float] = field(default_factory=dict)  # adapters in force, with their strengths
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Keyword arguments for a call of the pipeline."""
+        return settings_of(self.base).sampling | ({"num_inference_steps": QUICK_STEPS} if self.quick else {})
 
     def pictures_of(self, macro_class: str, count: int) -> list[Image.Image]:
         """`count` pictures of a class by the frozen model, drawn once."""
@@ -138,7 +144,7 @@ class Bench:
             seeds = range(PRIOR_SEED + len(known), PRIOR_SEED + min(count, len(known) + 8))
             noise = [torch.Generator().manual_seed(seed) for seed in seeds]
             prompts = [f"a photo of a {macro_class}"] * len(noise)
-            known += draw(self.base, prompts, generator=noise, **settings_of(self.base).sampling)
+            known += draw(self.base, prompts, generator=noise, **self.sampling)
         return known[:count]
 
     @contextmanager

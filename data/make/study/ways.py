@@ -19,7 +19,6 @@ from torch import Tensor
 from data.make.study.methods import CLASS_WORD, DESCRIBED, METHODS, Bench, Learned, learn, named
 from data.make.study.subjects import Picture, Subject
 from persres_lite.attention import record_attention
-from persres_lite.bases import settings_of
 from persres_lite.concepts import Concept
 from persres_lite.evaluation import draw
 from persres_lite.localize import localized
@@ -82,7 +81,7 @@ class Run:
 
     def draw(self, pictures: Sequence[Picture]) -> list[Image.Image]:
         """The pictures, in whatever context is open."""
-        pipe, options = self.pipe(pictures), dict(settings_of(self.bench.base).sampling)
+        pipe, options = self.pipe(pictures), dict(self.bench.sampling)
         if pictures[0].start is not None:
             options = {k: v for k, v in options.items() if k not in ("height", "width")}
             options |= {"image": [picture.start for picture in pictures], "strength": LAYOUT}
@@ -113,7 +112,7 @@ class Run:
         new = [picture for picture in pictures if picture not in self.before]
         if new:
             pipe, word = self.pipe(new), self.words()[0]
-            steps = range(max(1, round(EARLY * settings_of(self.bench.base).sampling["num_inference_steps"])))
+            steps = range(max(1, round(EARLY * self.bench.sampling["num_inference_steps"])))
             with record_attention(pipe, None, [word], steps=list(steps)) as record:
                 images = self.draw(new)
             for number, (picture, image) in enumerate(zip(new, images, strict=True)):
