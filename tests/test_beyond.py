@@ -114,22 +114,32 @@ def test_a_kohya_file_on_proj_out_gives_the_pictures_of_lag(kind, tmp_path):
         torch.testing.assert_close(sample(pipeline, steps=3), expected, atol=1e-4, rtol=1e-4)
 
 
-ORIGINS = {f"{FIRST}.attn2.to_v": f"{BLOCK}.proj_out", "conv_in": None}
-ORIGINS["up_blocks.1.resnets.0.conv1"] = "mid_block.attentions.0.proj_out"
+ORIGINS = {  # of a layer, in the first or the second call of the U-Net: call and block
+    "its own block": (f"{FIRST}.attn2.to_v", 2, (1, f"{BLOCK}.proj_out")),
+    "the block before": ("up_blocks.1.resnets.0.conv1", 2, (1, "mid_block.attentions.0.proj_out")),
+    "the step before": ("conv_in", 2, (0, "up_blocks.2.attentions.1.proj_out")),
+    "nowhere yet": ("conv_in", 1, None),
+}
 
 
-@pytest.mark.parametrize(("name", "block"), ORIGINS.items(), ids=["its own block", "before the first", "the latest"])
-def test_where_the_mask_of_a_layer_comes_from(sd1, name, block):
-    """Two images, each with its own masks; before the first map of a call the LoRA is not in force."""
+@pytest.mark.parametrize(("name", "calls", "origin"), ORIGINS.values(), ids=list(ORIGINS))
+def test_where_the_mask_of_a_layer_comes_from(sd1, name, calls, origin):
+    """Two images, each with its own masks; before the first map the LoRA is not in force."""
     load(sd1.unet, layers=[name])
-    run = partial(sample, sd1, ["a photo of a sks cat", "a duck and a sks cat on the beach"], steps=1)
-    with localized_lora(sd1, {"cat": "sks cat"}, mask="soft") as lag:
+    prompts = ["a photo of a sks cat", "a duck and a sks cat on the beach"]
+    text = torch.cat(sd1.encode_prompt(prompts, "cpu", 1, True)[::-1])  # negative prompts first
+
+    def run():
+        for _ in range(calls):
+            sd1.unet(**call_arguments("sd1", 4) | {"encoder_hidden_states": text})
+
+    with localized_lora(sd1, {"cat": "sks cat"}, mask="soft", prompts=prompts) as lag:
         ours = output_of(sd1.unet, name, run)
     adapted = output_of(sd1.unet, name, run)
     sd1.disable_lora()
     frozen = output_of(sd1.unet, name, run)
-    mask = lag.masks[0, block] if block else torch.zeros(2, 8, 8)
-    assert (adapted - frozen).abs().max() > 1e-3 and torch.equal(mask[0], mask[1]) == (block is None)
+    mask = lag.masks[origin] if origin else torch.zeros(2, 8, 8)
+    assert (adapted - frozen).abs().max() > 1e-3 and torch.equal(mask[0], mask[1]) == (origin is None)
     mask = resize(mask, ours.shape[-2:]) if ours.ndim == 4 else mask
     halves = torch.cat([mask, mask])  # the negative half takes it, too
     torch.testing.assert_close(ours, frozen + by_position(adapted - frozen, halves), atol=1e-5, rtol=1e-5)
