@@ -123,10 +123,11 @@ def localized(
     pairs = [(residuals, concept)] if isinstance(residuals, Residuals) else list(residuals)
     how = {"mask": mask, "window": window, "fixed_mask": fixed_mask, "aggregate": aggregate, "overlap": overlap}
     localizer = Localizer(base, [which for _, which in pairs], **how, **options)
+    localizer.scale = scale
     with ExitStack() as stack:
         for index, (each, _) in enumerate(pairs):
             for name, module in each.layers_in(base).items():
-                add = partial(localizer.add, index=index, A=each.A[name], B=each.B[name], name=name, scale=scale)
+                add = partial(localizer.add, index=index, A=each.A[name], B=each.B[name], name=name)
                 stack.callback(module.register_forward_hook(add).remove)
             if scale != 0:
                 stack.enter_context(each.token_attached(base))
@@ -172,6 +173,7 @@ class Localizer:
             masks = fixed_mask if several else [fixed_mask] * len(concepts)
             self.drawn = [each if isinstance(each, Mapping) else read_mask(each) for each in masks]
         self.weights: dict[str, torch.Tensor] = {}
+        self.scale = 1.0  # of residuals
         self.lag = Lag()
 
     @contextmanager
@@ -238,18 +240,9 @@ class Localizer:
         self.weights[name] = masks if self.call.others is None else torch.cat([masks, masks], 1)
 
     def add(
-        self,
-        module: nn.Module,
-        inputs: tuple,
-        output: torch.Tensor,
-        *,
-        index: int,
-        name: str,
-        A: Any,
-        B: Any,
-        scale: float,
+        self, module: nn.Module, inputs: tuple, output: torch.Tensor, *, index: int, name: str, A: Any, B: Any
     ) -> torch.Tensor:
         """4. The block projects, and a concept's residual is added where its weight says."""
-        if scale == 0 or not self.inside():
+        if self.scale == 0 or not self.inside():
             return output
-        return add_low_rank(output, inputs[0], A, B, self.weights[name][index], scale)
+        return add_low_rank(output, inputs[0], A, B, self.weights[name][index], self.scale)
