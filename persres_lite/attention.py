@@ -67,10 +67,10 @@ def attend(attn: Any, q: torch.Tensor, k: torch.Tensor, columns: torch.Tensor) -
 
 
 class _Watcher:
-    """The hooks of one transformer: gathers the maps of its `attn2` layers until its `proj_out` is about to run."""
+    """The hooks of one transformer: gathers the maps of its `attn2` layers, and tells when it has all."""
 
-    def __init__(self, name: str, ask: Ask, tell: Tell) -> None:
-        self.name, self.ask, self.tell = name, ask, tell
+    def __init__(self, name: str, layers: int, ask: Ask, tell: Tell) -> None:
+        self.name, self.layers, self.ask, self.tell = name, layers, ask, tell
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """The transformer begins: whose maps are asked for, and of what size?"""
@@ -91,19 +91,16 @@ class _Watcher:
             q, k = self.seen[attn.to_q], self.seen[attn.to_kv if attn.fused_projections else attn.to_k]
             k = k[..., : q.shape[-1]]  # fused, they are keys and values
             self.maps.append(attend(attn, q[rows], k[rows], columns[:, : k.shape[1]]))
+            if len(self.maps) == self.layers:  # one map of those of all layers
+                one = mean(torch.stack(self.maps, 1))  # (rows, HW, W)
+                self.tell(self.name, one.transpose(1, 2).unflatten(-1, self.size))
+                self.maps = []
         self.seen = {}
-
-    def finish(self, module: nn.Module, args: tuple) -> None:
-        """`proj_out` is about to run: one map of those of the transformer's layers is told."""
-        if self.asked:
-            one = mean(torch.stack(self.maps, 1))  # (rows, HW, W)
-            self.tell(self.name, one.transpose(1, 2).unflatten(-1, self.size))
-            self.maps = []
 
 
 @contextmanager
 def watch_attention(base: Any, ask: Ask, tell: Tell) -> Iterator[None]:
-    """Compute maps of chosen tokens in every forward pass inside the context, each one before its `proj_out` runs.
+    """Compute maps of chosen tokens in every forward pass inside the context, each one as its last `attn2` ends.
 
     Nothing is kept here but the queries and keys of the layer at work. No gradient flows through a map.
 
@@ -125,15 +122,14 @@ def watch_attention(base: Any, ask: Ask, tell: Tell) -> Iterator[None]:
     unet = unet_of(base)
     with ExitStack() as hooks:
         hooks.callback(refuse_compiling(base).remove)
-        for name, proj_out in find_proj_outs(unet).items():
+        for name in find_proj_outs(unet):
             transformer: Any = unet.get_submodule(name.removesuffix(".proj_out"))
-            watcher = _Watcher(name, ask, tell)
+            watcher = _Watcher(name, len(transformer.transformer_blocks), ask, tell)
             handles = [transformer.register_forward_pre_hook(watcher.begin, with_kwargs=True)]
             for attn in (layer.attn2 for layer in transformer.transformer_blocks):
                 keys = attn.to_kv if attn.fused_projections else attn.to_k
                 handles += [part.register_forward_hook(watcher.keep) for part in (attn.to_q, keys)]
                 handles.append(attn.register_forward_hook(watcher.look))
-            handles.append(proj_out.register_forward_pre_hook(watcher.finish))
             for handle in handles:
                 hooks.callback(handle.remove)
         yield

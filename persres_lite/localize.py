@@ -5,7 +5,7 @@ f^_i = (1 - M_i) W_i x + M_i W'_i x for each transformer block i, where M_i is m
 concept's words in the same block and the same forward pass (Ham et al., CVPR 2024). Since W' = W + A B, this is
 W x + M A B x: the frozen projection runs as ever, and no extra model evaluation is needed.
 
-A prompt comes by in this order, and `_Localizer` has a method for each stop:
+A prompt comes by in this order, and `Localizer` has a method for each stop:
 
 1. the pipeline encodes it: where do the concept's words stand? (`prompts`)
 2. a block attends: is this step within the window, and which rows are the prompt's? (`attention`)
@@ -15,7 +15,7 @@ A prompt comes by in this order, and `_Localizer` has a method for each stop:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -67,6 +67,7 @@ def localized(
     window: tuple[float, float] = (0.0, 1.0),
     fixed_mask: Any = None,
     aggregate: Literal["blocks", "steps", "both"] | None = None,
+    overlap: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     prompts: str | Sequence[str] | None = None,
     **options: Any,
 ) -> Iterator[Lag]:
@@ -82,7 +83,8 @@ def localized(
         Any scheduler, batch, `num_images_per_prompt`, callback or attention processor; called as usual.
     residuals : Residuals or list of pairs
         A list of (residuals, concept) pairs localizes several at once; where masks overlap they are divided by their
-        sum, so that weights sum to at most one. A LoRA of another tool comes by `lora.import_lora`.
+        sum, so that weights sum to at most one (or see `overlap`). A LoRA of another tool that is on `proj_out` comes
+        by `lora.import_lora`; for one on any layers there is `beyond.localized_lora`.
     concept : Concept, str or list of str
         Whose attention makes the mask: str(concept) is looked for as a phrase ("sks cat"), else word by word.
     mask : str or callable
@@ -98,6 +100,9 @@ def localized(
     aggregate : 'blocks', 'steps' or 'both', optional
         Make each mask of an average of maps instead of one block's at one step (the paper's way): over all blocks (for
         those that have not yet run in this pass, their last map), over all steps so far, or over both.
+    overlap : callable, optional
+        Says how several concepts share what their masks have in common: a function of masks and maps (concepts, images,
+        h, w) that gives masks, such as `beyond.strongest`. Not asked for drawn masks.
     prompts : str or list of str, optional
         Needed only if the pipeline is called with `prompt_embeds`, or its U-Net directly.
     **options
@@ -116,13 +121,9 @@ def localized(
         U-Net was compiled meanwhile; at the end, if it was passed by.
     """
     pairs = [(residuals, concept)] if isinstance(residuals, Residuals) else list(residuals)
-    if not 0 <= window[0] < window[1] <= 1:
-        raise ValueError(f"The window {window} is not a range of shares: give (start, end) within (0, 1).")
-    localizer = _Localizer(base, find_rule(mask, **options), scale, window, AGGREGATE[aggregate])
-    localizer.concepts = [which if isinstance(which, (list, tuple)) else str(which) for _, which in pairs]
-    if fixed_mask is not None:
-        masks = fixed_mask if isinstance(fixed_mask, (list, tuple)) and len(pairs) > 1 else [fixed_mask] * len(pairs)
-        localizer.drawn = [mask if isinstance(mask, Mapping) else read_mask(mask) for mask in masks]
+    how = {"mask": mask, "window": window, "fixed_mask": fixed_mask, "aggregate": aggregate, "overlap": overlap}
+    localizer = Localizer(base, [which for _, which in pairs], **how, **options)
+    localizer.scale = scale
     with ExitStack() as stack:
         for index, (each, _) in enumerate(pairs):
             for name, module in each.layers_in(base).items():
@@ -130,27 +131,66 @@ def localized(
                 stack.callback(module.register_forward_hook(add).remove)
             if scale != 0:
                 stack.enter_context(each.token_attached(base))
-        stack.enter_context(watch_prompts(base, localizer.begin, prompts, needed=not localizer.drawn))
-        if localizer.drawn:
-            stack.callback(refuse_compiling(base).remove)
-            for name in find_proj_outs(unet_of(base)):
-                block = unet_of(base).get_submodule(name.removesuffix(".proj_out"))
-                draw = partial(localizer.draw, name=name)
-                stack.callback(block.register_forward_pre_hook(draw, with_kwargs=True).remove)
-        else:
-            stack.enter_context(watch_attention(base, localizer.ask, localizer.tell))
-        stack.enter_context(advising_smaller())
+        stack.enter_context(localizer.watching(prompts))
         yield localizer.lag
 
 
-class _Localizer:
-    """One open context. The methods stand in the order in which they are called."""
+class Localizer:
+    """Makes the masks of several concepts in each pipeline call, for `localized` and for others that act by them.
 
-    def __init__(self, base: Any, rule: Rule, scale: float, window: tuple, aggregate: tuple) -> None:
-        self.base, self.rule, self.scale, self.window, self.aggregate = base, rule, scale, window, aggregate
-        self.concepts: list[Any] = []  # words of each
-        self.drawn: list[Any] = []  # masks by hand, one for each concept
+    The arguments are those of `localized`. The methods stand in the order in which they are called.
+
+    Attributes
+    ----------
+    drawn : list of tensor or dict
+        Masks by hand, one for each concept; empty where attention makes them.
+    weights : dict of str to tensor (concepts, batch, h, w)
+        By block, for all rows of the batch; the latest block stands last.
+    lag : Lag
+        What was used.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        concepts: Sequence[Any],
+        *,
+        mask: str | Rule = "median",
+        window: tuple[float, float] = (0.0, 1.0),
+        fixed_mask: Any = None,
+        aggregate: Literal["blocks", "steps", "both"] | None = None,
+        overlap: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        if not 0 <= window[0] < window[1] <= 1:
+            raise ValueError(f"The window {window} is not a range of shares: give (start, end) within (0, 1).")
+        self.base, self.rule, self.window, self.overlap = base, find_rule(mask, **options), window, overlap
+        self.aggregate = AGGREGATE[aggregate]
+        self.concepts = [which if isinstance(which, (list, tuple)) else str(which) for which in concepts]
+        self.drawn: list[Any] = []
+        if fixed_mask is not None:
+            several = isinstance(fixed_mask, (list, tuple)) and len(concepts) > 1
+            masks = fixed_mask if several else [fixed_mask] * len(concepts)
+            self.drawn = [each if isinstance(each, Mapping) else read_mask(each) for each in masks]
+        self.weights: dict[str, torch.Tensor] = {}
+        self.scale = 1.0  # of residuals
         self.lag = Lag()
+
+    @contextmanager
+    def watching(self, prompts: str | Sequence[str] | None = None) -> Iterator[None]:
+        """Masks are made in every pipeline call inside the context."""
+        with ExitStack() as stack:
+            stack.enter_context(watch_prompts(self.base, self.begin, prompts, needed=not self.drawn))
+            if self.drawn:
+                stack.callback(refuse_compiling(self.base).remove)
+                for name in find_proj_outs(unet_of(self.base)):
+                    block = unet_of(self.base).get_submodule(name.removesuffix(".proj_out"))
+                    draw = partial(self.draw, name=name)
+                    stack.callback(block.register_forward_pre_hook(draw, with_kwargs=True).remove)
+            else:
+                stack.enter_context(watch_attention(self.base, self.ask, self.tell))
+            stack.enter_context(advising_smaller())
+            yield
 
     def begin(self, call: Call) -> None:
         """1. A pipeline call: where do the words of each concept stand in each prompt?"""
@@ -159,7 +199,7 @@ class _Localizer:
         self.call = call
         self.lag.prompts, self.lag.parts = call.prompts, [{} for _ in self.concepts]
         self.sums: dict[str, tuple[torch.Tensor, int]] = {}  # by block: of maps so far, and their number
-        self.weights: dict[str, torch.Tensor] = {}  # by block: (concepts, batch, h, w)
+        self.weights = {}
 
     def inside(self) -> bool:
         """Is this step within the window?"""
@@ -179,7 +219,9 @@ class _Localizer:
             self.sums[name] = before + maps, count + 1
             sums = list(self.sums.values()) if "blocks" in self.aggregate else [self.sums[name]]
             maps = average([total / count for total, count in sums], maps.shape[-2:])
-        self._use(name, torch.stack([self.rule(each) for each in maps.unbind(1)]))
+        maps = maps.transpose(0, 1)  # (concepts, images, h, w)
+        masks = torch.stack([self.rule(each) for each in maps])
+        self._use(name, self.overlap(masks, maps) if self.overlap else masks)
 
     def draw(self, module: nn.Module, args: tuple, kwargs: dict, *, name: str) -> None:
         """2 and 3 for masks drawn by hand: a block begins, and they take its size."""
@@ -194,6 +236,7 @@ class _Localizer:
         masks = masks / masks.sum(0).clamp(min=1)
         for part, mask in zip(self.lag.parts, masks, strict=True):
             part[self.call.step, name] = mask
+        self.weights.pop(name, None)  # to stand last
         self.weights[name] = masks if self.call.others is None else torch.cat([masks, masks], 1)
 
     def add(

@@ -17,7 +17,7 @@ PACKAGE = Path(persres_lite.__file__).parent
 ROOT = PACKAGE.parent
 
 FIRST = {"support", "masks", "prompts", "bases", "concepts", "residuals"}
-METHOD = FIRST | {"scores", "cost", "training", "attention", "lora", "localize", "evaluation"}
+METHOD = FIRST | {"scores", "cost", "training", "attention", "lora", "localize", "evaluation", "beyond"}
 #: By part (a module, or a whole subpackage): which others it may import, anywhere, also inside functions.
 MAY_IMPORT: dict[str, set[str]] = {
     "method": set(),
@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lora": FIRST,
     "localize": FIRST | {"attention"},
     "evaluation": FIRST | {"localize"},
+    "beyond": FIRST | {"localize"},
     "toybox": set(),
     "course": METHOD | {"toybox"},
     "cli": METHOD,
