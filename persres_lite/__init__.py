@@ -1,6 +1,6 @@
 """Personalized residuals for text-to-image models (Ham et al., CVPR 2024, arXiv 2405.12978), small enough to read.
 
-The names below stand in the order of the lessons that teach them; the last two are for files of other tools. They are
+The names below stand in the order of the lessons that teach them; the last three are for files of other tools. They are
 imported on first use, so that `import persres_lite` itself costs nothing.
 """
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from persres_lite.attention import record_attention as record_attention
     from persres_lite.bases import load_base as load_base
     from persres_lite.bases import settings_of as settings_of
+    from persres_lite.beyond import localized_lora as localized_lora
     from persres_lite.concepts import Concept as Concept
     from persres_lite.concepts import load_concept as load_concept
     from persres_lite.evaluation import compare as compare
@@ -43,6 +44,7 @@ _MODULES = {
     "load_judges": "evaluation",
     "export_lora": "lora",  # for and from other tools
     "import_lora": "lora",
+    "localized_lora": "beyond",
 }
 
 __all__ = list(_MODULES)

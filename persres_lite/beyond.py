@@ -1,4 +1,4 @@
-"""Lesson 08, beyond the paper: LAG for a LoRA that somebody else trained, and several concepts whose masks overlap.
+"""Beyond the paper: LAG for a LoRA that somebody else trained, and several concepts whose masks overlap.
 
 A personalized residual lives on `proj_out` alone, where LAG is one product: W x + M A B x. The LoRAs that people share
 live on any layers, so for each one it has to be said what "only where the concept is" means there:
