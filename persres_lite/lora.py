@@ -63,7 +63,7 @@ def export_lora(residuals: Residuals, path: str | Path, format: Format = "diffus
     tensors: dict[str, Tensor] = {}
     for name, rank in residuals.ranks.items():
         down, up = residuals.B[name].detach(), residuals.A[name].detach()  # (r, m), (m, r)
-        if residuals.metadata["structure"].split()[1] == "convolutions":
+        if "convolutions" in residuals.metadata.get("structure", ""):
             down, up = down[..., None, None], up[..., None, None]  # 4-D, as the 1x1 convolution's own weight
         if format == "diffusers":
             tensors |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
@@ -160,7 +160,7 @@ def _labels(residuals: Residuals, title: str, words: str) -> dict[str, str]:
     A1111 and sd-scripts read the ``ss_`` entries (without them a file is filed under Stable Diffusion 1, and A1111
     offers the words of ``ss_tag_frequency``); ComfyUI's nodes, InvokeAI and the hubs read ModelSpec's.
     """
-    second = residuals.metadata["structure"].split()[1] != "convolutions"
+    second = "convolutions" not in residuals.metadata.get("structure", "")
     xl = second and not any(name.startswith("down_blocks.0.") for name in residuals.ranks)
     v = residuals.metadata.get("prediction_type") == "v_prediction" and not xl
     version = ("sdxl_base_v1-0" if xl else "sd_v2" if second else "sd_v1") + "_v" * v
