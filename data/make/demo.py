@@ -75,6 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     begun = time.perf_counter()
     logging.disable_progress_bar()  # the judge is read in no time
+    torch.set_num_threads(1)  # a second one gains nothing on a model so small, and costs what else runs
     base = load_base("toybox")
     concept = load_concept(chosen.concept)
     judge = Judge(data_dir())

@@ -334,6 +334,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("data/results"))
     parser.add_argument("--judge", action="store_true", help="only the renderer as judge")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     base = load_base(str(args.base))
     place = args.results / name_of(base)
     command = f"python -m data.make.toybox_scores --base {args.base}" + " --judge" * args.judge
