@@ -45,16 +45,7 @@ PICTURE = ["concept", "scene", "prompt", "noise"]
 def frame_of(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """All rows, with what only rows together can say: whether there is one toy, no larger than it should be."""
     frame = pd.DataFrame(rows).drop_duplicates(list(KEY), keep="last")
-    for name in (
-        *SHOWN,
-        "toys",
-        "rank",
-        "area of references",
-        "in disc, half",
-        "in disc, quarter",
-        "seconds",
-        "parameters",
-    ):
+    for name in (*SHOWN, *KNOWN):
         frame[name] = pd.to_numeric(frame[name]) if name in frame else float("nan")
     frozen = frame[frame.method == FROZEN].set_index(PICTURE).area.rename("area before")
     frame = frame.join(frozen, on=PICTURE)
